@@ -1,0 +1,22 @@
+"""Contrastive losses over very many keys, computed without the matrix of their similarities."""
+
+from ._backends import BackendStatus, available_backends, use_backend
+from .functional import LossMetrics, co2_loss, consistency_loss, info_nce_loss
+from .modules import CO2Loss, ConsistencyLoss, InfoNCELoss
+from .queue import KeyQueue
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendStatus",
+    "CO2Loss",
+    "ConsistencyLoss",
+    "InfoNCELoss",
+    "KeyQueue",
+    "LossMetrics",
+    "available_backends",
+    "co2_loss",
+    "consistency_loss",
+    "info_nce_loss",
+    "use_backend",
+]

@@ -1,0 +1,180 @@
+"""Which implementation serves a call.
+
+A backend is a module that implements the operators of `_ops.py` under their names. Adding one means adding
+one entry to `_BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT_VARIABLE = "CONTRASTIVE_OPS_BACKEND"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can serve on this machine (its truth value), and if not, why."""
+
+    available: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.available
+
+    def __str__(self) -> str:
+        return "available" if self.available else f"not available: {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Backend:
+    """`load` returns the implementing module or raises ImportError with the reason why it cannot serve
+    here; `device_types` are the devices whose tensors it serves."""
+
+    load: Callable[[], ModuleType]
+    device_types: Callable[[], tuple[str, ...] | None]  # None: any
+
+    def serves(self, device_type: str) -> bool:
+        types = self.device_types()
+        return types is None or device_type in types
+
+
+def _load_reference() -> ModuleType:
+    return importlib.import_module("contrastive_ops.reference")
+
+
+def _load_cpu() -> ModuleType:
+    # One extension per instruction set, built from the same source. ATen's own choice is followed, so that
+    # ATEN_CPU_CAPABILITY, which caps it, caps both.
+    capability = torch.backends.cpu.get_cpu_capability()
+    variant = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "default")
+    try:
+        return importlib.import_module(f"contrastive_ops._cpu_{variant}")
+    except ImportError as error:
+        raise ImportError(
+            f"the C++ extension contrastive_ops._cpu_{variant} is not there ({error}); "
+            "install again from source with a C++20 compiler"
+        ) from error
+
+
+def _load_triton() -> ModuleType:
+    raise ImportError("this release has no Triton kernels yet")
+
+
+def _load_cuda() -> ModuleType:
+    raise ImportError("this release has no CUDA C++ kernels yet")
+
+
+_BACKENDS = {
+    "reference": _Backend(_load_reference, lambda: None),
+    "cpu": _Backend(_load_cpu, lambda: ("cpu",)),
+    "triton": _Backend(
+        _load_triton, lambda: ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+    ),
+    "cuda": _Backend(_load_cuda, lambda: ("cuda",)),
+}
+
+# Tried in this order where nobody chose; what is missing falls through to the reference.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+_ambient: ContextVar[str | None] = ContextVar("contrastive_ops_backend", default=None)
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        return _BACKENDS[name].load(), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def available_backends() -> dict[str, BackendStatus]:
+    """For each backend, whether it can serve on this machine and, if not, why.
+
+    Example:
+        >>> from contrastive_ops import available_backends
+        >>> available_backends()["reference"].available
+        True
+    """
+    statuses = {}
+    for name in _BACKENDS:
+        module, reason = _load(name)
+        statuses[name] = BackendStatus(module is not None, reason)
+    return statuses
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every loss inside the `with` block by the backend `name`, or raise where it cannot.
+
+    It outranks the environment variable CONTRASTIVE_OPS_BACKEND, and a call's own `backend=` outranks both.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: it cannot serve on this machine; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import info_nce_loss, use_backend
+        >>> with use_backend("reference"):
+        ...     loss = info_nce_loss(torch.ones(1, 2), torch.ones(1, 2), torch.ones(3, 2))
+        >>> torch.exp(loss).round().item()  # all similarities are equal: log(K + 1)
+        4.0
+    """
+    _require(name, "use_backend()")
+    token = _ambient.set(name)
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
+
+
+def _require(name: Any, source: str) -> ModuleType:
+    if not isinstance(name, str) or name not in _BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(_BACKENDS)}")
+    module, reason = _load(name)
+    if module is None:
+        raise RuntimeError(f"{source}: the backend {name!r} cannot serve here: {reason}")
+    return module
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def select(requested: str | None, tensor: Tensor) -> ModuleType:
+    """The module that serves a call on `tensor`: what was asked for, or else the fastest there is."""
+    device_type = tensor.device.type
+    for name, source in (
+        (requested, "backend="),
+        (_ambient.get(), "use_backend()"),
+        (os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE),
+    ):
+        if name is None:
+            continue
+        module = _require(name, source)
+        if not _BACKENDS[name].serves(device_type):
+            raise RuntimeError(f"{source}: the backend {name!r} does not serve {device_type} tensors")
+        return module
+
+    reasons = []
+    for name in _PREFERENCE.get(device_type, ()):
+        module, reason = _load(name)
+        if module is not None:
+            return module
+        reasons.append(f"{name}: {reason}")
+    causes = "; ".join(reasons) or f"no fused kernels exist for {device_type} tensors"
+    _warn_once(f"contrastive_ops runs its slow reference on {device_type} tensors ({causes})")
+    return _require("reference", "fallback")

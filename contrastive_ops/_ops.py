@@ -1,0 +1,95 @@
+"""The operators: schema, shapes, autograd. What computes them is `_backends.py`'s choice.
+
+`co2` is a whole loss: normalisation, both softmaxes, the row losses and, when the query needs it, their
+gradient. A row's loss depends on that row's query alone, so the gradient is finished in forward and backward
+only scales its rows. That is exact for every reduction, and stays right when the caller overwrites the queue
+between loss and backward, as a momentum-contrast training loop does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backends
+
+_library = torch.library.Library("contrastive_ops", "DEF")
+
+_library.define(
+    "co2(Tensor query, Tensor key, Tensor queue, float temperature, float consistency_temperature, "
+    "float instance_weight, float consistency_weight, bool include_positive, bool normalize, "
+    "bool compute_gradient, str? backend) "
+    "-> (Tensor loss, Tensor instance_loss, Tensor consistency_loss, Tensor positive_rank, Tensor gradient)"
+)
+_library.define("scale_gradient(Tensor gradient, Tensor grad_loss, Tensor query) -> Tensor")
+
+
+def co2(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float,
+    consistency_temperature: float,
+    instance_weight: float,
+    consistency_weight: float,
+    include_positive: bool,
+    normalize: bool,
+    compute_gradient: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator that `reference.co2` specifies. Only `loss` is differentiable, and only in `query`."""
+    return torch.ops.contrastive_ops.co2(
+        query, key, queue, temperature, consistency_temperature, instance_weight, consistency_weight,
+        include_positive, normalize, compute_gradient, backend,
+    )  # fmt: skip
+
+
+def _co2(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *settings, backend = arguments
+    return _backends.select(backend, query).co2(query, key, queue, *settings)
+
+
+def _co2_fake(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    compute_gradient = arguments[-2]
+    rows, dim = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    loss, instance, consistency = (query.new_empty(rows, dtype=dtype) for _ in range(3))
+    rank = query.new_empty(rows, dtype=torch.int64)
+    gradient = query.new_empty((rows if compute_gradient else 0, dim), dtype=dtype)
+    return loss, instance, consistency, rank, gradient
+
+
+def _co2_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, compute_gradient = inputs[0], inputs[-2]
+    *_, gradient = output
+    ctx.mark_non_differentiable(*output[1:])
+    if not compute_gradient and ctx.needs_input_grad[0]:
+        raise RuntimeError("contrastive_ops::co2: compute_gradient is false, but query requires a gradient")
+    ctx.save_for_backward(gradient, query)
+
+
+def _co2_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    gradient, query = ctx.saved_tensors
+    return torch.ops.contrastive_ops.scale_gradient(gradient, grad_loss, query), *(None,) * 10
+
+
+def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tensor:
+    return (gradient * grad_loss.unsqueeze(1)).to(query.dtype)
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("contrastive_ops: double backward is not supported")
+
+
+_library.impl("co2", _co2, "CompositeExplicitAutograd")
+_library.impl("scale_gradient", _scale_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("contrastive_ops::co2", _co2_fake, lib=_library)
+torch.library.register_fake("contrastive_ops::scale_gradient", _scale_gradient, lib=_library)
+torch.library.register_autograd(
+    "contrastive_ops::co2", _co2_backward, setup_context=_co2_setup_context, lib=_library
+)
+# `query` stands in the signature so that a graph of the backward exists and refuses to be differentiated:
+# without it, create_graph=True would silently leave the second derivative out.
+torch.library.register_autograd("contrastive_ops::scale_gradient", _no_double_backward, lib=_library)

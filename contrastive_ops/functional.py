@@ -1,0 +1,279 @@
+"""The losses as functions: check the arguments, call one operator, reduce."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from . import _ops
+
+Reduction = Literal["mean", "sum", "none"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class LossMetrics(NamedTuple):
+    """What a loss over a queue knows about its rows, all detached.
+
+    Attributes:
+        instance_loss: (B,) the InfoNCE term before weighting; zeros where that term was not asked for.
+        consistency_loss: (B,) the consistency term before weighting; zeros where it was not asked for.
+        positive_rank: (B,) int64, how many negatives are more similar to the query than its positive. Top-n
+            contrast accuracy is ``(positive_rank < n).float().mean()``.
+    """
+
+    instance_loss: Tensor
+    consistency_loss: Tensor
+    positive_rank: Tensor
+
+
+@overload
+def co2_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float = ...,
+    consistency_temperature: float = ...,
+    consistency_weight: float = ...,
+    include_positive: bool = ...,
+    normalize: bool = ...,
+    reduction: Reduction = ...,
+    return_metrics: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def co2_loss(
+    query: Tensor, key: Tensor, queue: Tensor, *, return_metrics: Literal[True], **settings: Any
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def co2_loss(
+    query: Tensor, key: Tensor, queue: Tensor, *, return_metrics: bool, **settings: Any
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
+def co2_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float = 0.2,
+    consistency_temperature: float = 0.05,
+    consistency_weight: float = 0.3,
+    include_positive: bool = False,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LossMetrics]:
+    """InfoNCE plus CO2's consistency term, over a queue of negatives (Wei et al., ICLR 2021).
+
+    With s_j = q̂·n_j, y_j = k̂·n_j over the K rows n_j of the queue and s_+ = q̂·k̂:
+
+        L     = L_ins + α L_con
+        L_ins = −s_+/τ + log(e^{s_+/τ} + Σ_j e^{s_j/τ})
+        L_con = ½ KL(P‖Q) + ½ KL(Q‖P),   Q = softmax_j(s_j/τc),  P = softmax_j(y_j/τc)
+
+    P is a pseudo-label: no gradient passes through it. The defaults are the paper's for MoCo v2; for MoCo
+    they are τ = 0.07, τc = 0.04, α = 10.
+
+    Args:
+        query: (B, D), float16, bfloat16, float32 or float64, any strides. The only input with a gradient.
+        key: (B, D), of the query's dtype: row i is the positive of query row i.
+        queue: (K, D) negatives, of any of those dtypes, taken as stored: keep its rows normalised. Any
+            strides: MoCo's (D, K) buffer goes in as ``queue.T`` without a copy. It may be overwritten in
+            place as soon as the call returns; the gradient stays right.
+        temperature: τ > 0.
+        consistency_temperature: τc > 0.
+        consistency_weight: α ≥ 0; with 0 the consistency term is not computed.
+        include_positive: prepend s_+ to both lists of the consistency term, as some ports of it do.
+        normalize: L2-normalise query and key, in at least float32.
+        reduction: "mean" or "sum" over the batch, or "none".
+        return_metrics: also return a `LossMetrics`.
+        backend: name of the implementation to use; by default the fastest that serves the device.
+
+    Returns:
+        The loss: a scalar, or (B,) with ``reduction="none"``; float64 if the query is, float32 otherwise.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: the backend asked for cannot serve.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import co2_loss
+        >>> query = torch.randn(4, 128, requires_grad=True)
+        >>> key = torch.randn(4, 128)
+        >>> queue = torch.nn.functional.normalize(torch.randn(1024, 128), dim=1)
+        >>> loss, metrics = co2_loss(query, key, queue, return_metrics=True)
+        >>> loss.backward()
+        >>> top1 = (metrics.positive_rank == 0).float().mean()
+    """
+    _check_number("consistency_weight", consistency_weight, minimum=0)
+    return _queue_loss(
+        query, key, queue, temperature=temperature, consistency_temperature=consistency_temperature,
+        instance_weight=1.0, consistency_weight=consistency_weight, include_positive=include_positive,
+        normalize=normalize, reduction=reduction, return_metrics=return_metrics, backend=backend,
+    )  # fmt: skip
+
+
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float = 0.2,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """InfoNCE over a queue of negatives, the loss of MoCo (He et al., CVPR 2020).
+
+        L = −s_+/τ + log(e^{s_+/τ} + Σ_j e^{s_j/τ}),   s_j = q̂·n_j,  s_+ = q̂·k̂
+
+    This is `co2_loss` with a consistency weight of 0; arguments, returns and errors are the same. MoCo uses
+    τ = 0.07, MoCo v2 τ = 0.2.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import info_nce_loss
+        >>> query = torch.randn(4, 128, requires_grad=True)
+        >>> info_nce_loss(query, torch.randn(4, 128), torch.randn(1024, 128), temperature=0.07).backward()
+    """
+    return _queue_loss(
+        query, key, queue, temperature=temperature, consistency_temperature=1.0, instance_weight=1.0,
+        consistency_weight=0.0, include_positive=False, normalize=normalize, reduction=reduction,
+        return_metrics=return_metrics, backend=backend,
+    )  # fmt: skip
+
+
+def consistency_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float = 0.05,
+    include_positive: bool = False,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """CO2's consistency term alone (Wei et al., ICLR 2021).
+
+        L = ½ KL(P‖Q) + ½ KL(Q‖P),   Q = softmax_j(q̂·n_j/τ),  P = softmax_j(k̂·n_j/τ)
+
+    P is a pseudo-label: no gradient passes through it. Arguments, returns and errors are those of
+    `co2_loss`, but that `temperature` is the τc there.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import consistency_loss
+        >>> view = torch.randn(4, 128)
+        >>> consistency_loss(view, view, torch.randn(1024, 128)).item()  # a view agrees with itself
+        0.0
+    """
+    return _queue_loss(
+        query, key, queue, temperature=1.0, consistency_temperature=temperature, instance_weight=0.0,
+        consistency_weight=1.0, include_positive=include_positive, normalize=normalize, reduction=reduction,
+        return_metrics=return_metrics, backend=backend, consistency_temperature_name="temperature",
+    )  # fmt: skip
+
+
+def _queue_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float,
+    consistency_temperature: float,
+    instance_weight: float,
+    consistency_weight: float,
+    include_positive: bool,
+    normalize: bool,
+    reduction: Reduction,
+    return_metrics: bool,
+    backend: str | None,
+    consistency_temperature_name: str = "consistency_temperature",
+) -> Any:
+    _check_rows("query", query)
+    _check_rows("key", key)
+    _check_rows("queue", queue)
+    if key.shape != query.shape:
+        raise ValueError(f"key must have the shape of query, {_shape(query)}, got {_shape(key)}")
+    if queue.shape[1] != query.shape[1]:
+        raise ValueError(
+            f"queue must be (K, D) with D = {query.shape[1]} as in query, got {_shape(queue)}"
+            + ("; pass queue.T" if queue.shape[0] == query.shape[1] else "")
+        )
+    if key.dtype != query.dtype:
+        raise TypeError(f"key must have the dtype of query, {query.dtype}, got {key.dtype}")
+    for name, tensor in (("key", key), ("queue", queue)):
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} gets no gradient from this loss, but requires one; pass {name}.detach()"
+            )
+    _check_number("temperature", temperature, above=0)
+    _check_number(consistency_temperature_name, consistency_temperature, above=0)
+    _check_flag("include_positive", include_positive)
+    _check_flag("normalize", normalize)
+    _check_flag("return_metrics", return_metrics)
+    _check_reduction(reduction)
+
+    loss, *metrics, _gradient = _ops.co2(
+        query, key, queue, float(temperature), float(consistency_temperature), instance_weight,
+        float(consistency_weight), include_positive, normalize,
+        query.requires_grad and torch.is_grad_enabled(), backend,
+    )  # fmt: skip
+    loss = _reduce(loss, reduction)
+    return (loss, LossMetrics(*metrics)) if return_metrics else loss
+
+
+def _reduce(loss: Tensor, reduction: Reduction) -> Tensor:
+    if reduction == "mean":
+        return loss.mean()
+    return loss.sum() if reduction == "sum" else loss
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _check_rows(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"{name} must be of dtype {wanted}, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} must have 2 dimensions (rows, D), got shape {_shape(tensor)}")
+    if tensor.shape[0] == 0 or tensor.shape[1] == 0:
+        raise ValueError(f"{name} must not be empty, got shape {_shape(tensor)}")
+
+
+def _check_number(name: str, value: Any, *, above: float | None = None, minimum: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    wanted = f"> {above}" if above is not None else f">= {minimum}"
+    if (
+        not math.isfinite(value)
+        or (above is not None and value <= above)
+        or (minimum is not None and value < minimum)
+    ):
+        raise ValueError(f"{name} must be finite and {wanted}, got {value}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_reduction(reduction: Any) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
