@@ -1,0 +1,281 @@
+// The matrix products of a tile of keys with a panel of queries, in two engines with one interface:
+//
+//   DirectProduct   float, double: register-blocked multiply-adds on the tile as it lies in memory
+//   LibraryProduct  bfloat16, float16 on chips with matrix or dot-product units: ATen's brgemm (oneDNN),
+//                   which accumulates in float32
+//
+// An engine turns kPanel query rows into an `Operand` (pack), takes in a tile of keys (load), and then gives
+//
+//   similarities:  out (keys x panel)  = N (keys x D) . q^T (D x panel)
+//   accumulate:    grad (D x panel)   += N^T (D x keys) . g (keys x panel)
+//
+// Keys come first in `out`, so the lanes of a vector are query rows: statistics of a row never cross lanes.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "vector.h"
+
+namespace contrastive_ops {
+
+// Keys per tile. With D = 128 a float tile is 48 KiB; the similarities of a panel to it, with query and key,
+// are 24 KiB and stay in the first-level cache.
+inline constexpr int64_t kTile = 96;
+
+// A matrix in memory, of any floating dtype and strides.
+struct Rows {
+  const void* data;
+  at::ScalarType dtype;
+  int64_t count, dim, row_stride, column_stride;
+
+  Rows slice(int64_t begin, int64_t end) const {
+    const auto offset = begin * row_stride * static_cast<int64_t>(c10::elementSize(dtype));
+    return {static_cast<const char*>(data) + offset, dtype, end - begin, dim, row_stride, column_stride};
+  }
+};
+
+template <typename Function>
+void with_dtype(at::ScalarType dtype, Function&& function) {
+  switch (dtype) {
+    case at::kFloat: return function(float{});
+    case at::kDouble: return function(double{});
+    case at::kBFloat16: return function(at::BFloat16{});
+    case at::kHalf: return function(at::Half{});
+    default: TORCH_CHECK_TYPE(false, "expected a floating dtype, got ", dtype);
+  }
+}
+
+// Copies a matrix into the layout given by the strides of `out`, walking along whichever side is contiguous.
+template <typename T>
+void copy(const Rows& from, T* out, int64_t row_stride, int64_t column_stride) {
+  with_dtype(from.dtype, [&](auto element) {
+    using source_t = decltype(element);
+    const auto* in = static_cast<const source_t*>(from.data);
+    if (from.column_stride == 1 && column_stride == 1) {
+      for (int64_t i = 0; i < from.count; ++i)
+        at::vec::convert(in + i * from.row_stride, out + i * row_stride, from.dim);
+    } else if (from.row_stride == 1 && row_stride == 1) {
+      for (int64_t d = 0; d < from.dim; ++d)
+        at::vec::convert(in + d * from.column_stride, out + d * column_stride, from.count);
+    } else {
+      for (int64_t i = 0; i < from.count; ++i)
+        for (int64_t d = 0; d < from.dim; ++d)
+          out[i * row_stride + d * column_stride] =
+              static_cast<T>(in[i * from.row_stride + d * from.column_stride]);
+    }
+  });
+}
+
+// out (kRows x kPanel) = or += a (kRows x depth) . b (depth x kPanel), with the sums in registers.
+template <int kRows, bool kAdd, typename T>
+inline void product_block(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* out) {
+  constexpr int64_t kW = kWidth<T>;
+  Vec<T> sum[kRows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = Vec<T>(T(0));
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec<T> b0 = Vec<T>::loadu(b + k * kPanel<T>);
+    const Vec<T> b1 = Vec<T>::loadu(b + k * kPanel<T> + kW);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> broadcast(a[r * a_row + k * a_depth]);
+      sum[r][0] = at::vec::fmadd(broadcast, b0, sum[r][0]);
+      sum[r][1] = at::vec::fmadd(broadcast, b1, sum[r][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      T* to = out + r * kPanel<T> + half * kW;
+      (kAdd ? Vec<T>::loadu(to) + sum[r][half] : sum[r][half]).store(to);
+    }
+}
+
+template <bool kAdd, typename T>
+void product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* out) {
+  // As many sums as leave registers for the operands: 16 of 32, or 12 of the 16 that AVX2 and SSE have.
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
+  constexpr int kBlock = 8;
+#else
+  constexpr int kBlock = 6;
+#endif
+  int64_t r = 0;
+  for (; r + kBlock <= rows; r += kBlock)
+    product_block<kBlock, kAdd>(depth, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
+  for (; r + 4 <= rows; r += 4)
+    product_block<4, kAdd>(depth, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
+  for (; r < rows; ++r)
+    product_block<1, kAdd>(depth, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
+}
+
+template <typename T>
+class DirectProduct {
+ public:
+  using Sum = T;
+  using Operand = T;
+  static int64_t padded_dim(int64_t dim) { return dim; }
+  static int64_t tile_elements(int64_t dim) { return kTile * dim; }
+
+  DirectProduct(int64_t dim, Operand* buffer) : dim_(dim), buffer_(buffer) {}
+
+  // rows (kPanel x dim) -> (dim x kPanel)
+  static void pack(const T* rows, int64_t dim, Operand* out) {
+    for (int64_t d = 0; d < dim; ++d)
+      for (int64_t r = 0; r < kPanel<T>; ++r) out[d * kPanel<T> + r] = rows[r * dim + d];
+  }
+
+  void load(const Rows& keys, bool /*transposed_too*/) {
+    count_ = keys.count;
+    if (keys.dtype == c10::CppTypeToScalarType<T>::value && keys.column_stride == 1) {
+      tile_ = static_cast<const T*>(keys.data);
+      row_stride_ = keys.row_stride, column_stride_ = 1;
+      return;
+    }
+    // Converted, and gathered where the strides would jump through memory.
+    const bool by_column = keys.row_stride == 1 && keys.column_stride != 1;
+    row_stride_ = by_column ? 1 : dim_;
+    column_stride_ = by_column ? kTile : 1;
+    copy(keys, buffer_, row_stride_, column_stride_);
+    tile_ = buffer_;
+  }
+
+  void similarities(const Operand* queries, T* out) const {
+    product<false>(count_, dim_, tile_, row_stride_, column_stride_, queries, out);
+  }
+
+  void accumulate(const T* weights, T* grad) const {
+    product<true>(dim_, count_, tile_, column_stride_, row_stride_, weights, grad);
+  }
+
+ private:
+  int64_t dim_, count_ = 0, row_stride_ = 0, column_stride_ = 0;
+  Operand* buffer_;
+  const T* tile_ = nullptr;
+};
+
+// brgemm takes its right operand with pairs of rows interleaved: [depth / 2][columns][2].
+template <typename T>
+class LibraryProduct {
+ public:
+  using Sum = float;
+  using Operand = T;
+  static constexpr int64_t kColumns = kPanel<float>;
+  static int64_t padded_dim(int64_t dim) { return dim + dim % 2; }
+  // rows, their transpose, interleaved weights
+  static int64_t tile_elements(int64_t dim) { return kTile * (2 * padded_dim(dim) + kColumns); }
+
+  LibraryProduct(int64_t dim, Operand* buffer)
+      : dim_(dim),
+        depth_(padded_dim(dim)),
+        rows_(buffer),
+        columns_(rows_ + kTile * depth_),
+        weights_(columns_ + kTile * depth_) {}
+  // Whether this chip multiplies T in hardware and the library lets us at it (it does not where oneDNN is
+  // switched off or held back to an older instruction set: then brgemm throws).
+  static bool available() {
+    static const bool answer = [] {
+#if defined(__x86_64__)
+      // Below this the library emulates bfloat16, slower than float.
+      if (std::is_same_v<T, at::BFloat16> && !__builtin_cpu_supports("avx512bf16")) return false;
+      try {
+        T a[2] = {T(1), T(1)}, b[2] = {T(1), T(1)};
+        float c = 0;
+        at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, a, b, &c);
+        at::native::cpublas::brgemm_release();
+        return c == 2;
+      } catch (const c10::Error&) {
+      }
+#endif
+      return false;
+    }();
+    return answer;
+  }
+
+  ~LibraryProduct() { at::native::cpublas::brgemm_release(); }
+  LibraryProduct(const LibraryProduct&) = delete;
+  LibraryProduct& operator=(const LibraryProduct&) = delete;
+
+  static void pack(const float* rows, int64_t dim, Operand* out) {
+    for (int64_t d = 0; d < padded_dim(dim); ++d)
+      for (int64_t r = 0; r < kColumns; ++r)
+        out[(d / 2 * kColumns + r) * 2 + d % 2] = d < dim ? static_cast<T>(rows[r * dim + d]) : T(0);
+  }
+
+  // `transposed_too` must be set before `accumulate`.
+  void load(const Rows& keys, bool transposed_too) {
+    count_ = keys.count;
+    const bool same = keys.dtype == c10::CppTypeToScalarType<T>::value;
+    if (keys.row_stride == 1 && keys.column_stride != 1) {
+      copy(keys, columns_, 1, kTile);
+      pad_columns();
+      transpose(columns_, kTile, rows_, depth_, depth_, count_);
+      tile_ = rows_, tile_stride_ = depth_;
+      return;
+    }
+    if (same && keys.column_stride == 1 && depth_ == dim_) {
+      tile_ = static_cast<const T*>(keys.data), tile_stride_ = keys.row_stride;
+    } else {
+      copy(keys, rows_, depth_, 1);
+      if (depth_ != dim_)
+        for (int64_t i = 0; i < count_; ++i) rows_[i * depth_ + dim_] = T(0);
+      tile_ = rows_, tile_stride_ = depth_;
+    }
+    if (transposed_too) {
+      transpose(tile_, tile_stride_, columns_, kTile, count_, dim_);
+      pad_columns();
+    }
+  }
+
+  void similarities(const Operand* queries, float* out) const {
+    at::native::cpublas::brgemm(count_, kColumns, depth_, tile_stride_, kColumns, kColumns, false, tile_, queries, out);
+  }
+
+  void accumulate(const float* weights, float* grad) {
+    constexpr int64_t kW = kWidth<float>;
+    for (int64_t i = 0; i < count_; i += 2)
+      for (int64_t r = 0; r < kColumns; r += kW) {
+        const auto even = Vec<float>::loadu(weights + i * kColumns + r);
+        const auto odd = i + 1 < count_ ? Vec<float>::loadu(weights + (i + 1) * kColumns + r) : Vec<float>(0.f);
+        const auto [low, high] = at::vec::interleave2(even, odd);
+        at::vec::convert_from_float<T>(low, high).store(weights_ + i * kColumns + 2 * r);
+      }
+    at::native::cpublas::brgemm(
+        dim_, kColumns, count_ + count_ % 2, kTile, kColumns, kColumns, true, columns_, weights_, grad);
+  }
+
+ private:
+  static void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
+    constexpr int64_t kBlock = 16;
+    using Bits = at::BFloat16;  // any 16-bit type: nothing is computed
+    const auto* from = reinterpret_cast<const Bits*>(in);
+    auto* to = reinterpret_cast<Bits*>(out);
+    for (int64_t i = 0; i < rows; i += kBlock)
+      for (int64_t j = 0; j < columns; j += kBlock) {
+        if (i + kBlock <= rows && j + kBlock <= columns) {
+          at::vec::transpose_mxn<Bits, kBlock, kBlock>(
+              from + i * in_stride + j, in_stride, to + j * out_stride + i, out_stride);
+          continue;
+        }
+        for (int64_t r = i; r < std::min(i + kBlock, rows); ++r)
+          for (int64_t c = j; c < std::min(j + kBlock, columns); ++c)
+            to[c * out_stride + r] = from[r * in_stride + c];
+      }
+  }
+
+  // The odd key out is paired with a weight of 0: what it holds must be finite.
+  void pad_columns() {
+    if (count_ % 2)
+      for (int64_t d = 0; d < dim_; ++d) columns_[d * kTile + count_] = T(0);
+    if (depth_ != dim_) std::fill_n(columns_ + dim_ * kTile, kTile, T(0));
+  }
+
+  int64_t dim_, depth_, count_ = 0, tile_stride_ = 0;
+  T *rows_, *columns_, *weights_;
+  const T* tile_ = nullptr;
+};
+
+}  // namespace contrastive_ops

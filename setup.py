@@ -1,0 +1,93 @@
+"""Builds the C++ extensions; everything else about the package stands in pyproject.toml.
+
+The CPU kernels are built once for each instruction set, as separate modules from the same source; which one is
+imported is decided at run time (contrastive_ops/_backends.py). Where no extension can be built, installation
+goes on without, and says so: the package works on its other backends.
+"""
+
+import os
+import platform
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = ["csrc/cpu/co2.cpp"]
+HEADERS = ["csrc/cpu/product.h", "csrc/cpu/vector.h"]
+
+# Names and flags as ATen gives them to its own kernels.
+INSTRUCTION_SETS = {"default": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+    }
+
+
+def cpu_extensions():
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        print("contrastive_ops: torch is not installed here (build with --no-build-isolation): "
+              "the C++ kernels are left out", file=sys.stderr)  # fmt: skip
+        return []
+    return [
+        Extension(
+            f"contrastive_ops._cpu_{name}",
+            SOURCES,
+            depends=HEADERS,
+            language="c++",
+            include_dirs=cpp_extension.include_paths("cpu"),
+            library_dirs=cpp_extension.library_paths("cpu"),
+            runtime_library_dirs=cpp_extension.library_paths("cpu"),
+            libraries=["c10", "torch", "torch_cpu", "torch_python"],
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-fopenmp",  # ATen's thread pool is inlined from its headers
+                "-fvisibility=hidden",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-Wall",
+                "-Wno-unknown-pragmas",
+                f"-DCPU_CAPABILITY={name.upper()}",
+                f"-DCPU_CAPABILITY_{name.upper()}",
+                f"-DTORCH_EXTENSION_NAME=_cpu_{name}",
+                *flags,
+            ],
+            extra_link_args=["-fopenmp"],
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    ]
+
+
+class BuildExtensions(build_ext):
+    """Builds side by side, each extension into a folder of its own, and survives the lack of a compiler."""
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.parallel = os.cpu_count()
+
+    def build_extension(self, extension):
+        # The extensions share sources: without this they would overwrite each other's objects.
+        builder = self.get_finalized_command("build_ext", create=False) or self
+        name = extension.name.rpartition(".")[2]
+        temp, self_temp = os.path.join(builder.build_temp, name), self.build_temp
+        try:
+            worker = self.__class__(self.distribution)
+            worker.__dict__.update(self.__dict__, build_temp=temp)
+            super(BuildExtensions, worker).build_extension(extension)
+        except Exception as error:
+            print(f"contrastive_ops: {extension.name} was not built ({error}); "
+                  "the C++ kernels for that instruction set are absent", file=sys.stderr)  # fmt: skip
+        finally:
+            self.build_temp = self_temp
+
+
+setup(
+    packages=["contrastive_ops", "contrastive_ops.kernels"],
+    package_dir={"contrastive_ops": "contrastive_ops", "contrastive_ops.kernels": "kernels"},
+    package_data={"contrastive_ops": ["py.typed"]},
+    ext_modules=cpu_extensions(),
+    cmdclass={"build_ext": BuildExtensions},
+)

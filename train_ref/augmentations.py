@@ -1,0 +1,80 @@
+"""Where two views of an image come from: the augmentations of MoCo v1 and v2, and their like for digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+Augmentation = Literal["moco_v1", "moco_v2", "digits_v1", "digits_v2"]
+
+# A Gaussian of σ = 2 is within 13 pixels to three standard deviations.
+_BLUR = v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))
+
+# ImageNet's, for every set: batch norm makes up for the rest.
+_TO_NORMALIZED_TENSOR = (
+    v2.ToImage(),
+    v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    v2.ToPureTensor(),
+)
+
+
+def augmentation(name: Augmentation, size: int) -> v2.Transform:
+    """The random transform of that name, from an image to a normalised (3, size, size) tensor."""
+    steps = {
+        # As InstDisc's (Wu et al., CVPR 2018).
+        "moco_v1": (
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            v2.RandomGrayscale(p=0.2),
+            v2.ColorJitter(0.4, 0.4, 0.4, 0.4),
+            v2.RandomHorizontalFlip(),
+        ),
+        # SimCLR's, with weaker colours.
+        "moco_v2": (
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([_BLUR], p=0.5),
+            v2.RandomHorizontalFlip(),
+        ),
+        # Digits are gray and a few pixels wide, and their mirror images are no digits: no colours, no flips,
+        # a gentler crop, and the slant and turn of handwriting instead.
+        "digits_v1": (
+            *_handwriting(size),
+            v2.ColorJitter(0.4, 0.4),
+        ),
+        "digits_v2": (
+            *_handwriting(size),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4)], p=0.8),
+            v2.RandomApply([v2.GaussianBlur(kernel_size=3, sigma=(0.1, 1.0))], p=0.5),
+        ),
+    }
+    return v2.Compose([*steps[name], *_TO_NORMALIZED_TENSOR])
+
+
+def _handwriting(size: int) -> tuple[v2.Transform, ...]:
+    bilinear = v2.InterpolationMode.BILINEAR
+    return (
+        v2.RandomResizedCrop(size, scale=(0.5, 1.0), ratio=(0.75, 1.33)),
+        v2.RandomAffine(degrees=15, translate=(0.1, 0.1), shear=15, interpolation=bilinear),
+    )
+
+
+def plain(size: int, *, crop: bool) -> v2.Transform:
+    """The evaluation's transform to a normalised (3, size, size) tensor: the whole image, or its centre."""
+    shape = (v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)) if crop else (v2.Resize((size, size)),)
+    return v2.Compose([*shape, *_TO_NORMALIZED_TENSOR])
+
+
+class TwoViews:
+    """An image to two independent draws of a random transform: the query's view and the key's."""
+
+    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> tuple[Tensor, Tensor]:
+        return self.transform(image), self.transform(image)

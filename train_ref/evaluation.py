@@ -1,0 +1,153 @@
+"""What frozen features are worth: nearest neighbours, and linear probes on few labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+
+class Features(NamedTuple):
+    """Features (N, F) in float32 and labels (N,), on the CPU."""
+
+    features: Tensor
+    labels: Tensor
+
+
+class Score(NamedTuple):
+    """Accuracies in percent over several draws of labelled images; one draw has no deviation."""
+
+    mean: float
+    std: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
+
+
+@torch.no_grad()
+def extract_features(backbone: nn.Module, loader: DataLoader, device: torch.device | str) -> Features:
+    """Run a network in evaluation mode over batches of (images (B, 3, H, W), labels (B,))."""
+    was_training = backbone.training
+    backbone.to(device).eval()
+    batches = [(backbone(images.to(device)).float().cpu(), labels) for images, labels in loader]
+    backbone.train(was_training)
+    return Features(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+def knn_accuracy(
+    train: Features, test: Features, *, k: int = 200, temperature: float = 0.07, chunk_size: int = 1024
+) -> float:
+    """Weighted k-nearest-neighbour accuracy in percent, as InstDisc has it (Wu et al., CVPR 2018).
+
+    Each of the k training features most similar to a test feature votes for its label with the weight
+    e^{similarity/τ}, similarity being the cosine.
+
+    Args:
+        train: the features that vote; k is cut to their number.
+        test: the features to classify.
+        k: number of votes.
+        temperature: τ.
+        chunk_size: test features that are compared at once: memory is chunk_size × N similarities.
+    """
+    keys = F.normalize(train.features, dim=1)  # (N, F)
+    classes = int(train.labels.max()) + 1
+    correct = 0
+    for features, labels in zip(test.features.split(chunk_size), test.labels.split(chunk_size), strict=True):
+        similarity = F.normalize(features, dim=1) @ keys.T  # (chunk, N)
+        similarity, neighbours = similarity.topk(min(k, len(keys)), dim=1)  # (chunk, k)
+        # Votes relative to the nearest neighbour's: no temperature is too small.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # (chunk, k)
+        votes = torch.zeros(len(features), classes).scatter_add_(1, train.labels[neighbours], weights)
+        correct += int((votes.argmax(dim=1) == labels).sum())
+    return 100 * correct / len(test.labels)
+
+
+def labelled_subset(labels: Tensor, fraction: float, seed: int) -> np.ndarray:
+    """Indices of about that fraction of N labels (N,), as many from each class and at least one; 1 means all.
+
+    They depend on the labels, the fraction and the seed alone: every network is probed on the same ones.
+    """
+    if fraction == 1:
+        return np.arange(len(labels))
+    random = np.random.default_rng(seed)
+    classes = np.unique(labels)
+    each = max(1, round(fraction * len(labels) / len(classes)))
+    members = (np.flatnonzero(labels.numpy() == label) for label in classes)
+    return np.concatenate([random.permutation(indices)[:each] for indices in members])
+
+
+def probe_accuracy(train: Features, test: Features, labelled: np.ndarray) -> float:
+    """Accuracy in percent of logistic regression on the labelled training features.
+
+    Features are standardised by the mean and deviation of all training features, which needs no labels.
+    """
+    scaler = StandardScaler().fit(train.features.numpy())
+    probe = LogisticRegression(max_iter=1000)
+    probe.fit(scaler.transform(train.features[labelled].numpy()), train.labels[labelled].numpy())
+    return 100 * probe.score(scaler.transform(test.features.numpy()), test.labels.numpy())
+
+
+def probe_score(train: Features, test: Features, fraction: float, seeds: int) -> Score:
+    """`probe_accuracy` over that many draws of a fraction of the labels; all labels are drawn but once."""
+    draws = [
+        probe_accuracy(train, test, labelled_subset(train.labels, fraction, seed))
+        for seed in range(seeds if fraction < 1 else 1)
+    ]
+    return Score(float(np.mean(draws)), float(np.std(draws, ddof=1)) if len(draws) > 1 else None)
+
+
+def evaluate(
+    features: Mapping[str, tuple[Features, Features]],
+    *,
+    k: int,
+    temperature: float,
+    label_fractions: Sequence[float],
+    seeds: int,
+) -> list[dict[str, Any]]:
+    """Every measure of every network, by name, from its training and test features.
+
+    Returns:
+        A row a measure: its name, the number of labels it uses, and of each network the mean and deviation
+        of its accuracy in percent; ready for JSON.
+    """
+    (train, _), *_ = features.values()
+    rows = [
+        {
+            "measure": f"{k} nearest neighbours",
+            "labels": len(train.labels),
+            **{
+                name: Score(knn_accuracy(*sets, k=k, temperature=temperature), None)._asdict()
+                for name, sets in features.items()
+            },
+        }
+    ]
+    for fraction in label_fractions:
+        rows.append(
+            {
+                "measure": f"linear probe, {100 * fraction:g} % of the labels",
+                "labels": len(labelled_subset(train.labels, fraction, seed=0)),
+                **{name: probe_score(*sets, fraction, seeds)._asdict() for name, sets in features.items()},
+            }
+        )
+    return rows
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `evaluate` as plain text: the first column to the left, the others to the right."""
+    table = [
+        list(rows[0]),
+        *(
+            [str(Score(**cell)) if isinstance(cell, dict) else str(cell) for cell in row.values()]
+            for row in rows
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in table]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
