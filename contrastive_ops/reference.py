@@ -60,11 +60,13 @@ def co2(
     grad_similarity, grad_positive = torch.zeros_like(similarity), torch.zeros_like(positive)
 
     if instance_weight:
-        log_p = torch.log_softmax(torch.cat([positive, similarity], dim=1) / temperature, dim=1)
-        instance = -log_p[:, 0]
+        logits, positive_logit = similarity / temperature, positive / temperature
+        # L_ins = log(1 + e^gap), in a form that keeps its digits when the positive dominates
+        gap = torch.logsumexp(logits, 1, keepdim=True) - positive_logit
+        instance = torch.logaddexp(gap, torch.zeros_like(gap)).squeeze(1)
         scale = instance_weight / temperature
-        grad_similarity += scale * log_p[:, 1:].exp()
-        grad_positive += scale * torch.expm1(log_p[:, :1])
+        grad_similarity += scale * (logits - positive_logit - instance.unsqueeze(1)).exp()  # p_j/τ
+        grad_positive -= scale * torch.sigmoid(gap)  # (p_+ − 1)/τ
 
     if consistency_weight:
         key_similarity = unit_key @ queue.T  # y: (B, K)
@@ -72,11 +74,11 @@ def co2(
         log_q = torch.log_softmax(torch.cat([*prefix, similarity], 1) / consistency_temperature, dim=1)
         log_p = torch.log_softmax(torch.cat([*prefix, key_similarity], 1) / consistency_temperature, dim=1)
         q, p, difference = log_q.exp(), log_p.exp(), log_q - log_p
-        mean_q = (q * difference).sum(1, keepdim=True)  # KL(Q‖P)
-        mean_p = (p * difference).sum(1, keepdim=True)  # −KL(P‖Q)
-        consistency = 0.5 * (mean_q - mean_p).squeeze(1)
-        # ∂L_con/∂(s_j/τc) = ½ [Q_j (d_j − E_Q[d] + 1) − P_j]
-        grad = consistency_weight / (2 * consistency_temperature) * (q * (difference - mean_q + 1) - p)
+        consistency = 0.5 * ((q - p) * difference).sum(1)  # ½ KL(Q‖P) + ½ KL(P‖Q)
+        # ∂L_con/∂(s_j/τc) = ½ [Q_j (d_j − E_Q[d] + 1) − P_j], d = log Q − log P. What stands in brackets but for
+        # E_Q[d] adds up to E_Q[d]: subtracting its own sum keeps the gradient free of a common error.
+        grad = q * (difference + 1) - p
+        grad = consistency_weight / (2 * consistency_temperature) * (grad - q * grad.sum(1, keepdim=True))
         if include_positive:
             grad_positive += grad[:, :1]
         grad_similarity += grad[:, len(prefix) :]
@@ -91,11 +93,10 @@ def co2(
 
 
 def _norm(x: Tensor) -> Tensor:
-    """‖x‖₂ of each row, free of overflow: (B, 1)."""
-    scale = x.abs().amax(1, keepdim=True)
-    return scale * torch.linalg.vector_norm(
-        x / scale.clamp_min(torch.finfo(x.dtype).tiny), dim=1, keepdim=True
-    )
+    """‖x‖₂ of each row: (B, 1). Squares are taken after a division by a power of two, which rounds nothing,
+    so that they neither overflow nor vanish."""
+    scale = torch.exp2(torch.frexp(x.abs().amax(1, keepdim=True)).exponent - 1).to(x.dtype)
+    return scale * torch.linalg.vector_norm(x / scale, dim=1, keepdim=True)
 
 
 def _unit(x: Tensor) -> Tensor:

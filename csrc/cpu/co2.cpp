@@ -32,6 +32,7 @@ namespace {
 constexpr double kNormEpsilon = 1e-12;
 constexpr int64_t kBlockPanels = 8;              // panels that share a loaded tile
 constexpr int64_t kPartialBytes = 16 << 20;      // at most this for gradients of separate key ranges
+constexpr int64_t kRun = 16;                     // keys whose terms are summed before they join the tile's sums
 constexpr int64_t kTaskOperations = 1 << 21;     // multiply-adds that are worth a thread
 
 struct Settings {
@@ -76,17 +77,18 @@ struct Statistics {
   }
 };
 
-// What the second pass needs of a row, so that with a = s - max_s, b = y - max_y
-//   g = instance e^{a/tau} + e^{a/tau_c} (slope (a - b - mean) + offset) - key e^{b/tau_c}
-// is d loss / d s.
+// What the second pass needs of a row, so that with a = s - max_s, b = y - max_y, d = a - b
+//   Q = e^{a/tau_c} query    P = e^{b/tau_c} key    g = e^{a/tau} instance + Q - P + Q (d - mean)/tau_c
+// is d loss / d s. Where Q and P nearly agree, an error in their factors would be all that is left, and it is the
+// same for every key: the factors are kept in two parts, high and low.
 template <typename T>
 struct Coefficients {
-  T *max_s, *max_y, *instance, *slope, *mean, *offset, *key;
+  T *max_s, *max_y, *instance, *mean, *query, *query_low, *minus_key, *minus_key_low;
 
-  static constexpr int64_t kFields = 7;
+  static constexpr int64_t kFields = 8;
 
   Coefficients(T* memory, int64_t rows) {
-    for (T** field : {&max_s, &max_y, &instance, &slope, &mean, &offset, &key}) {
+    for (T** field : {&max_s, &max_y, &instance, &mean, &query, &query_low, &minus_key, &minus_key_low}) {
       *field = memory;
       memory += rows;
     }
@@ -96,7 +98,7 @@ struct Coefficients {
 // Adds a tile's similarities s and y (keys x panel) to the statistics of the panel's rows.
 template <bool kInstance, bool kConsistency, typename T>
 void add_statistics(
-    const T* s, const T* y, int64_t keys, const T* positive, const Settings& settings, const Statistics<T>& total) {
+    const T* s, const T* y, int64_t keys, const T* rank_threshold, const Settings& settings, const Statistics<T>& total) {
   constexpr int64_t kW = kWidth<T>;
   const Vec<T> scale(static_cast<T>(M_LOG2E / settings.temperature));
   const Vec<T> scale_c(static_cast<T>(M_LOG2E / settings.consistency_temperature));
@@ -108,23 +110,28 @@ void add_statistics(
       if constexpr (kConsistency) max_y = at::vec::maximum(max_y, Vec<T>::loadu(y + j * kPanel<T> + row));
     }
 
-    const auto s_positive = Vec<T>::loadu(positive + row);
+    const auto threshold = Vec<T>::loadu(rank_threshold + row);
     const Vec<T> zero(T(0));
     Vec<T> z_instance = zero, z_query = zero, z_key = zero, mean_query = zero, mean_key = zero, rank = zero;
-    for (int64_t j = 0; j < keys; ++j) {
-      const auto s_j = Vec<T>::loadu(s + j * kPanel<T> + row);
-      const auto a = s_j - max_s;
-      rank = rank + s_j.gt(s_positive);
-      if constexpr (kInstance) z_instance = z_instance + exp2_nonpositive(a * scale);
-      if constexpr (kConsistency) {
-        const auto b = Vec<T>::loadu(y + j * kPanel<T> + row) - max_y;
-        const auto d = a - b;
-        const auto e_query = exp2_nonpositive(a * scale_c), e_key = exp2_nonpositive(b * scale_c);
-        z_query = z_query + e_query;
-        z_key = z_key + e_key;
-        mean_query = at::vec::fmadd(e_query, d, mean_query);
-        mean_key = at::vec::fmadd(e_key, d, mean_key);
+    for (int64_t run = 0; run < keys; run += kRun) {
+      Vec<T> run_instance = zero, run_query = zero, run_key = zero, run_mean_query = zero, run_mean_key = zero;
+      for (int64_t j = run; j < std::min(run + kRun, keys); ++j) {
+        const auto s_j = Vec<T>::loadu(s + j * kPanel<T> + row);
+        const auto a = s_j - max_s;
+        rank = rank + s_j.gt(threshold);
+        if constexpr (kInstance) run_instance = run_instance + exp2_nonpositive(a * scale);
+        if constexpr (kConsistency) {
+          const auto b = Vec<T>::loadu(y + j * kPanel<T> + row) - max_y;
+          const auto d = a - b;
+          const auto e_query = exp2_nonpositive(a * scale_c), e_key = exp2_nonpositive(b * scale_c);
+          run_query = run_query + e_query;
+          run_key = run_key + e_key;
+          run_mean_query = at::vec::fmadd(e_query, d, run_mean_query);
+          run_mean_key = at::vec::fmadd(e_key, d, run_mean_key);
+        }
       }
+      z_instance = z_instance + run_instance, z_query = z_query + run_query, z_key = z_key + run_key;
+      mean_query = mean_query + run_mean_query, mean_key = mean_key + run_mean_key;
     }
 
     // The old sums move to the new maxima: factors e^{(old - new)/tau}, and d by shift = how much it changed.
@@ -159,21 +166,26 @@ void replace_by_gradient(
   constexpr int64_t kW = kWidth<T>;
   const Vec<T> scale(static_cast<T>(M_LOG2E / settings.temperature));
   const Vec<T> scale_c(static_cast<T>(M_LOG2E / settings.consistency_temperature));
+  const Vec<T> inverse_tau_c(static_cast<T>(1 / settings.consistency_temperature));
   for (int64_t row = 0; row < kPanel<T>; row += kW) {
     const auto load = [&](const T* field) { return Vec<T>::loadu(field + first_row + row); };
     const auto max_s = load(of.max_s), max_y = load(of.max_y), instance = load(of.instance);
-    const auto slope = load(of.slope), mean = load(of.mean), offset = load(of.offset), key = load(of.key);
+    const auto mean = load(of.mean), query = load(of.query), query_low = load(of.query_low);
+    const auto minus_key = load(of.minus_key), minus_key_low = load(of.minus_key_low);
     for (int64_t j = 0; j < keys; ++j) {
       T* at = s + j * kPanel<T> + row;
       const auto a = Vec<T>::loadu(at) - max_s;
       Vec<T> g(T(0));
-      if constexpr (kInstance) g = exp2_nonpositive(a * scale) * instance;
       if constexpr (kConsistency) {
         const auto b = Vec<T>::loadu(y + j * kPanel<T> + row) - max_y;
-        const auto d = a - b - mean;
-        g = at::vec::fmadd(exp2_nonpositive(a * scale_c), at::vec::fmadd(d, slope, offset), g);
-        g = g - exp2_nonpositive(b * scale_c) * key;
+        const auto e_query = exp2_nonpositive(a * scale_c), e_key = exp2_nonpositive(b * scale_c);
+        const auto q = e_query * query;
+        g = q + e_key * minus_key;  // not fused: equal terms must cancel
+        g = at::vec::fmadd(e_query, query_low, g);
+        g = at::vec::fmadd(e_key, minus_key_low, g);
+        g = at::vec::fmadd(q, (a - b - mean) * inverse_tau_c, g);
       }
+      if constexpr (kInstance) g = at::vec::fmadd(exp2_nonpositive(a * scale), instance, g);
       g.store(at);
     }
   }
@@ -263,7 +275,8 @@ class CO2 {
     unit_query_ = at::zeros({rows_, dim_}, options_);
     unit_key_ = at::zeros({rows_, dim_}, options_);
     norm_ = at::ones({rows_}, options_.dtype(at::kDouble));
-    positive_ = at::empty({rows_}, options_);
+    positive_ = at::zeros({rows_}, options_.dtype(at::kDouble));
+    rank_threshold_ = at::empty({rows_}, options_);
     const int64_t operand = Product::padded_dim(dim_) * kPanel<T>;
     const auto operand_options = options_.dtype(c10::CppTypeToScalarType<Operand>::value);
     packed_query_ = at::empty({panels_, operand}, operand_options);
@@ -284,18 +297,28 @@ class CO2 {
             norm_.template mutable_data_ptr<double>()[row] = normalize(q + (row - first) * dim_);
             normalize(k + (row - first) * dim_);
           }
+        // The loss takes s_+ in double, since its error is divided by tau and not averaged over keys.
+        for (int64_t row = first; row < last; ++row)
+          positive_.template mutable_data_ptr<double>()[row] =
+              dot(q + (row - first) * dim_, k + (row - first) * dim_);
         Operand* packed = packed_query_.template mutable_data_ptr<Operand>() + panel * operand;
         Product::pack(q, dim_, packed);
         if constexpr (kConsistency)
           Product::pack(k, dim_, packed_key_.template mutable_data_ptr<Operand>() + panel * operand);
-        // s_+ comes out of the same product as every s_j, so a negative equal to the key ties with it exactly.
+        // The rank takes it from the product that gives every s_j, so that a negative equal to the key ties.
         static_assert(kPanel<T> <= kTile);
         product.load({k, c10::CppTypeToScalarType<T>::value, kPanel<T>, dim_, dim_, 1}, false);
         product.similarities(packed, similarity.data());
         for (int64_t row = 0; row < kPanel<T>; ++row)
-          positive_.template mutable_data_ptr<T>()[first + row] = similarity[row * kPanel<T> + row];
+          rank_threshold_.template mutable_data_ptr<T>()[first + row] = similarity[row * kPanel<T> + row];
       }
     });
+  }
+
+  double dot(const T* x, const T* y) const {
+    double sum = 0;
+    for (int64_t d = 0; d < dim_; ++d) sum += static_cast<double>(x[d]) * y[d];
+    return sum;
   }
 
   // x <- x / max(|x|, epsilon); returns the norm. In double, so float input cannot overflow; double input is
@@ -325,7 +348,7 @@ class CO2 {
       const int64_t row = panel * kPanel<T>;
       similarities(step, panel);
       add_statistics<kInstance, kConsistency>(
-          step.s, step.y, step.keys.count, positive_.template const_data_ptr<T>() + row, settings_, total.at(row));
+          step.s, step.y, step.keys.count, rank_threshold_.template const_data_ptr<T>() + row, settings_, total.at(row));
     }
   }
 
@@ -380,7 +403,7 @@ class CO2 {
         z_key += *part.z_key * factor_key;
       }
 
-      const double positive = positive_.template const_data_ptr<T>()[row];
+      const double positive = positive_.template const_data_ptr<double>()[row];
       double instance = 0, consistency = 0, grad_positive = 0;
       *out.max_s = static_cast<T>(max_s), *out.max_y = static_cast<T>(max_y);
       if constexpr (kInstance) {
@@ -404,10 +427,12 @@ class CO2 {
         const double mean = (mean_query * factor_query + d_positive * e_query) / sum_query;
         consistency = (mean - (mean_key * factor_key + d_positive * e_key) / sum_key) / (2 * tau_c);
         const double scale = settings_.consistency_weight / (2 * tau_c);
-        *out.offset = static_cast<T>(scale * factor_query / sum_query);
-        *out.slope = static_cast<T>(scale * factor_query / (tau_c * sum_query));
+        const double query_factor = scale * factor_query / sum_query, key_factor = -scale * factor_key / sum_key;
         *out.mean = static_cast<T>(mean);
-        *out.key = static_cast<T>(scale * factor_key / sum_key);
+        *out.query = static_cast<T>(query_factor);
+        *out.query_low = static_cast<T>(query_factor - *out.query);
+        *out.minus_key = static_cast<T>(key_factor);
+        *out.minus_key_low = static_cast<T>(key_factor - *out.minus_key);
         grad_positive += scale * (e_query / sum_query * ((d_positive - mean) / tau_c + 1) - e_key / sum_key);
       }
       grad_positive_.template mutable_data_ptr<double>()[row] = grad_positive;
@@ -450,7 +475,7 @@ class CO2 {
   const at::TensorOptions options_;
   const int64_t panels_, rows_, dim_, tiles_;  // rows_ counts the padding of the last panel
   int64_t block_panels_ = 0, blocks_ = 0, ranges_ = 0;
-  at::Tensor unit_query_, unit_key_, norm_, positive_, packed_query_, packed_key_, statistics_, coefficients_;
+  at::Tensor unit_query_, unit_key_, norm_, positive_, rank_threshold_, packed_query_, packed_key_, statistics_, coefficients_;
   at::Tensor grad_positive_, partial_, loss_, instance_loss_, consistency_loss_, rank_, gradient_;
 };
 

@@ -1,0 +1,1 @@
+"""GPU kernels in Triton and their launchers (installed as `contrastive_ops.kernels`)."""
