@@ -1,8 +1,8 @@
 """Builds the C++ extensions; everything else about the package stands in pyproject.toml.
 
-The CPU kernels are built once for each instruction set, as separate modules from the same source; which one is
-imported is decided at run time (contrastive_ops/_backends.py). Where no extension can be built, installation
-goes on without, and says so: the package works on its other backends.
+The CPU kernels are built once for each instruction set, as separate modules from the same source; which one
+is imported is decided at run time (contrastive_ops/_backends.py). Where no extension can be built,
+installation goes on without, and says so: the package works on its other backends.
 """
 
 import copy

@@ -127,9 +127,10 @@ def use_backend(name: str) -> Iterator[None]:
     Example:
         >>> import torch
         >>> from contrastive_ops import info_nce_loss, use_backend
+        >>> unit = torch.tensor([[0.6, 0.8]])
         >>> with use_backend("reference"):
-        ...     loss = info_nce_loss(torch.ones(1, 2), torch.ones(1, 2), torch.ones(3, 2))
-        >>> torch.exp(loss).round().item()  # all similarities are equal: log(K + 1)
+        ...     loss = info_nce_loss(unit, unit, unit.expand(3, 2))
+        >>> torch.exp(loss).round().item()  # all similarities are equal: K + 1
         4.0
     """
     _require(name, "use_backend()")

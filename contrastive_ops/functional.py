@@ -257,15 +257,15 @@ def _check_rows(name: str, tensor: Any) -> None:
         raise ValueError(f"{name} must not be empty, got shape {_shape(tensor)}")
 
 
-def _check_number(name: str, value: Any, *, above: float | None = None, minimum: float | None = None) -> None:
+def _check_number(name: str, value: Any, *, above: float | None = None, minimum: float = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    wanted = f"> {above}" if above is not None else f">= {minimum}"
-    if (
-        not math.isfinite(value)
-        or (above is not None and value <= above)
-        or (minimum is not None and value < minimum)
-    ):
+    # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol.
+    if above is not None:
+        valid, wanted = above < value < math.inf, f"> {above}"
+    else:
+        valid, wanted = minimum <= value < math.inf, f">= {minimum}"
+    if not valid:
         raise ValueError(f"{name} must be finite and {wanted}, got {value}")
 
 

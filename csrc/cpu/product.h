@@ -95,6 +95,10 @@ inline void product_block(int64_t depth, const T* a, int64_t a_row, int64_t a_de
     }
 }
 
+// Terms that are summed one after another; longer sums are made of such chains, or their error would grow with
+// the square root of the length.
+inline constexpr int64_t kChain = 128;
+
 template <bool kAdd, typename T>
 void product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* out) {
   // As many sums as leave registers for the operands: 16 of 32, or 12 of the 16 that AVX2 and SSE have.
@@ -103,13 +107,16 @@ void product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_d
 #else
   constexpr int kBlock = 6;
 #endif
+  const int64_t chain = std::min(depth, kChain);
   int64_t r = 0;
   for (; r + kBlock <= rows; r += kBlock)
-    product_block<kBlock, kAdd>(depth, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
+    product_block<kBlock, kAdd>(chain, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
   for (; r + 4 <= rows; r += 4)
-    product_block<4, kAdd>(depth, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
+    product_block<4, kAdd>(chain, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
   for (; r < rows; ++r)
-    product_block<1, kAdd>(depth, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
+    product_block<1, kAdd>(chain, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
+  if (chain < depth)
+    product<true>(rows, depth - chain, a + chain * a_depth, a_row, a_depth, b + chain * kPanel<T>, out);
 }
 
 template <typename T>

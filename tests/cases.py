@@ -1,0 +1,111 @@
+"""Inputs of the tests: one seeded factory, and the hypothesis strategies that draw its arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def rows(count: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers in other memory: "rows", "columns" (MoCo's (D, K) buffer), "strided", "offset"."""
+    if layout == "columns":
+        return x.T.contiguous().T
+    if layout == "strided":
+        spaced = x.new_full((2 * x.shape[0], 3 * x.shape[1]), float("nan"))
+        spaced[::2, 1::3] = x
+        return spaced[::2, 1::3]
+    if layout == "offset":
+        shifted = x.new_full((x.numel() + 1,), float("nan"))
+        shifted[1:] = x.flatten()
+        return shifted[1:].view(x.shape)
+    return x.contiguous()
+
+
+LAYOUTS = ("rows", "columns", "strided", "offset")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one call: a query, a key that resembles it, and a normalised queue."""
+
+    batch: int = 8
+    keys: int = 50
+    dim: int = 16
+    dtype: torch.dtype = torch.float32
+    queue_dtype: torch.dtype | None = None  # None: the query's
+    layout: str = "rows"
+    queue_layout: str = "rows"
+    resemblance: float = 1.0  # how much of the key is the query
+    query_scale: float = 1.0
+    queue_scale: float = 1.0
+    temperature: float = 0.07
+    consistency_temperature: float = 0.04
+    consistency_weight: float = 10.0
+    include_positive: bool = False
+    normalize: bool = True
+    seed: int = 0
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        query = rows(self.batch, self.dim, self.seed, torch.float64)
+        key = self.resemblance * query + rows(self.batch, self.dim, self.seed + 1, torch.float64)
+        queue = self.queue_scale * F.normalize(rows(self.keys, self.dim, self.seed + 2, torch.float64), dim=1)
+        if not self.normalize:
+            query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        return (
+            lay_out((self.query_scale * query).to(self.dtype), self.layout),
+            lay_out((self.query_scale * key).to(self.dtype), self.layout),
+            lay_out(queue.to(self.queue_dtype or self.dtype), self.queue_layout),
+        )
+
+    def settings(self) -> dict[str, float | bool]:
+        return {
+            "temperature": self.temperature,
+            "consistency_temperature": self.consistency_temperature,
+            "consistency_weight": self.consistency_weight,
+            "include_positive": self.include_positive,
+            "normalize": self.normalize,
+        }
+
+    def replace(self, **changes: object) -> Case:
+        return dataclasses.replace(self, **changes)
+
+
+# MoCo's and MoCo v2's settings in the CO2 paper.
+PAPERS = (
+    {"temperature": 0.07, "consistency_temperature": 0.04, "consistency_weight": 10.0},
+    {"temperature": 0.2, "consistency_temperature": 0.05, "consistency_weight": 0.3},
+)
+
+# Sizes on both sides of what kernels tile by: vectors of 4 to 16, panels of 32, tiles of keys of 64 to 128.
+sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 95, 96, 97, 128, 130, 257]))
+
+cases = st.builds(
+    Case,
+    batch=sizes,
+    keys=st.one_of(sizes, st.sampled_from([300, 1000])),
+    dim=st.one_of(sizes, st.sampled_from([200, 1024])),
+    layout=st.sampled_from(LAYOUTS),
+    queue_layout=st.sampled_from(LAYOUTS),
+    resemblance=st.sampled_from([0.0, 1.0, 5.0]),
+    include_positive=st.booleans(),
+    normalize=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+
+paper_settings = st.sampled_from(PAPERS)
+
+temperatures = st.sampled_from([1e-3, 0.01, 0.04, 0.07, 0.2, 1.0, 10.0])
+scales = st.sampled_from([1e-3, 0.1, 1.0, 100.0])

@@ -1,0 +1,121 @@
+"""Who serves a call, and what is said where nobody can."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from contrastive_ops import _backends, available_backends, info_nce_loss, use_backend
+from contrastive_ops._backends import ENVIRONMENT_VARIABLE, select
+from tests.cases import Case
+
+
+@pytest.fixture
+def tensor() -> torch.Tensor:
+    return torch.zeros(1)
+
+
+def test_every_backend_is_reported() -> None:
+    statuses = available_backends()
+    assert list(statuses) == ["reference", "cpu", "triton", "cuda"]
+    for status in statuses.values():
+        assert bool(status) == status.available
+        assert status.available != bool(status.reason)
+
+
+def test_the_choice_nearest_to_the_call_wins(tensor: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from contrastive_ops import reference
+
+    fused = select(None, tensor)
+    assert fused is not reference
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert select(None, tensor) is reference
+    with use_backend("cpu"):
+        assert select(None, tensor) is fused
+        with use_backend("reference"):
+            assert select(None, tensor) is reference
+        assert select("reference", tensor) is reference
+        assert select(None, tensor) is fused
+
+
+def test_a_block_that_raises_restores_the_choice(tensor: torch.Tensor) -> None:
+    before = select(None, tensor)
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert select(None, tensor) is before
+
+
+@pytest.mark.parametrize("name", ["", "CPU", "gpu", 3])
+def test_unknown_names_are_refused(name: object) -> None:
+    with pytest.raises(ValueError, match=r"expected one of reference, cpu, triton, cuda"), use_backend(name):  # type: ignore[arg-type]
+        pass
+
+
+def test_an_unknown_name_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fastest")
+    with pytest.raises(ValueError, match=rf"{ENVIRONMENT_VARIABLE}: unknown backend 'fastest'"):
+        info_nce_loss(*Case().tensors())
+
+
+def test_a_backend_that_cannot_serve_is_an_error_never_a_fallback() -> None:
+    missing = [name for name, status in available_backends().items() if not status.available]
+    for name in missing:
+        with pytest.raises(RuntimeError, match=rf"backend=: the backend '{name}' cannot serve here: ."):
+            info_nce_loss(*Case().tensors(), backend=name)
+        with pytest.raises(RuntimeError, match=r"use_backend\(\)"), use_backend(name):
+            pass
+
+
+def test_a_backend_refuses_devices_it_does_not_serve() -> None:
+    with pytest.raises(RuntimeError, match="the backend 'cpu' does not serve meta tensors"):
+        select("cpu", torch.zeros(1, device="meta"))
+
+
+def test_the_fallback_to_the_reference_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise ImportError("no compiler")
+
+    broken = _backends._Backend(absent, lambda: ("cpu",))  # type: ignore[arg-type]
+    monkeypatch.setitem(_backends._BACKENDS, "cpu", broken)
+    _backends._load.cache_clear()
+    _backends._warn_once.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"slow reference on cpu tensors \(cpu: no compiler\)"):
+            info_nce_loss(*Case().tensors())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            info_nce_loss(*Case().tensors())
+    finally:
+        _backends._load.cache_clear()
+        _backends._warn_once.cache_clear()
+
+
+ACCURACY = "tests/test_co2.py::TestAccuracy::test_float32_at_the_papers_temperatures"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set on this processor")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_older_instruction_sets_pass_the_same_tests(capability: str) -> None:
+    """The kernels that a lesser processor would load, held to the same harness."""
+    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor lacks AVX2")
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import torch; from contrastive_ops import _backends as b;"
+         "print(b.select('cpu', torch.zeros(1)).__name__)"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert loaded.stdout.strip() == f"contrastive_ops._cpu_{capability}"
+    tests = ["tests/test_co2.py", "-k", "cpu"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *tests], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "passed" in result.stdout

@@ -1,0 +1,342 @@
+"""The queue losses on every backend, against the pasted formula in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.eager import eager_co2
+from contrastive_ops import co2_loss, consistency_loss, info_nce_loss
+from tests.cases import LAYOUTS, PAPERS, Case, cases, lay_out, paper_settings, rows, scales, temperatures
+from tests.oracles import distance, fused, loss_and_gradient, oracle
+
+# The oracle's own rounding, for losses and gradients that are zero or nearly so.
+ORACLE_ERROR = 1e-12
+
+
+class TestAccuracy:
+    @given(case=cases, settings=paper_settings)
+    def test_float32_at_the_papers_temperatures(self, backend: str, case: Case, settings: dict) -> None:
+        """1e-6 for losses and 1e-5 for gradients, but for what no float32 input can carry: a single row whose
+        terms nearly cancel. There, as everywhere, twice the error of eager float32 is the bound."""
+        case = case.replace(**settings)
+        tensors = case.tensors()
+        loss, gradient = oracle(*tensors, **case.settings())
+        eager_loss, eager_gradient = loss_and_gradient(eager_co2, *tensors, **case.settings())
+        actual_loss, actual_gradient = fused(*tensors, **case.settings(), backend=backend)
+        allowed = max(1e-6 * loss.norm().item(), 2 * distance(eager_loss, loss))
+        assert distance(actual_loss, loss) <= allowed + ORACLE_ERROR
+        allowed = max(1e-5 * gradient.norm().item(), 2 * distance(eager_gradient, gradient))
+        assert distance(actual_gradient, gradient) <= allowed + 1e-7 / case.temperature  # a rounding of p/τ
+
+    @given(case=cases, settings=paper_settings)
+    def test_float64(self, backend: str, case: Case, settings: dict) -> None:
+        case = case.replace(dtype=torch.float64, **settings)
+        tensors = case.tensors()
+        loss, gradient = oracle(*tensors, **case.settings())
+        actual_loss, actual_gradient = fused(*tensors, **case.settings(), backend=backend)
+        assert distance(actual_loss, loss) <= 1e-13 * loss.norm() + ORACLE_ERROR
+        # α/τc = 250 multiplies terms that may cancel
+        assert distance(actual_gradient, gradient) <= 1e-12 * gradient.norm() + 10 * ORACLE_ERROR
+
+    @given(
+        case=cases,
+        dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+        same_queue=st.booleans(),
+        settings=paper_settings,
+    )
+    def test_half_precision_is_no_worse_than_eager(
+        self, backend: str, case: Case, dtype: torch.dtype, same_queue: bool, settings: dict
+    ) -> None:
+        """|fused − f64| ≤ |eager in the same dtype − f64| + a rounding of the input and of the result."""
+        case = case.replace(dtype=dtype, **settings)
+        query, key, queue = case.tensors()
+        if not same_queue:
+            queue = queue.float()
+        loss, gradient = oracle(query, key, queue, **case.settings())
+        eager_loss, eager_gradient = loss_and_gradient(
+            eager_co2, query, key, queue.to(dtype), **case.settings()
+        )
+        actual_loss, actual_gradient = fused(query, key, queue, **case.settings(), backend=backend)
+        rounding = torch.finfo(dtype).eps
+        # s_+ is off by a rounding of its unit vectors, at worst; the temperatures magnify that.
+        magnified = rounding * (1 / case.temperature + case.consistency_weight / case.consistency_temperature)
+        assert distance(actual_loss, loss) <= distance(eager_loss, loss) + rounding * loss.norm()
+        slack = rounding * gradient.norm() + 1e-3 * magnified
+        assert distance(actual_gradient, gradient) <= distance(eager_gradient, gradient) + slack
+
+    @pytest.mark.parametrize("queue_dtype", [torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("queue_layout", LAYOUTS)
+    def test_queue_of_another_dtype(self, backend: str, queue_dtype: torch.dtype, queue_layout: str) -> None:
+        """A queue in half precision costs nothing more than its own rounding."""
+        case = Case(batch=33, keys=200, dim=24, queue_dtype=queue_dtype, queue_layout=queue_layout)
+        loss, gradient = oracle(*case.tensors(), **case.settings())
+        actual_loss, actual_gradient = fused(*case.tensors(), **case.settings(), backend=backend)
+        assert distance(actual_loss, loss) <= 1e-6 * loss.norm()
+        assert distance(actual_gradient, gradient) <= 1e-5 * gradient.norm()
+
+    @given(
+        case=cases,
+        kind=st.sampled_from(["plain", "all equal", "holds a query", "holds a key", "same view", "one key"]),
+        temperature=temperatures,
+        consistency_temperature=temperatures,
+        queue_scale=scales,
+    )
+    def test_adversarial_input_never_loses_to_eager(
+        self, backend: str, case: Case, kind: str, temperature: float, consistency_temperature: float,
+        queue_scale: float,
+    ) -> None:  # fmt: skip
+        # In a batch of a few rows either side's error is luck.
+        case = case.replace(
+            batch=case.batch + 16,
+            temperature=temperature,
+            consistency_temperature=consistency_temperature,
+            queue_scale=queue_scale,
+        )
+        query, key, queue = case.tensors()
+        if kind == "all equal":
+            queue = queue[:1].expand_as(queue)
+        elif kind == "holds a query":
+            queue = torch.cat([queue, torch.nn.functional.normalize(query[:1], dim=1)])
+        elif kind == "holds a key":
+            queue = torch.cat([queue, torch.nn.functional.normalize(key[:1], dim=1)])
+        elif kind == "same view":
+            key = query
+        elif kind == "one key":
+            queue = queue[:1]
+        loss, gradient = oracle(query, key, queue, **case.settings())
+        eager_loss, eager_gradient = loss_and_gradient(eager_co2, query, key, queue, **case.settings())
+        actual_loss, actual_gradient = fused(query, key, queue, **case.settings(), backend=backend)
+        # Eager may hit a value by luck: a rounding of each number and of the terms that cancelled is allowed.
+        assert (
+            distance(actual_loss, loss) <= 2 * distance(eager_loss, loss) + 3e-7 * loss.norm() + ORACLE_ERROR
+        )
+        terms = queue_scale * (1 / temperature + case.consistency_weight / consistency_temperature)
+        allowed = 2 * distance(eager_gradient, gradient) + 3e-7 * gradient.norm() + 1e-7 * terms
+        assert distance(actual_gradient, gradient) <= allowed
+
+    @pytest.mark.parametrize("settings", PAPERS)
+    def test_at_full_size(self, backend: str, settings: dict) -> None:
+        """K = 65536, where sums are long: a float sum taken term by term would be off by 1e-5."""
+        case = Case(batch=16, keys=65536, dim=128, **settings)
+        loss, gradient = oracle(*case.tensors(), **case.settings())
+        actual_loss, actual_gradient = fused(*case.tensors(), **case.settings(), backend=backend)
+        assert distance(actual_loss, loss) <= 1e-6 * loss.norm()
+        assert distance(actual_gradient, gradient) <= 1e-5 * gradient.norm()
+
+
+class TestGradient:
+    # Not with include_positive: there a finite difference would also move s_+ in the pseudo-label P, through
+    # which no gradient passes. The oracle, which detaches P, covers it.
+    @pytest.mark.parametrize("normalize", [False, True])
+    @pytest.mark.parametrize("consistency_weight", [0.0, 10.0])
+    def test_gradcheck(self, backend: str, normalize: bool, consistency_weight: float) -> None:
+        query, key, queue = Case(batch=3, keys=11, dim=5, dtype=torch.float64).tensors()
+        assert torch.autograd.gradcheck(
+            lambda q: co2_loss(
+                q, key, queue, temperature=0.2, consistency_temperature=0.1, normalize=normalize,
+                consistency_weight=consistency_weight, reduction="none", backend=backend,
+            ),
+            query.requires_grad_(),
+        )  # fmt: skip
+
+    def test_gradcheck_of_consistency_alone(self, backend: str) -> None:
+        query, key, queue = Case(batch=3, keys=11, dim=5, dtype=torch.float64).tensors()
+        assert torch.autograd.gradcheck(
+            lambda q: consistency_loss(q, key, queue, temperature=0.1, backend=backend),
+            query.requires_grad_(),
+        )
+
+    def test_scales_with_each_rows_incoming_gradient(self, backend: str) -> None:
+        query, key, queue = Case().tensors()
+        weight = torch.linspace(-2, 3, len(query))
+        query.requires_grad_()
+        loss = co2_loss(query, key, queue, reduction="none", backend=backend)
+        (weighted,) = torch.autograd.grad((weight * loss).sum(), query, retain_graph=True)
+        (plain,) = torch.autograd.grad(loss.sum(), query)
+        torch.testing.assert_close(weighted, weight.unsqueeze(1) * plain)
+
+    def test_survives_a_queue_that_is_overwritten_before_backward(self, backend: str) -> None:
+        query, key, queue = Case().tensors()
+        query.requires_grad_()
+        (expected,) = torch.autograd.grad(co2_loss(query, key, queue, backend=backend), query)
+        loss = co2_loss(query, key, queue, backend=backend)
+        queue.copy_(rows(*queue.shape, seed=99))
+        key.zero_()
+        (actual,) = torch.autograd.grad(loss, query)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+    def test_is_in_the_querys_dtype(self, backend: str) -> None:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            query, key, queue = Case(dtype=dtype).tensors()
+            query.requires_grad_()
+            loss = co2_loss(query, key, queue, backend=backend)
+            assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            loss.backward()
+            assert query.grad is not None
+            assert query.grad.dtype == dtype
+
+    def test_float16_gradients_survive_a_loss_scale(self, backend: str) -> None:
+        """The gradient stays in float32 until it has been scaled, so that a loss scaler can save it."""
+        query, key, queue = Case(dtype=torch.float16, queue_scale=1e-4, consistency_weight=0.0).tensors()
+        expected = oracle(query, key, queue, consistency_weight=0.0)[1] * 1e-5
+        query.requires_grad_()
+        loss = info_nce_loss(query, key, queue, backend=backend, reduction="none")
+        (scaled,) = torch.autograd.grad((loss * 1e-5).sum() * 65536, query)
+        assert distance(scaled.double() / 65536, expected) <= 2e-3 * expected.norm()
+
+
+class TestValue:
+    @pytest.mark.parametrize("keys", [1, 7, 4096])
+    def test_equal_similarities_give_log_of_k_plus_one(self, backend: str, keys: int) -> None:
+        loss = info_nce_loss(torch.ones(2, 4), torch.ones(2, 4), torch.full((keys, 4), 0.5), backend=backend)
+        torch.testing.assert_close(loss.item(), math.log(keys + 1), rtol=1e-6, atol=0)
+
+    def test_a_view_is_consistent_with_itself(self, backend: str) -> None:
+        query, _, queue = Case(batch=40, keys=300).tensors()
+        query.requires_grad_()
+        loss = consistency_loss(query, query.detach(), queue, reduction="none", backend=backend)
+        loss.sum().backward()
+        assert loss.abs().max() <= 1e-7
+        assert query.grad is not None
+        assert query.grad.abs().max() <= 1e-5
+
+    def test_co2_is_the_weighted_sum_of_its_terms(self, backend: str) -> None:
+        query, key, queue = Case().tensors()
+        loss, metrics = co2_loss(
+            query, key, queue, temperature=0.1, consistency_temperature=0.06, consistency_weight=3.0,
+            reduction="none", return_metrics=True, backend=backend,
+        )  # fmt: skip
+        instance = info_nce_loss(query, key, queue, temperature=0.1, reduction="none", backend=backend)
+        consistency = consistency_loss(query, key, queue, temperature=0.06, reduction="none", backend=backend)
+        torch.testing.assert_close(metrics.instance_loss, instance)
+        torch.testing.assert_close(metrics.consistency_loss, consistency)
+        torch.testing.assert_close(loss, instance + 3 * consistency)
+
+    @given(case=cases)
+    def test_rank_counts_the_more_similar_negatives(self, backend: str, case: Case) -> None:
+        case = case.replace(dtype=torch.float64)
+        query, key, queue = case.tensors()
+        _, metrics = co2_loss(
+            query, key, queue, normalize=case.normalize, return_metrics=True, backend=backend
+        )
+        if case.normalize:
+            query, key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
+        similarity, positive = query @ queue.T, (query * key).sum(1, keepdim=True)
+        clear = ((similarity - positive).abs() > 1e-12).all(1)  # no negative within rounding of the positive
+        expected = (similarity > positive).sum(1)
+        assert metrics.positive_rank.dtype == torch.int64
+        assert torch.equal(metrics.positive_rank[clear], expected[clear])
+
+    def test_a_term_of_weight_zero_is_reported_as_zero(self, backend: str) -> None:
+        query, key, queue = Case().tensors()
+        _, metrics = co2_loss(query, key, queue, consistency_weight=0, return_metrics=True, backend=backend)
+        assert not metrics.consistency_loss.any()
+        _, metrics = consistency_loss(query, key, queue, return_metrics=True, backend=backend)
+        assert not metrics.instance_loss.any()
+
+    def test_metrics_are_detached(self, backend: str) -> None:
+        query, key, queue = Case().tensors()
+        loss, metrics = co2_loss(query.requires_grad_(), key, queue, return_metrics=True, backend=backend)
+        assert loss.requires_grad
+        assert not any(metric.requires_grad for metric in metrics)
+
+    def test_reductions(self, backend: str) -> None:
+        query, key, queue = Case().tensors()
+        loss = {r: co2_loss(query, key, queue, reduction=r, backend=backend) for r in ("mean", "sum", "none")}
+        assert loss["none"].shape == (len(query),)
+        torch.testing.assert_close(loss["sum"], loss["none"].sum())
+        torch.testing.assert_close(loss["mean"], loss["none"].mean())
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e4, 1e30])
+    def test_the_norm_of_a_row_does_not_matter(self, backend: str, scale: float) -> None:
+        query, key, queue = Case().tensors()
+        expected = co2_loss(query, key, queue, reduction="none", backend=backend)
+        if scale < 1e-12:  # below the epsilon a row counts as that much shorter
+            expected = oracle(query * scale, key * scale, queue)[0].float()
+        actual = co2_loss(query * scale, key * scale, queue, reduction="none", backend=backend)
+        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_zero_vectors(self, backend: str, dtype: torch.dtype) -> None:
+        query, key, queue = Case(dtype=dtype, dim=8).tensors()
+        query[0], key[1], queue[2] = 0, 0, 0
+        query.requires_grad_()
+        loss = co2_loss(query, key, queue, reduction="none", backend=backend)
+        loss.sum().backward()
+        assert torch.isfinite(loss).all()
+        assert query.grad is not None
+        assert torch.isfinite(
+            query.grad[1:]
+        ).all()  # row 0's is divided by 1e-12: it may leave float16's range
+        assert not torch.isnan(query.grad).any()
+
+    def test_nan_in_gives_nan_out(self, backend: str) -> None:
+        query, key, queue = Case(batch=40, keys=200).tensors()
+        query[3, 1], key[37, 2] = float("nan"), float("nan")
+        loss = co2_loss(query, key, queue, reduction="none", backend=backend)
+        assert loss.isnan().nonzero().flatten().tolist() == [3, 37]
+        queue[150, 0] = float("nan")
+        assert co2_loss(query, key, queue, reduction="none", backend=backend).isnan().all()
+
+    def test_huge_finite_similarities_stay_finite(self, backend: str) -> None:
+        query, key, queue = Case(queue_scale=1e30).tensors()
+        query.requires_grad_()
+        loss = co2_loss(query, key, queue, reduction="none", temperature=10.0, backend=backend)
+        loss.sum().backward()
+        assert torch.isfinite(loss).all()
+        assert query.grad is not None
+        assert torch.isfinite(query.grad).all()
+
+
+class TestPromises:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_two_runs_give_the_same_bits(self, backend: str, dtype: torch.dtype) -> None:
+        tensors = Case(batch=70, keys=5000, dim=40, dtype=dtype).tensors()
+        first, second = (fused(*tensors, backend=backend) for _ in range(2))
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_input_is_left_alone(self, backend: str, layout: str) -> None:
+        tensors = Case(layout=layout, queue_layout=layout).tensors()
+        copies = [x.clone() for x in tensors]
+        versions = [x._version for x in tensors]
+        co2_loss(*tensors, backend=backend)
+        assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True))
+        assert [x._version for x in tensors] == versions
+
+    def test_memory_layout_changes_nothing(self, backend: str) -> None:
+        query, key, queue = Case(batch=20, keys=300, dim=20).tensors()
+        expected = fused(query, key, queue, backend=backend)
+        for layout in LAYOUTS:
+            actual = fused(*(lay_out(x, layout) for x in (query, key, queue)), backend=backend)
+            for a, b in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        expanded = queue[:1].expand_as(queue)  # stride 0
+        torch.testing.assert_close(
+            co2_loss(query, key, expanded, backend=backend),
+            co2_loss(query, key, expanded.contiguous(), backend=backend),
+        )
+
+    def test_no_grad_and_grad_agree(self, backend: str) -> None:
+        query, key, queue = Case().tensors()
+        with_gradient = co2_loss(query.requires_grad_(), key, queue, backend=backend)
+        with torch.no_grad():
+            without = co2_loss(query, key, queue, backend=backend)
+        assert not without.requires_grad
+        assert torch.equal(with_gradient, without)
+
+    def test_permuting_the_queue_changes_only_rounding(self, backend: str) -> None:
+        query, key, queue = Case(keys=500).tensors()
+        order = torch.randperm(len(queue), generator=torch.Generator().manual_seed(1))
+        for a, b in zip(
+            fused(query, key, queue, backend=backend),
+            fused(query, key, queue[order], backend=backend),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
