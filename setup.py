@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["csrc/cpu/co2.cpp"]
-HEADERS = ["csrc/cpu/product.h", "csrc/cpu/vector.h"]
+HEADERS = ["csrc/cpu/co2_panel.h", "csrc/cpu/product.h", "csrc/cpu/vector.h"]
 
 # Names and flags as ATen gives them to its own kernels.
 INSTRUCTION_SETS = {"default": []}

@@ -172,9 +172,9 @@ def select(requested: str | None, tensor: Tensor) -> ModuleType:
 
     reasons = []
     for name in _PREFERENCE.get(device_type, ()):
-        module, reason = _load(name)
-        if module is not None:
-            return module
+        fused, reason = _load(name)
+        if fused is not None:
+            return fused
         reasons.append(f"{name}: {reason}")
     causes = "; ".join(reasons) or f"no fused kernels exist for {device_type} tensors"
     _warn_once(f"contrastive_ops runs its slow reference on {device_type} tensors ({causes})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,29 +30,6 @@ class LossMetrics(NamedTuple):
     positive_rank: Tensor
 
 
-@overload
-def co2_loss(
-    query: Tensor,
-    key: Tensor,
-    queue: Tensor,
-    *,
-    temperature: float = ...,
-    consistency_temperature: float = ...,
-    consistency_weight: float = ...,
-    include_positive: bool = ...,
-    normalize: bool = ...,
-    reduction: Reduction = ...,
-    return_metrics: Literal[False] = ...,
-    backend: str | None = ...,
-) -> Tensor: ...
-@overload
-def co2_loss(
-    query: Tensor, key: Tensor, queue: Tensor, *, return_metrics: Literal[True], **settings: Any
-) -> tuple[Tensor, LossMetrics]: ...
-@overload
-def co2_loss(
-    query: Tensor, key: Tensor, queue: Tensor, *, return_metrics: bool, **settings: Any
-) -> Tensor | tuple[Tensor, LossMetrics]: ...
 def co2_loss(
     query: Tensor,
     key: Tensor,
@@ -66,7 +43,7 @@ def co2_loss(
     reduction: Reduction = "mean",
     return_metrics: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, LossMetrics]:
+) -> Any:
     """InfoNCE plus CO2's consistency term, over a queue of negatives (Wei et al., ICLR 2021).
 
     With s_j = q̂·n_j, y_j = k̂·n_j over the K rows n_j of the queue and s_+ = q̂·k̂:

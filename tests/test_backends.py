@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -94,28 +90,3 @@ def test_the_fallback_to_the_reference_is_announced_once(monkeypatch: pytest.Mon
     finally:
         _backends._load.cache_clear()
         _backends._warn_once.cache_clear()
-
-
-ACCURACY = "tests/test_co2.py::TestAccuracy::test_float32_at_the_papers_temperatures"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set on this processor")
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_older_instruction_sets_pass_the_same_tests(capability: str) -> None:
-    """The kernels that a lesser processor would load, held to the same harness."""
-    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("this processor lacks AVX2")
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    loaded = subprocess.run(
-        [sys.executable, "-c", "import torch; from contrastive_ops import _backends as b;"
-         "print(b.select('cpu', torch.zeros(1)).__name__)"],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert loaded.stdout.strip() == f"contrastive_ops._cpu_{capability}"
-    tests = ["tests/test_co2.py", "-k", "cpu"]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *tests], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert "passed" in result.stdout

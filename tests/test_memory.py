@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-# Peak resident memory above what is there before the call, after one small call has loaded all libraries.
-MEASURE = """
-import resource, sys, torch
-from contrastive_ops import co2_loss
-keys, backend, dtype = int(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
-query = torch.randn(256, 128).to(dtype).requires_grad_()
-key = torch.randn(256, 128).to(dtype)
-queue = torch.empty(keys, 128, dtype=dtype)
-for part in queue.split(4096):
-    part.copy_(torch.nn.functional.normalize(torch.randn(part.shape), dim=1))
-co2_loss(query, key, queue[:200], backend=backend).backward()
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
-co2_loss(query, key, queue, backend=backend).backward()
-print(peak() - before)
-"""
+from bench.cases import Case
+from bench.memory import peak_extra_mib
 
 
 def extra_mib(keys: int, backend: str, dtype: str) -> float:
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(keys), backend, dtype], capture_output=True, text=True, check=True
-    )
-    return int(result.stdout) / 1024
+    return peak_extra_mib(Case("co2", backend, dtype, B=256, K=keys))
 
 
 @pytest.mark.slow

@@ -40,11 +40,16 @@ struct Rows {
 template <typename Function>
 void with_dtype(at::ScalarType dtype, Function&& function) {
   switch (dtype) {
-    case at::kFloat: return function(float{});
-    case at::kDouble: return function(double{});
-    case at::kBFloat16: return function(at::BFloat16{});
-    case at::kHalf: return function(at::Half{});
-    default: TORCH_CHECK_TYPE(false, "expected a floating dtype, got ", dtype);
+    case at::kFloat:
+      return function(float{});
+    case at::kDouble:
+      return function(double{});
+    case at::kBFloat16:
+      return function(at::BFloat16{});
+    case at::kHalf:
+      return function(at::Half{});
+    default:
+      TORCH_CHECK_TYPE(false, "expected a floating dtype, got ", dtype);
   }
 }
 
@@ -95,8 +100,8 @@ inline void product_block(int64_t depth, const T* a, int64_t a_row, int64_t a_de
     }
 }
 
-// Terms that are summed one after another; longer sums are made of such chains, or their error would grow with
-// the square root of the length.
+// Terms that are summed one after another; longer sums are made of such chains, or their error would grow
+// with the square root of the length.
 inline constexpr int64_t kChain = 128;
 
 template <bool kAdd, typename T>
@@ -113,8 +118,7 @@ void product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_d
     product_block<kBlock, kAdd>(chain, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
   for (; r + 4 <= rows; r += 4)
     product_block<4, kAdd>(chain, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
-  for (; r < rows; ++r)
-    product_block<1, kAdd>(chain, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
+  for (; r < rows; ++r) product_block<1, kAdd>(chain, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
   if (chain < depth)
     product<true>(rows, depth - chain, a + chain * a_depth, a_row, a_depth, b + chain * kPanel<T>, out);
 }
@@ -238,7 +242,8 @@ class LibraryProduct {
   }
 
   void similarities(const Operand* queries, float* out) const {
-    at::native::cpublas::brgemm(count_, kColumns, depth_, tile_stride_, kColumns, kColumns, false, tile_, queries, out);
+    at::native::cpublas::brgemm(count_, kColumns, depth_, tile_stride_, kColumns, kColumns, false, tile_,
+                                queries, out);
   }
 
   void accumulate(const float* weights, float* grad) {
@@ -246,16 +251,18 @@ class LibraryProduct {
     for (int64_t i = 0; i < count_; i += 2)
       for (int64_t r = 0; r < kColumns; r += kW) {
         const auto even = Vec<float>::loadu(weights + i * kColumns + r);
-        const auto odd = i + 1 < count_ ? Vec<float>::loadu(weights + (i + 1) * kColumns + r) : Vec<float>(0.f);
+        const auto odd =
+            i + 1 < count_ ? Vec<float>::loadu(weights + (i + 1) * kColumns + r) : Vec<float>(0.f);
         const auto [low, high] = at::vec::interleave2(even, odd);
         at::vec::convert_from_float<T>(low, high).store(weights_ + i * kColumns + 2 * r);
       }
-    at::native::cpublas::brgemm(
-        dim_, kColumns, count_ + count_ % 2, kTile, kColumns, kColumns, true, columns_, weights_, grad);
+    at::native::cpublas::brgemm(dim_, kColumns, count_ + count_ % 2, kTile, kColumns, kColumns, true,
+                                columns_, weights_, grad);
   }
 
  private:
-  static void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
+  static void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows,
+                        int64_t columns) {
     constexpr int64_t kBlock = 16;
     using Bits = at::BFloat16;  // any 16-bit type: nothing is computed
     const auto* from = reinterpret_cast<const Bits*>(in);
@@ -263,8 +270,8 @@ class LibraryProduct {
     for (int64_t i = 0; i < rows; i += kBlock)
       for (int64_t j = 0; j < columns; j += kBlock) {
         if (i + kBlock <= rows && j + kBlock <= columns) {
-          at::vec::transpose_mxn<Bits, kBlock, kBlock>(
-              from + i * in_stride + j, in_stride, to + j * out_stride + i, out_stride);
+          at::vec::transpose_mxn<Bits, kBlock, kBlock>(from + i * in_stride + j, in_stride,
+                                                       to + j * out_stride + i, out_stride);
           continue;
         }
         for (int64_t r = i; r < std::min(i + kBlock, rows); ++r)

@@ -1,0 +1,214 @@
+// The mathematics of CO2 on one panel of query rows: what a pass over a tile of keys adds up, and what the
+// losses and the gradient make of it. math in contrastive_ops/reference.py; here the sums are online,
+// relative to maxima that grow as tiles go by.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "vector.h"
+
+namespace contrastive_ops {
+
+struct Settings {
+  double temperature, consistency_temperature, instance_weight, consistency_weight;
+  bool include_positive, normalize, compute_gradient;
+};
+
+// Statistics of a panel's rows over the keys seen so far. With a = s - max_s, b = y - max_y and d = a - b:
+//
+//   z_instance = sum e^{a/tau}      z_query = sum e^{a/tau_c}      z_key = sum e^{b/tau_c}
+//                                   d_query = sum d e^{a/tau_c}    d_key = sum d e^{b/tau_c}
+//
+// Taking the maxima off first keeps d small where it counts, so that the difference of its two means does not
+// cancel. Sums over tiles are in double: a float sum of 65536 terms, one by one, would be off by 1e-5.
+template <typename T>
+struct PanelStatistics {
+  T max_s[kPanel<T>], max_y[kPanel<T>];
+  double z_instance[kPanel<T>] = {}, z_query[kPanel<T>] = {}, z_key[kPanel<T>] = {};
+  double d_query[kPanel<T>] = {}, d_key[kPanel<T>] = {};
+  int64_t rank[kPanel<T>] = {};  // keys with s > s_+
+
+  PanelStatistics() {
+    std::fill_n(max_s, kPanel<T>, std::numeric_limits<T>::lowest());
+    std::fill_n(max_y, kPanel<T>, std::numeric_limits<T>::lowest());
+  }
+};
+
+// What the second pass needs: with a, b and d as above,
+//
+//   Q = query e^{a/tau_c}      P = -minus_key e^{b/tau_c}      g = instance e^{a/tau} + Q - P + Q (d -
+//   mean)/tau_c
+//
+// is d loss / d s. Where Q and P nearly agree, an error of their factors would be all that is left of them,
+// and the same for every key: the factors are kept in two parts, high and low.
+template <typename T>
+struct PanelCoefficients {
+  T max_s[kPanel<T>] = {}, max_y[kPanel<T>] = {}, instance[kPanel<T>] = {}, mean[kPanel<T>] = {};
+  T query[kPanel<T>] = {}, query_low[kPanel<T>] = {}, minus_key[kPanel<T>] = {},
+    minus_key_low[kPanel<T>] = {};
+};
+
+// Adds a tile's similarities s and y (keys x panel). `threshold` holds each row's s_+, for the rank.
+template <bool kInstance, bool kConsistency, typename T>
+void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Settings& settings,
+              PanelStatistics<T>& total) {
+  constexpr int64_t kRun = 16;  // keys whose terms are summed before they join the tile's sums
+  const Vec<T> scale(static_cast<T>(M_LOG2E / settings.temperature));
+  const Vec<T> scale_c(static_cast<T>(M_LOG2E / settings.consistency_temperature));
+  const Vec<T> zero(T(0));
+  for (int64_t lane = 0; lane < kPanel<T>; lane += kWidth<T>) {
+    const auto load_s = [&](int64_t j) { return Vec<T>::loadu(s + j * kPanel<T> + lane); };
+    const auto load_y = [&](int64_t j) { return Vec<T>::loadu(y + j * kPanel<T> + lane); };
+
+    const auto old_s = Vec<T>::loadu(total.max_s + lane), old_y = Vec<T>::loadu(total.max_y + lane);
+    Vec<T> max_s = old_s, max_y = old_y;
+    for (int64_t j = 0; j < keys; ++j) {
+      max_s = at::vec::maximum(max_s, load_s(j));
+      if constexpr (kConsistency) max_y = at::vec::maximum(max_y, load_y(j));
+    }
+    max_s.store(total.max_s + lane), max_y.store(total.max_y + lane);
+
+    const auto positive = Vec<T>::loadu(threshold + lane);
+    Vec<T> z_instance = zero, z_query = zero, z_key = zero, d_query = zero, d_key = zero, rank = zero;
+    for (int64_t run = 0; run < keys; run += kRun) {
+      Vec<T> run_instance = zero, run_query = zero, run_key = zero, run_d_query = zero, run_d_key = zero;
+      for (int64_t j = run; j < std::min(run + kRun, keys); ++j) {
+        const auto s_j = load_s(j), a = s_j - max_s;
+        rank = rank + s_j.gt(positive);
+        if constexpr (kInstance) run_instance = run_instance + exp2_nonpositive(a * scale);
+        if constexpr (kConsistency) {
+          const auto b = load_y(j) - max_y, d = a - b;
+          const auto e_query = exp2_nonpositive(a * scale_c), e_key = exp2_nonpositive(b * scale_c);
+          run_query = run_query + e_query;
+          run_key = run_key + e_key;
+          run_d_query = at::vec::fmadd(e_query, d, run_d_query);
+          run_d_key = at::vec::fmadd(e_key, d, run_d_key);
+        }
+      }
+      z_instance = z_instance + run_instance;
+      z_query = z_query + run_query, z_key = z_key + run_key;
+      d_query = d_query + run_d_query, d_key = d_key + run_d_key;
+    }
+
+    // Older sums move to the new maxima: e^{(old - new)/tau} scales them, and every d shifts by the same
+    // amount.
+    const auto moved_s = old_s - max_s, moved_y = old_y - max_y;
+    const auto merge = [lane](auto* sum, Vec<T> scale, Vec<T> tile) {
+      T scales[kWidth<T>], tiles[kWidth<T>];
+      scale.store(scales), tile.store(tiles);
+      for (int64_t i = 0; i < kWidth<T>; ++i) sum[lane + i] = sum[lane + i] * scales[i] + tiles[i];
+    };
+    const auto shift = [lane](double* d_sum, const double* z, Vec<T> by) {
+      T shifts[kWidth<T>];
+      by.store(shifts);
+      for (int64_t i = 0; i < kWidth<T>; ++i) d_sum[lane + i] += shifts[i] * z[lane + i];
+    };
+    merge(total.rank, Vec<T>(T(1)), rank);
+    if constexpr (kInstance) merge(total.z_instance, exp2_nonpositive(moved_s * scale), z_instance);
+    if constexpr (kConsistency) {
+      shift(total.d_query, total.z_query, moved_s - moved_y);
+      shift(total.d_key, total.z_key, moved_s - moved_y);
+      const auto scale_query = exp2_nonpositive(moved_s * scale_c),
+                 scale_key = exp2_nonpositive(moved_y * scale_c);
+      merge(total.z_query, scale_query, z_query), merge(total.d_query, scale_query, d_query);
+      merge(total.z_key, scale_key, z_key), merge(total.d_key, scale_key, d_key);
+    }
+  }
+}
+
+// Replaces s by g = d loss / d s.
+template <bool kInstance, bool kConsistency, typename T>
+void replace_by_gradient(T* s, const T* y, int64_t keys, const Settings& settings,
+                         const PanelCoefficients<T>& of) {
+  const Vec<T> scale(static_cast<T>(M_LOG2E / settings.temperature));
+  const Vec<T> scale_c(static_cast<T>(M_LOG2E / settings.consistency_temperature));
+  const Vec<T> inverse_tau_c(static_cast<T>(1 / settings.consistency_temperature));
+  for (int64_t lane = 0; lane < kPanel<T>; lane += kWidth<T>) {
+    const auto load = [lane](const T* field) { return Vec<T>::loadu(field + lane); };
+    const auto max_s = load(of.max_s), max_y = load(of.max_y), instance = load(of.instance),
+               mean = load(of.mean);
+    const auto query = load(of.query), query_low = load(of.query_low);
+    const auto minus_key = load(of.minus_key), minus_key_low = load(of.minus_key_low);
+    for (int64_t j = 0; j < keys; ++j) {
+      T* at = s + j * kPanel<T> + lane;
+      const auto a = Vec<T>::loadu(at) - max_s;
+      Vec<T> g(T(0));
+      if constexpr (kConsistency) {
+        const auto b = load(y + j * kPanel<T>) - max_y;
+        const auto e_query = exp2_nonpositive(a * scale_c), e_key = exp2_nonpositive(b * scale_c);
+        const auto q = e_query * query;
+        g = q + e_key * minus_key;  // not fused: equal terms must cancel
+        g = at::vec::fmadd(e_query, query_low, g);
+        g = at::vec::fmadd(e_key, minus_key_low, g);
+        g = at::vec::fmadd(q, (a - b - mean) * inverse_tau_c, g);
+      }
+      if constexpr (kInstance) g = at::vec::fmadd(exp2_nonpositive(a * scale), instance, g);
+      g.store(at);
+    }
+  }
+}
+
+struct RowLosses {
+  double instance, consistency, grad_positive;  // grad_positive: d loss / d s_+
+};
+
+// Merges one row's statistics over separate ranges of keys (`parts`, lane `lane` of each), adds its positive,
+// and gives its losses and its coefficients for the second pass. All in double.
+template <bool kInstance, bool kConsistency, typename T>
+RowLosses finish_row(const PanelStatistics<T>* parts, int64_t ranges, int64_t stride, int64_t lane,
+                     double positive, const Settings& settings, PanelCoefficients<T>& out) {
+  const double tau = settings.temperature, tau_c = settings.consistency_temperature;
+  double max_s = std::numeric_limits<T>::lowest(), max_y = max_s;
+  for (int64_t range = 0; range < ranges; ++range) {
+    max_s = std::max<double>(parts[range * stride].max_s[lane], max_s);
+    max_y = std::max<double>(parts[range * stride].max_y[lane], max_y);
+  }
+  double z_instance = 0, z_query = 0, z_key = 0, d_query = 0, d_key = 0;
+  for (int64_t range = 0; range < ranges; ++range) {
+    const auto& part = parts[range * stride];
+    const double moved_s = part.max_s[lane] - max_s, moved_y = part.max_y[lane] - max_y,
+                 shift = moved_s - moved_y;
+    const double scale_query = std::exp(moved_s / tau_c), scale_key = std::exp(moved_y / tau_c);
+    z_instance += part.z_instance[lane] * std::exp(moved_s / tau);
+    d_query += (part.d_query[lane] + shift * part.z_query[lane]) * scale_query;
+    d_key += (part.d_key[lane] + shift * part.z_key[lane]) * scale_key;
+    z_query += part.z_query[lane] * scale_query;
+    z_key += part.z_key[lane] * scale_key;
+  }
+
+  RowLosses losses{};
+  out.max_s[lane] = static_cast<T>(max_s), out.max_y[lane] = static_cast<T>(max_y);
+  if constexpr (kInstance) {
+    // Relative to the largest logit, be it the positive's; log1p keeps a small loss's digits.
+    const double gap = (positive - max_s) / tau, to_top = std::exp(std::min(-gap, 0.));
+    const double negatives = z_instance * to_top, sum = negatives + std::exp(std::min(gap, 0.));
+    losses.instance = gap > 0 ? std::log1p(negatives) : std::log(sum) - gap;
+    const double weight = settings.instance_weight / tau / sum;
+    out.instance[lane] = static_cast<T>(weight * to_top);
+    losses.grad_positive -= weight * negatives;  // (p_+ - 1)/tau
+  }
+  if constexpr (kConsistency) {
+    double scale_query = 1, scale_key = 1, e_query = 0, e_key = 0;
+    const double d_positive = max_y - max_s;  // (s_+ - max_s) - (s_+ - max_y)
+    if (settings.include_positive) {          // s_+ joins both lists, where it may be the largest entry
+      const double top_query = std::max(max_s, positive), top_key = std::max(max_y, positive);
+      scale_query = std::exp((max_s - top_query) / tau_c), scale_key = std::exp((max_y - top_key) / tau_c);
+      e_query = std::exp((positive - top_query) / tau_c), e_key = std::exp((positive - top_key) / tau_c);
+      z_query = z_query * scale_query + e_query, d_query = d_query * scale_query + d_positive * e_query;
+      z_key = z_key * scale_key + e_key, d_key = d_key * scale_key + d_positive * e_key;
+    }
+    const double mean = d_query / z_query, weight = settings.consistency_weight / (2 * tau_c);
+    losses.consistency = (mean - d_key / z_key) / (2 * tau_c);
+    losses.grad_positive += weight * (e_query / z_query * ((d_positive - mean) / tau_c + 1) - e_key / z_key);
+    const double query = weight * scale_query / z_query, minus_key = -weight * scale_key / z_key;
+    out.mean[lane] = static_cast<T>(mean);
+    out.query[lane] = static_cast<T>(query), out.query_low[lane] = static_cast<T>(query - out.query[lane]);
+    out.minus_key[lane] = static_cast<T>(minus_key);
+    out.minus_key_low[lane] = static_cast<T>(minus_key - out.minus_key[lane]);
+  }
+  return losses;
+}
+
+}  // namespace contrastive_ops

@@ -1,0 +1,59 @@
+"""What only the C++ kernels have: instruction sets and threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.cases import Case
+from tests.oracles import distance, fused, oracle
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("batch", [1, 40, 300])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 16])
+def test_any_number_of_threads(batch: int, threads: int) -> None:
+    """Every way of sharing out rows and ranges of keys covers every pair once."""
+    case = Case(batch=batch, keys=3001, dim=64)
+    torch.set_num_threads(threads)
+    loss, gradient = oracle(*case.tensors(), **case.settings())
+    actual_loss, actual_gradient = fused(*case.tensors(), **case.settings(), backend="cpu")
+    assert distance(actual_loss, loss) <= 1e-6 * loss.norm()
+    assert distance(actual_gradient, gradient) <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set on this processor")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_older_instruction_sets_pass_the_same_tests(capability: str) -> None:
+    """The kernels that a lesser processor would load, held to the same harness."""
+    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor lacks AVX2")
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    which = "import torch; from contrastive_ops._backends import select; print(select('cpu', torch.zeros(1)))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", which], env=environment, capture_output=True, text=True, check=True
+    )
+    assert f"contrastive_ops._cpu_{capability}" in loaded.stdout
+    # Without fused multiply-adds each term rounds twice, which eager's library is spared: it is no measure then.
+    selection = "cpu and not adversarial" if capability == "default" else "cpu"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_co2.py", "-k", selection],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
