@@ -75,8 +75,8 @@ def co2(
         log_p = torch.log_softmax(torch.cat([*prefix, key_similarity], 1) / consistency_temperature, dim=1)
         q, p, difference = log_q.exp(), log_p.exp(), log_q - log_p
         consistency = 0.5 * ((q - p) * difference).sum(1)  # ½ KL(Q‖P) + ½ KL(P‖Q)
-        # ∂L_con/∂(s_j/τc) = ½ [Q_j (d_j − E_Q[d] + 1) − P_j] with d = log Q − log P. Without E_Q[d] the bracket
-        # adds up to E_Q[d]; subtracting its own sum keeps the gradient free of a common error.
+        # ∂L_con/∂(s_j/τc) = ½ [Q_j (d_j − E_Q[d] + 1) − P_j] with d = log Q − log P. Without E_Q[d] the
+        # bracket adds up to E_Q[d]; subtracting its own sum keeps the gradient free of a common error.
         grad = q * (difference + 1) - p
         grad = consistency_weight / (2 * consistency_temperature) * (grad - q * grad.sum(1, keepdim=True))
         if include_positive:

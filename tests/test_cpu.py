@@ -48,7 +48,7 @@ def test_older_instruction_sets_pass_the_same_tests(capability: str) -> None:
         [sys.executable, "-c", which], env=environment, capture_output=True, text=True, check=True
     )
     assert f"contrastive_ops._cpu_{capability}" in loaded.stdout
-    # Without fused multiply-adds each term rounds twice, which eager's library is spared: it is no measure then.
+    # Without fused multiply-adds each term rounds twice. Eager's library has them: it is no measure then.
     selection = "cpu and not adversarial" if capability == "default" else "cpu"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_co2.py", "-k", selection],

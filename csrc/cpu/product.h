@@ -100,9 +100,9 @@ inline void product_block(int64_t depth, const T* a, int64_t a_row, int64_t a_de
     }
 }
 
-// Terms that are summed one after another; longer sums are made of such chains, or their error would grow
-// with the square root of the length.
-inline constexpr int64_t kChain = 128;
+// Terms that are summed one after another. Longer sums are made of such chains, or their error would grow
+// with the square root of the length: at D = 128 chains of 32 halve the error, for 2 % of the time.
+inline constexpr int64_t kChain = 32;
 
 template <bool kAdd, typename T>
 void product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* out) {

@@ -1,0 +1,87 @@
+"""What this machine can do at best, measured: the floor under every time."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+from bench.cases import DTYPES, Case
+
+MIB = 1 << 20
+# (rows, inner, columns) of products: square ones that caches like, and both shapes of a loss over a queue.
+MATMUL_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (256, 128, 65536), (256, 65536, 128))
+
+
+def measure(device: str = "cpu") -> dict:
+    """Copying in GB/s, bytes read and written; matrix products of each dtype and multiply-adds in TFLOP/s."""
+    return {
+        "copy_gb_s": copy_gb_s(device),
+        "matmul_tflop_s": {dtype: matmul_tflop_s(dtype, device) for dtype in DTYPES},
+        "fma_tflop_s": fma_tflop_s(),
+    }
+
+
+def floor_ms(case: Case, ceilings: dict) -> float:
+    """The time of the matrix products alone, at the best rate that was measured for the dtype."""
+    rates = [ceilings["matmul_tflop_s"][case.dtype]]
+    if case.dtype == "float32" and ceilings["fma_tflop_s"]:
+        rates.append(ceilings["fma_tflop_s"])
+    return case.operations / (max(rates) * 1e12) * 1e3
+
+
+def copy_gb_s(device: str) -> float:
+    source = torch.ones(256 * MIB, device=device)  # 1 GiB, which no cache holds
+    seconds = _fastest("target.copy_(source)", source=source, target=torch.empty_like(source))
+    return 2 * source.nbytes / seconds / 1e9
+
+
+def matmul_tflop_s(dtype: str, device: str) -> float:
+    def rate(rows: int, inner: int, columns: int) -> float:
+        a = torch.randn(rows, inner, device=device).to(getattr(torch, dtype))
+        b = torch.randn(inner, columns, device=device).to(getattr(torch, dtype))
+        seconds = _fastest("torch.mm(a, b, out=out)", a=a, b=b, out=torch.mm(a, b))
+        return 2 * rows * inner * columns / seconds / 1e12
+
+    return max(rate(*shape) for shape in MATMUL_SHAPES)
+
+
+def _fastest(statement: str, **tensors: torch.Tensor) -> float:
+    """Seconds of the fastest of the runs that fit in half a second; waits for the device where it has to."""
+    timer = Timer(statement, globals=tensors, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=0.5).times)
+
+
+def fma_tflop_s() -> float | None:
+    """Float32 multiply-adds of all cores, which torch.mm may stay well below; None without a compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "fma.so")
+        source = Path(__file__).with_name("fma.c")
+        subprocess.run(
+            [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True
+        )
+        multiply_add = ctypes.CDLL(str(library)).multiply_add  # a call of it releases the interpreter's lock
+    multiply_add.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float, ctypes.POINTER(ctypes.c_float)]
+    multiply_add.restype = ctypes.c_double  # operations done
+
+    def run(_: int) -> float:
+        return multiply_add(20_000_000, 0.5, 1.0, ctypes.c_float())
+
+    cores = torch.get_num_threads()
+    best = 0.0
+    with ThreadPoolExecutor(cores) as threads:
+        for _ in range(10):
+            start = time.perf_counter()
+            operations = sum(threads.map(run, range(cores)))
+            best = max(best, operations / (time.perf_counter() - start))
+    return best / 1e12

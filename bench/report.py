@@ -1,0 +1,284 @@
+"""Tables and plots of a result: `python -m bench.report [FILE…]`, by default of the newest one.
+
+For `<stem>.json` it writes `<stem>.md`, `<stem>-time.png` and `<stem>-memory.png` beside it. With `--readme`
+it replaces what stands between the markers in README.md too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+
+LOSSES = {"co2": "CO2", "info_nce": "InfoNCE"}
+PEERS = {"eager": "eager PyTorch", "compile": "torch.compile", "lightly": "lightly"}
+PEER_COLORS = {"eager": "#6c757d", "compile": "#3a6ea5", "lightly": "#7b5ea7"}
+FUSED_COLORS = ("#d1495b", "#e08e45", "#2a9d6f")
+
+PLOTTED = {"loss": "co2", "B": 256}
+HEADLINE = {"B": 256, "K": 65536}  # the size that the README tells of
+
+Records = dict[str, dict]  # of one size, by implementation
+
+
+class Result:
+    """A JSON file, its records found by what was measured."""
+
+    def __init__(self, path: Path) -> None:
+        content = json.loads(path.read_text())
+        self.path = path
+        self.machine, self.ceilings = content["machine"], content["ceilings"]
+        self.records = content["records"]
+
+    def beside(self, suffix: str) -> Path:
+        """The file of the report whose name ends like that."""
+        return self.path.with_name(self.path.stem + suffix)
+
+    def values(self, field: str, **where: object) -> list:
+        """What a field holds in the records that are like `where`, in their order."""
+        return list(dict.fromkeys(r[field] for r in self.records if where.items() <= r.items()))
+
+    def impls(self, **where: object) -> list[str]:
+        """Implementations, the fused ones first."""
+        return sorted(
+            self.values("impl", **where), key=lambda impl: [*PEERS].index(impl) if impl in PEERS else -1
+        )
+
+    def sizes(self, **where: object) -> dict[tuple[int, int], Records]:
+        """The records that are like `where`, by (B, K)."""
+        sizes: dict[tuple[int, int], Records] = {}
+        for r in self.records:
+            if where.items() <= r.items():
+                sizes.setdefault((r["B"], r["K"]), {})[r["impl"]] = r
+        return dict(sorted(sizes.items()))
+
+    @property
+    def caption(self) -> str:
+        m = self.machine
+        return f"{m['device']}, {m['threads']} threads; torch {m['torch']}, Python {m['python']}; {m['date']}"
+
+
+def write(path: Path) -> None:
+    """The report of one JSON file, beside it."""
+    result = Result(path)
+    result.beside(".md").write_text(report(result))
+    plot(result, "ms", "Time of a step", "milliseconds").savefig(result.beside("-time.png"), dpi=200)
+    plot(result, "peak_mib", "Peak memory of a step", "MiB beyond its input").savefig(
+        result.beside("-memory.png"), dpi=200
+    )
+    print(f"Wrote {result.beside('.md')} and its plots")
+
+
+# Tables
+
+
+def report(result: Result) -> str:
+    parts = [
+        f"# Losses over a queue on {result.machine['device']}",
+        f"{result.caption}; commit {result.machine['commit']}.",
+        "A step is forward and backward to the query. Its time is the median, its memory the peak beyond its "
+        "input, in a process of its own. The floor is the time of its matrix products alone at the best rate "
+        "that was measured on this machine. Speed-ups are those of the fastest fused implementation.",
+        f"![Time against keys]({result.beside('-time.png').name})",
+        f"![Memory against keys]({result.beside('-memory.png').name})",
+        ceilings_table(result),
+    ]
+    for loss in result.values("loss"):
+        for dtype in result.values("dtype", loss=loss):
+            parts += [
+                f"## {LOSSES[loss]}, {dtype}",
+                "Milliseconds:",
+                time_table(result, loss, dtype),
+                "MiB:",
+                memory_table(result, loss, dtype),
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
+def ceilings_table(result: Result) -> str:
+    ceilings = result.ceilings
+    rows = [("copy, read and write", f"{number(ceilings['copy_gb_s'])} GB/s")]
+    rows += [
+        (f"torch.mm, {dtype}", f"{rate:.3g} TFLOP/s") for dtype, rate in ceilings["matmul_tflop_s"].items()
+    ]
+    if ceilings.get("fma_tflop_s"):
+        rows.append(("float32 multiply-adds", f"{ceilings['fma_tflop_s']:.3g} TFLOP/s"))
+    return table(("ceiling", "measured"), rows)
+
+
+def time_table(result: Result, loss: str, dtype: str) -> str:
+    where = {"loss": loss, "dtype": dtype}
+    impls = result.impls(**where)
+    peers = [impl for impl in impls if impl in PEERS]
+    rows = [
+        (
+            batch,
+            f"{keys:,}",
+            *(cell(records, impl, "ms") for impl in impls),
+            number(next(iter(records.values()))["floor_ms"]),
+            *(speed_up(records, peer) for peer in peers),
+        )
+        for (batch, keys), records in result.sizes(**where).items()
+    ]
+    speed_ups = (f"speed-up over {label(peer)}" for peer in peers)
+    return table(("B", "K", *map(label, impls), "floor", *speed_ups), rows)
+
+
+def memory_table(result: Result, loss: str, dtype: str) -> str:
+    where = {"loss": loss, "dtype": dtype}
+    impls = result.impls(**where)
+    rows = [
+        (batch, f"{keys:,}", *(cell(records, impl, "peak_mib") for impl in impls))
+        for (batch, keys), records in result.sizes(**where).items()
+    ]
+    return table(("B", "K", *map(label, impls)), rows)
+
+
+def readme_section(result: Result) -> str:
+    """Every loss and dtype at one size, and the plot of time."""
+    impls = result.impls(**HEADLINE)
+    rows = []
+    for loss in result.values("loss", **HEADLINE):
+        for dtype in result.values("dtype", loss=loss, **HEADLINE):
+            (records,) = result.sizes(loss=loss, dtype=dtype, **HEADLINE).values()
+            cells = (
+                f"{cell(records, impl, 'ms')} ms, {cell(records, impl, 'peak_mib')} MiB"
+                if impl in records
+                else "–"
+                for impl in impls
+            )
+            rows.append((f"{LOSSES[loss]}, {dtype}", *cells, speed_up(records, "eager")))
+    image = os.path.relpath(result.beside("-time.png"), ROOT)
+    return "\n\n".join(
+        (
+            table(("", *map(label, impls), "speed-up over eager"), rows),
+            f"Forward and backward at B = {HEADLINE['B']}, K = {HEADLINE['K']:,}, D = 128: median time, and "
+            f"peak memory beyond the input. {result.caption}.",
+            f"![Time of a step against the number of keys]({image})",
+        )
+    )
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def label(impl: str) -> str:
+    return PEERS.get(impl, f"fused ({impl})")
+
+
+def cell(records: Records, impl: str, field: str) -> str:
+    return number(records.get(impl, {}).get(field))
+
+
+def number(value: float | None) -> str:
+    """Three digits, or a dash for what was not measured."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def speed_up(records: Records, peer: str) -> str:
+    """Of the fastest fused implementation over a peer."""
+    fused = [r["ms"] for impl, r in records.items() if impl not in PEERS]
+    return f"{records[peer]['ms'] / min(fused):.1f} ×" if fused and peer in records else "–"
+
+
+# Plots
+
+
+def plot(result: Result, field: str, title: str, unit: str) -> Figure:
+    """`field` against K on logarithmic axes, a panel for each dtype."""
+    dtypes = result.values("dtype", **PLOTTED)
+    figure = Figure(figsize=(5 * len(dtypes), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        draw(axes, result, dtype, field)
+        axes.set_title(dtype)
+    panels[0].set_ylabel(unit)
+    figure.suptitle(
+        f"{title}, forward and backward: {LOSSES[PLOTTED['loss']]}, B = {PLOTTED['B']}, D = 128",
+        weight="bold",
+    )
+    figure.supxlabel(result.caption, fontsize=8, color="0.4")
+    return figure
+
+
+def draw(axes: Axes, result: Result, dtype: str, field: str) -> None:
+    """One panel: a line for each implementation, and the reference that goes with the field."""
+    sizes = {keys: records for (_, keys), records in result.sizes(dtype=dtype, **PLOTTED).items()}
+    compared = {keys: records for keys, records in sizes.items() if PEERS.keys() & records.keys()} or sizes
+    if field == "ms":
+        sizes = compared  # beyond them time only goes on along its line
+        floor = {keys: next(iter(records.values()))["floor_ms"] for keys, records in sizes.items()}
+        reference(axes, floor, "floor: its matrix products")
+    else:
+        mib = PLOTTED["B"] * {"float32": 4, "bfloat16": 2}[dtype] / 2**20
+        reference(axes, {keys: keys * mib for keys in compared}, "one B×K matrix")
+
+    fused_colors = iter(FUSED_COLORS)
+    for impl in result.impls(dtype=dtype, **PLOTTED):
+        measured = {keys: records[impl][field] for keys, records in sizes.items() if impl in records}
+        points = [(keys, value) for keys, value in measured.items() if value is not None]
+        color, width = (PEER_COLORS[impl], 1.5) if impl in PEERS else (next(fused_colors), 2.5)
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=width, marker="o", markersize=5)
+        end = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        name = label(impl)
+        if field == "ms" and impl not in PEERS:
+            name += f"\n{speed_up(sizes[points[-1][0]], 'eager')} vs eager"
+        axes.annotate(name, points[-1], color=color, **end)
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(list(sizes), [f"{keys:,}" for keys in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.set_xlabel("keys in the queue, K")
+    axes.grid(color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def reference(axes: Axes, values: dict[int, float], name: str) -> None:
+    """A thin dashed line, its name below its middle."""
+    points = list(values.items())
+    axes.plot(*zip(*points, strict=True), color="0.35", linestyle="--", linewidth=1)
+    below = {"xytext": (10, -4), "textcoords": "offset points", "va": "top"}
+    axes.annotate(name, points[len(points) // 2], color="0.35", size=9, **below)
+
+
+def replace_in_readme(result: Result) -> None:
+    before, begin, rest = README.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{README} lacks the markers {BEGIN} and {END}")
+    README.write_text(f"{before}{begin}\n{readme_section(result)}\n{end}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results in JSON")
+    parser.add_argument("--readme", action="store_true", help="put the table of the last FILE into README.md")
+    arguments = parser.parse_args()
+    files = arguments.files or sorted(RESULTS.glob("*.json"))[-1:]  # names begin with the date
+    if not files:
+        raise SystemExit(f"there are no results in {RESULTS}; `python -m bench` makes some")
+    for path in files:
+        write(path)
+    if arguments.readme:
+        replace_in_readme(Result(files[-1]))
+
+
+if __name__ == "__main__":
+    main()
