@@ -39,15 +39,18 @@ class BackendStatus:
 
 @dataclass(frozen=True)
 class _Backend:
-    """`load` returns the implementing module or raises ImportError with the reason why it cannot serve
-    here; `device_types` are the devices whose tensors it serves."""
+    """`load` returns the implementing module, or raises ImportError with the reason why it cannot serve on
+    this machine; `refuses` says why it does not serve a call with this query, if so."""
 
     load: Callable[[], ModuleType]
-    device_types: Callable[[], tuple[str, ...] | None]  # None: any
+    refuses: Callable[[Tensor], str | None] = lambda query: None
 
-    def serves(self, device_type: str) -> bool:
-        types = self.device_types()
-        return types is None or device_type in types
+
+def _only_on(*device_types: str) -> Callable[[Tensor], str | None]:
+    def refuses(query: Tensor) -> str | None:
+        return None if query.device.type in device_types else f"it does not serve {query.device.type} tensors"
+
+    return refuses
 
 
 def _load_reference() -> ModuleType:
@@ -77,12 +80,10 @@ def _load_cuda() -> ModuleType:
 
 
 _BACKENDS = {
-    "reference": _Backend(_load_reference, lambda: None),
-    "cpu": _Backend(_load_cpu, lambda: ("cpu",)),
-    "triton": _Backend(
-        _load_triton, lambda: ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
-    ),
-    "cuda": _Backend(_load_cuda, lambda: ("cuda",)),
+    "reference": _Backend(_load_reference),
+    "cpu": _Backend(_load_cpu, _only_on("cpu")),
+    "triton": _Backend(_load_triton, _only_on("cuda")),
+    "cuda": _Backend(_load_cuda, _only_on("cuda")),
 }
 
 # Tried in this order where nobody chose; what is missing falls through to the reference.
@@ -155,25 +156,26 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def select(requested: str | None, tensor: Tensor) -> ModuleType:
-    """The module that serves a call on `tensor`: what was asked for, or else the fastest there is."""
-    device_type = tensor.device.type
+def select(requested: str | None, query: Tensor) -> ModuleType:
+    """The module that serves a call with this query: what was asked for, or else the fastest there is."""
     for name, source in (
         (requested, "backend="),
         (_ambient.get(), "use_backend()"),
         (os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE),
     ):
-        if name is None:
-            continue
-        module = _require(name, source)
-        if not _BACKENDS[name].serves(device_type):
-            raise RuntimeError(f"{source}: the backend {name!r} does not serve {device_type} tensors")
-        return module
+        if name is not None:
+            module = _require(name, source)
+            reason = _BACKENDS[name].refuses(query)
+            if reason:
+                raise RuntimeError(f"{source}: the backend {name!r} cannot serve this call: {reason}")
+            return module
 
+    device_type = query.device.type
     reasons = []
     for name in _PREFERENCE.get(device_type, ()):
         fused, reason = _load(name)
-        if fused is not None:
+        reason = reason or _BACKENDS[name].refuses(query)
+        if fused is not None and not reason:
             return fused
         reasons.append(f"{name}: {reason}")
     causes = "; ".join(reasons) or f"no fused kernels exist for {device_type} tensors"

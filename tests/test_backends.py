@@ -14,7 +14,7 @@ from tests.cases import Case
 
 @pytest.fixture
 def tensor() -> torch.Tensor:
-    return torch.zeros(1)
+    return torch.zeros(1, 1)
 
 
 def test_every_backend_is_reported() -> None:
@@ -69,7 +69,9 @@ def test_a_backend_that_cannot_serve_is_an_error_never_a_fallback() -> None:
 
 
 def test_a_backend_refuses_devices_it_does_not_serve() -> None:
-    with pytest.raises(RuntimeError, match="the backend 'cpu' does not serve meta tensors"):
+    with pytest.raises(
+        RuntimeError, match="the backend 'cpu' cannot serve this call: it does not serve meta"
+    ):
         select("cpu", torch.zeros(1, device="meta"))
 
 
@@ -77,7 +79,7 @@ def test_the_fallback_to_the_reference_is_announced_once(monkeypatch: pytest.Mon
     def absent() -> None:
         raise ImportError("no compiler")
 
-    broken = _backends._Backend(absent, lambda: ("cpu",))  # type: ignore[arg-type]
+    broken = _backends._Backend(absent)  # type: ignore[arg-type]
     monkeypatch.setitem(_backends._BACKENDS, "cpu", broken)
     _backends._load.cache_clear()
     _backends._warn_once.cache_clear()
