@@ -75,6 +75,16 @@ class BuildExtensions(build_ext):
         super().initialize_options()
         self.parallel = os.cpu_count()
 
+    def run(self):
+        super().run()
+        absent = [e.name for e in self.extensions if not os.path.exists(self.get_ext_fullpath(e.name))]
+        if absent:
+            print(
+                f"contrastive_ops: {', '.join(absent)} could not be built: those C++ kernels are absent, "
+                "and where they would serve, the slow reference will",
+                file=sys.stderr,
+            )
+
     def build_extension(self, extension):
         builder = copy.copy(self)
         builder.build_temp = os.path.join(self.build_temp, extension.name)

@@ -59,8 +59,8 @@ def augmentation(name: Augmentation, size: int) -> v2.Transform:
 def _handwriting(size: int) -> tuple[v2.Transform, ...]:
     bilinear = v2.InterpolationMode.BILINEAR
     return (
-        v2.RandomResizedCrop(size, scale=(0.5, 1.0), ratio=(0.75, 1.33)),
-        v2.RandomAffine(degrees=15, translate=(0.1, 0.1), shear=15, interpolation=bilinear),
+        v2.RandomResizedCrop(size, scale=(0.7, 1.0), ratio=(0.75, 1.33)),
+        v2.RandomAffine(degrees=10, shear=10, interpolation=bilinear),
     )
 
 

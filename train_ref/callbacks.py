@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
@@ -14,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .evaluation import evaluate, extract_features, format_table
+from .runs import run_directory
 
 
 class Curves(Callback):
-    """Keeps each epoch's means, in the checkpoint too, and draws them to ``curves.png`` when training ends."""
+    """Keeps each epoch's means, in checkpoints too, and draws them to ``curves.png`` when training ends."""
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
@@ -105,10 +105,3 @@ class Evaluation(Callback):
         print(f"\nAccuracy on {len(features['trained'][1].labels)} test images, in percent:\n")
         print(format_table(rows))
         print(f"\nThis table and the curves are kept in {directory}", flush=True)
-
-
-def run_directory(trainer: Trainer) -> Path:
-    """Where a run keeps its files: its logger's directory, or without a logger the trainer's default."""
-    directory = Path(trainer.log_dir or trainer.default_root_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from .runs import run_directory
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the checkpoint, then renames: the file of that name is the old one or the new, never half.
+    """Writes beside the checkpoint, then renames: its name is the old file's or the new one's, never half's.
 
     Lightning's own goes through the system's temporary folder. Where that lies on another disk than the
     checkpoint, its last step is a copy, which a kill can leave unfinished.
@@ -32,17 +35,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(partial, path)
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``checkpoints/last.ckpt`` of the run, as the last finished epoch left it.
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt`` in the run's directory, as training was at the end of an epoch.
 
-    An interrupt saves nothing: in the middle of a step, the weights, the momentum encoder and the queue would
-    not belong together.
+    An interrupt itself saves nothing: in the middle of a step, the query encoder, the key encoder and the
+    queue do not belong together.
+
+    Args:
+        every_n_epochs: how often it is written; the end of training always is.
     """
 
-    def __init__(self) -> None:
-        super().__init__(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    def __init__(self, every_n_epochs: PositiveInt = 1) -> None:
+        self.every_n_epochs = every_n_epochs
+        self.saved_step = 0
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.saved_step != trainer.global_step:
+            self._save(trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        last = Path(self.dirpath or "", "last.ckpt")
-        if trainer.is_global_zero and last.is_file():
-            print(f"\nStopped. To go on from the last finished epoch: --ckpt_path {last}", flush=True)
+        if trainer.is_global_zero and self.saved_step:
+            print(f"\nStopped. To go on from the last checkpoint: --ckpt_path {self._path(trainer)}")
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self._path(trainer))
+        self.saved_step = trainer.global_step
+
+    @staticmethod
+    def _path(trainer: Trainer) -> Path:
+        return run_directory(trainer) / "last.ckpt"

@@ -44,7 +44,7 @@ class Digits(Dataset):
 
 
 class SyntheticImages(Dataset):
-    """Endless (3, size, size) uint8 images; image i is a function of (seed, i) alone, its label i mod 10.
+    """Endless (3, size, size) uint8 images; image i is a function of (seed, i) alone, its label i mod 4.
 
     Each is a grating with noise: the label sets its slope, chance its frequency, phase and two colours.
 
@@ -62,11 +62,11 @@ class SyntheticImages(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.image(index)), index % 10
+        return self.transform(self.image(index)), index % 4
 
     def image(self, index: int) -> Tensor:
         random = np.random.default_rng([self.seed, index])
-        slope = np.pi * (index % 10) / 10
+        slope = np.pi / 2 * (index % 4) / 3  # up to a right angle: a mirror image keeps its label
         frequency, phase = random.uniform(1.5, 3.0), random.uniform(0, 2 * np.pi)
         dark, bright = np.sort(random.uniform(0, 255, (2, 3, 1, 1)), axis=0)  # per colour channel
         y, x = np.mgrid[: self.size, : self.size] / self.size

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from contrastive_ops import KeyQueue, co2_loss
 
+from .errors import UsageError
 from .networks import FEATURES, Architecture, Head, Stem, projection_head, resnet
 
 
 class MoCo(LightningModule):
     """Momentum contrast: queries against keys from a slowly moving encoder and a queue of earlier keys.
 
-    MoCo v1 has a linear head, temperature 0.07 and steps in the learning rate; v2 an MLP head, temperature 0.2
-    and a cosine. CO2 adds its consistency term: weight 10 at temperature 0.04 for v1, 0.3 at 0.05 for v2. The
-    defaults are those of MoCo v2 + CO2. The views differ too: see the data's ``augmentation``.
+    MoCo v1 has a linear head, temperature 0.07 and steps in the learning rate; v2 an MLP head, temperature
+    0.2 and a cosine. CO2 adds its consistency term: weight 10 at temperature 0.04 for v1, 0.3 at 0.05 for v2.
+    The defaults are those of MoCo v2 + CO2. The views differ too: see the data's ``augmentation``.
 
     Args:
         arch: the encoders' network.
@@ -63,6 +64,10 @@ class MoCo(LightningModule):
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         self.queue = KeyQueue(queue_size, dim)
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            raise UsageError(f"MoCo trains in one process so far, not in {self.trainer.world_size}")
+
     @property
     def backbone(self) -> nn.Module:
         """The query encoder without its head: what the training is for, (B, 3, H, W) to (B, features)."""
@@ -80,8 +85,8 @@ class MoCo(LightningModule):
         query = self.query_encoder(query_view)  # (B, D)
         with torch.no_grad():
             self.update_key_encoder()
-            # One process sees the whole batch, so keys need no shuffled batch norm; with several, MoCo shuffles
-            # the views across them here, and gathers the keys before they are enqueued.
+            # For one process. With several, MoCo shuffles the keys' views across them here, so that batch
+            # statistics betray no positives, and gathers all keys for the queue: both are still to come.
             key = self.key_encoder(key_view)  # (B, D)
 
         loss, metrics = co2_loss(
@@ -106,11 +111,10 @@ class MoCo(LightningModule):
         return loss
 
     def _log(self, **values: Tensor) -> None:
-        """Values of the step to progress bar and logger; their means over the epoch, as ``epoch/…``."""
-        self.log_dict(values, prog_bar=True)
-        self.log_dict(
-            {f"epoch/{name}": value for name, value in values.items()}, on_step=False, on_epoch=True
-        )
+        """Log the values of the step and, as ``epoch/<name>``, their means over the epoch."""
+        for name, value in values.items():
+            self.log(name, value, prog_bar=not name.endswith("_loss"))
+            self.log(f"epoch/{name}", value, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.SGD(
