@@ -26,26 +26,6 @@ _library.define(
 _library.define("scale_gradient(Tensor gradient, Tensor grad_loss, Tensor query) -> Tensor")
 
 
-def co2(
-    query: Tensor,
-    key: Tensor,
-    queue: Tensor,
-    temperature: float,
-    consistency_temperature: float,
-    instance_weight: float,
-    consistency_weight: float,
-    include_positive: bool,
-    normalize: bool,
-    compute_gradient: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The operator that `reference.co2` specifies. Only `loss` is differentiable, and only in `query`."""
-    return torch.ops.contrastive_ops.co2(
-        query, key, queue, temperature, consistency_temperature, instance_weight, consistency_weight,
-        include_positive, normalize, compute_gradient, backend,
-    )  # fmt: skip
-
-
 def _co2(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *settings, backend = arguments
     return _backends.select(backend, query).co2(query, key, queue, *settings)
@@ -93,3 +73,7 @@ torch.library.register_autograd(
 # `query` stands in the signature so that a graph of the backward exists and refuses to be differentiated:
 # without it, create_graph=True would silently leave the second derivative out.
 torch.library.register_autograd("contrastive_ops::scale_gradient", _no_double_backward, lib=_library)
+
+# Specified by `reference.co2`, with the name of a backend as its last argument. Only the first output, the row
+# losses, is differentiable, and only in the query.
+co2 = torch.ops.contrastive_ops.co2

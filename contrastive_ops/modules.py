@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import functional
-from .functional import Reduction
 
 
 class _QueueLoss(nn.Module):
-    """Holds a loss's keyword arguments as attributes, and shows them."""
+    """Holds the keyword arguments of a loss as attributes, with the loss's own defaults."""
+
+    _loss: Callable[..., Any]
+    __signature__: inspect.Signature
+
+    def __init_subclass__(cls) -> None:
+        parameters = inspect.signature(cls._loss).parameters.values()
+        cls.__signature__ = inspect.Signature([p for p in parameters if p.kind is p.KEYWORD_ONLY])
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        self._settings = tuple(settings)
-        for name, value in settings.items():
+        bound = self.__signature__.bind(**settings)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
             setattr(self, name, value)
 
     def settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._settings}
+        """The loss's keyword arguments as they stand; each is an attribute, and may be changed."""
+        return {name: getattr(self, name) for name in self.__signature__.parameters}
+
+    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Any:
+        return type(self)._loss(query, key, queue, **self.settings())
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
@@ -29,6 +42,9 @@ class _QueueLoss(nn.Module):
 class CO2Loss(_QueueLoss):
     """`co2_loss` with its settings; the defaults are the paper's for MoCo v2.
 
+    Args:
+        **settings: the keyword arguments of `co2_loss`.
+
     Example:
         >>> import torch
         >>> from contrastive_ops import CO2Loss
@@ -36,35 +52,14 @@ class CO2Loss(_QueueLoss):
         >>> loss = criterion(torch.randn(4, 8), torch.randn(4, 8), torch.randn(16, 8))
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 0.2,
-        consistency_temperature: float = 0.05,
-        consistency_weight: float = 0.3,
-        include_positive: bool = False,
-        normalize: bool = True,
-        reduction: Reduction = "mean",
-        return_metrics: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            temperature=temperature,
-            consistency_temperature=consistency_temperature,
-            consistency_weight=consistency_weight,
-            include_positive=include_positive,
-            normalize=normalize,
-            reduction=reduction,
-            return_metrics=return_metrics,
-            backend=backend,
-        )
-
-    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Any:
-        return functional.co2_loss(query, key, queue, **self.settings())
+    _loss = staticmethod(functional.co2_loss)
 
 
 class InfoNCELoss(_QueueLoss):
     """`info_nce_loss` with its settings.
+
+    Args:
+        **settings: the keyword arguments of `info_nce_loss`.
 
     Example:
         >>> import torch
@@ -72,29 +67,14 @@ class InfoNCELoss(_QueueLoss):
         >>> loss = InfoNCELoss(temperature=0.07)(torch.randn(4, 8), torch.randn(4, 8), torch.randn(16, 8))
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 0.2,
-        normalize: bool = True,
-        reduction: Reduction = "mean",
-        return_metrics: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            temperature=temperature,
-            normalize=normalize,
-            reduction=reduction,
-            return_metrics=return_metrics,
-            backend=backend,
-        )
-
-    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Any:
-        return functional.info_nce_loss(query, key, queue, **self.settings())
+    _loss = staticmethod(functional.info_nce_loss)
 
 
 class ConsistencyLoss(_QueueLoss):
     """`consistency_loss` with its settings.
+
+    Args:
+        **settings: the keyword arguments of `consistency_loss`.
 
     Example:
         >>> import torch
@@ -102,24 +82,4 @@ class ConsistencyLoss(_QueueLoss):
         >>> loss = ConsistencyLoss()(torch.randn(4, 8), torch.randn(4, 8), torch.randn(16, 8))
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 0.05,
-        include_positive: bool = False,
-        normalize: bool = True,
-        reduction: Reduction = "mean",
-        return_metrics: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            temperature=temperature,
-            include_positive=include_positive,
-            normalize=normalize,
-            reduction=reduction,
-            return_metrics=return_metrics,
-            backend=backend,
-        )
-
-    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Any:
-        return functional.consistency_loss(query, key, queue, **self.settings())
+    _loss = staticmethod(functional.consistency_loss)

@@ -131,3 +131,16 @@ def test_modules_compute_their_function(name: str) -> None:
     assert torch.equal(
         module(query, key, queue), function(query, key, queue, **settings | {"temperature": 0.7})
     )
+
+
+def test_modules_refuse_unknown_settings() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        contrastive_ops.CO2Loss(temprature=0.1)
+
+
+def test_modules_compile() -> None:
+    query, key, queue = Case(batch=4, keys=6, dim=3).tensors()
+    module = contrastive_ops.CO2Loss()
+    torch.testing.assert_close(
+        torch.compile(module, fullgraph=True)(query, key, queue), module(query, key, queue)
+    )
