@@ -74,6 +74,6 @@ torch.library.register_autograd(
 # without it, create_graph=True would silently leave the second derivative out.
 torch.library.register_autograd("contrastive_ops::scale_gradient", _no_double_backward, lib=_library)
 
-# Specified by `reference.co2`, with the name of a backend as its last argument. Only the first output, the row
-# losses, is differentiable, and only in the query.
+# Specified by `reference.co2`, with the name of a backend as its last argument. Only the first output, the
+# row losses, is differentiable, and only in the query.
 co2 = torch.ops.contrastive_ops.co2
