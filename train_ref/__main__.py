@@ -82,15 +82,15 @@ def main(args: ArgsType = None) -> None:
                 "exit_on_error": False,
                 "fit": {
                     "exit_on_error": False,
-                    "description": "Trains as a recipe says; options change its settings. Those of Lightning's "
-                    "Trainer that are not listed here work too: --trainer.<name>.",
+                    "description": "Trains as a recipe says; options change its settings. All options of "
+                    "Lightning's Trainer work, also the many not listed here: --trainer.<name>.",
                     "usage": "python -m train_ref fit --config RECIPE [--ckpt_path CHECKPOINT] [options]",
                 },
             },
             args=args,
         )
     except (ArgumentError, MisconfigurationException, UsageError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + " ".join(str(error).split()))
 
 
 if __name__ == "__main__":

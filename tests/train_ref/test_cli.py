@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from train_ref import __main__ as command_line
+
+RECIPES = Path(command_line.__file__).parent / "recipes"
+SYNTHETIC = ["--config", str(RECIPES / "synthetic.yaml")]
+SMALL = [
+    "--data.image_size=8",
+    "--data.batch_size=8",
+    "--data.synthetic_size=16",
+    "--trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture
+def train_ref(tmp_path, monkeypatch, capsys):
+    """The command line in an empty directory: returns its output, or raises SystemExit."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_ref"])
+
+    def run(*args: str) -> str:
+        command_line.main(list(args))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_run_prints_its_table_and_leaves_its_files(train_ref, tmp_path):
+    output = train_ref("fit", *SYNTHETIC, *SMALL)
+    run = tmp_path / "runs" / "synthetic" / "version_0"
+    assert "linear probe, 1 % of the labels" in output
+    assert "runs/synthetic/version_0" in output
+    assert {"config.yaml", "curves.png", "evaluation.json", "last.ckpt"} <= {
+        file.name for file in run.iterdir()
+    }
+    assert list(run.glob("events.out.tfevents.*"))
+    rows = json.loads((run / "evaluation.json").read_text())
+    assert [row["measure"].split(",")[0] for row in rows] == ["20 nearest neighbours"] + ["linear probe"] * 3
+    for row in rows:
+        assert 0 <= row["untrained"]["mean"] <= 100
+        assert 0 <= row["trained"]["mean"] <= 100
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train_ref", "fit", *SYNTHETIC, *SMALL, "--trainer.max_epochs=1000"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(RECIPES.parents[1]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoint = tmp_path / "runs" / "synthetic" / "version_0" / "last.ckpt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)  # somewhere in a step or in a save
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    epochs = torch.load(checkpoint, weights_only=True)["epoch"] + 1
+    train_ref("fit", *SYNTHETIC, *SMALL, f"--ckpt_path={checkpoint}", f"--trainer.max_epochs={epochs + 1}")
+    resumed = torch.load(tmp_path / "runs" / "synthetic" / "version_1" / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == 2 * (epochs + 1)
+    assert resumed["state_dict"]["queue.pointer"] == 16 * (epochs + 1) % 256
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], 'expected "subcommand"'),
+        (["fit"], "fit needs --config"),
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit", *SYNTHETIC, "--model.temprature=0.1"], "temprature"),
+        (["fit", *SYNTHETIC, "--model.temperature=0"], "temperature"),
+        (["fit", *SYNTHETIC, "--model.arch=resnet34"], "resnet34"),
+        (["fit", *SYNTHETIC, "--ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        (["fit", *SYNTHETIC, "--data.batch_size=200"], "batch_size is 200, but there are only 160"),
+        (["fit", *SYNTHETIC, "--data.dataset=folder"], "data.root must name the folder"),
+        (["fit", *SYNTHETIC, "--data.dataset=folder", "--data.root=nowhere"], "no folder nowhere/train"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(train_ref, args, message):
+    with pytest.raises(SystemExit) as stopped:
+        train_ref(*args)
+    line = str(stopped.value.code)
+    assert line.startswith("error: ")
+    assert message in line
+    assert len(line.splitlines()) == 1
+
+
+def test_a_checkpoint_that_is_not_whole_is_told_so(train_ref, tmp_path):
+    (tmp_path / "half.ckpt").write_bytes(b"PK\x03\x04 and so on")
+    with pytest.raises(SystemExit, match="not a whole one"):
+        train_ref("fit", *SYNTHETIC, "--ckpt_path=half.ckpt")
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_built(train_ref, monkeypatch, recipe):
+    built = []
+    monkeypatch.setattr(
+        command_line.ReferenceCLI, "fit", lambda self, **settings: built.append(self), raising=False
+    )
+    train_ref("fit", "--config", str(recipe))
+    (cli,) = built
+    assert recipe.read_text().startswith("# ")
+    assert cli.trainer.log_dir == f"runs/{recipe.stem}/version_0"
+    version = "v1" if "_v1" in recipe.stem else "v2"
+    assert cli.model.hparams.head == {"v1": "linear", "v2": "mlp"}[version]
+    assert cli.model.hparams.temperature == {"v1": 0.07, "v2": 0.2}[version]
+    assert cli.datamodule.hparams.augmentation.endswith(version)
+    if "co2" in recipe.stem:
+        if "imagenet" in recipe.stem:
+            assert cli.model.hparams.consistency_weight == {"v1": 10.0, "v2": 0.3}[version]
+        assert cli.model.hparams.consistency_temperature == {"v1": 0.04, "v2": 0.05}[version]
+    elif recipe.stem != "synthetic":
+        assert cli.model.hparams.consistency_weight == 0
+
+
+@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"]])
+def test_help_fits_a_few_screens(train_ref, capsys, args):
+    with pytest.raises(SystemExit):
+        train_ref(*args)
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 200
+    if "fit" in args:
+        assert all(option in text for option in ("--model.temperature", "--data.dataset", "--ckpt_path"))

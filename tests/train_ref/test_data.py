@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train_ref.data import Digits, EndlessSampler, SyntheticImages
+from train_ref.errors import UsageError
+
+
+def unchanged(image):
+    return image
+
+
+def synthetic(seed: int = 0, length: int = 8) -> SyntheticImages:
+    return SyntheticImages(seed, 8, length, unchanged)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of 12 + 12 random images in 2 classes, of differing sizes."""
+    random = np.random.default_rng(0)
+    for index in range(24):
+        path = tmp_path / ("train", "val")[index % 2] / ("cat", "dog")[index % 4 // 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20 + index, 24, 3), dtype=np.uint8)).save(path)
+    return tmp_path
+
+
+def test_digits_are_split_for_good_and_in_equal_shares():
+    train, test = Digits(True, unchanged), Digits(False, unchanged)
+    assert (len(train), len(test)) == (1437, 360)
+    for labels in (train.labels, test.labels):
+        share = np.bincount(labels) / len(labels)
+        assert np.abs(share - 0.1).max() < 0.005
+    assert torch.equal(train.images, Digits(True, unchanged).images)
+    image, _ = train[0]
+    assert image.shape == (3, 8, 8)
+    assert image.dtype == torch.uint8
+    assert train.images.max() == 255
+
+
+def test_no_digit_is_in_both_splits():
+    train, test = (
+        {image.numpy().tobytes() for image in Digits(part, unchanged).images} for part in (True, False)
+    )
+    assert not train & test
+
+
+def test_a_synthetic_image_depends_on_seed_and_index_alone():
+    later_first, fresh = synthetic(), synthetic(length=4)
+    for index in (10**9, 3, 0):
+        assert torch.equal(later_first[index][0], fresh[index][0])
+        assert not torch.equal(fresh[index][0], synthetic(seed=1)[index][0])
+        assert not torch.equal(fresh[index][0], fresh[index + 4][0])
+        assert fresh[index][1] == index % 4
+
+
+def test_the_synthetic_set_never_repeats_an_image():
+    sampler = EndlessSampler(5)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        epochs += list(sampler)
+    assert epochs == list(range(15))
+
+
+def test_lightning_moves_the_endless_set_on_every_epoch(make_moco, make_views, make_trainer):
+    views, seen = make_views(), []
+    views.setup()
+    views.train_images.transform, draw = lambda image: (image, image), views.train_images.image
+    views.train_images.image = lambda index: seen.append(index) or draw(index).float()
+    views.setup = lambda stage: None
+    make_trainer(max_epochs=2).fit(make_moco(), views)
+    assert seen == list(range(32))
+
+
+@pytest.mark.parametrize(("dataset", "count"), [("digits", 1437), ("synthetic", 16), ("folder", 12)])
+def test_every_dataset_gives_two_views_to_train_and_plain_images_to_evaluate(
+    make_views, folder, dataset, count
+):
+    views = make_views(dataset=dataset, root=str(folder), image_size=12)
+    views.setup()
+    (query, key), labels = next(iter(views.train_dataloader()))
+    assert query.shape == key.shape == (8, 3, 12, 12)
+    assert labels.shape == (8,)
+    assert not torch.equal(query, key)
+
+    train, test = views.evaluation_dataloaders()
+    again, _ = views.evaluation_dataloaders()
+    assert len(train.dataset) == count
+    (images, labels), (same_images, same_labels) = next(iter(train)), next(iter(again))
+    assert images.shape == (8, 3, 12, 12)
+    assert torch.equal(images, same_images)
+    assert torch.equal(labels, same_labels)
+    assert not torch.equal(images, next(iter(test))[0])
+
+
+def test_a_capped_evaluation_still_sees_every_class(make_views, folder):
+    views = make_views(dataset="folder", root=str(folder))
+    for loader in views.evaluation_dataloaders(max_images=4):
+        labels = torch.cat([labels for _, labels in loader])
+        assert labels.tolist() == [0, 0, 1, 1]
+
+
+def test_an_incomplete_batch_is_dropped(make_views):
+    views = make_views(synthetic_size=21)
+    views.setup()
+    assert len(list(views.train_dataloader())) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"synthetic_size": 7}, "batch_size is 8, but there are only 7"),
+        ({"dataset": "folder"}, "data.root must name the folder"),
+        ({"dataset": "folder", "root": "nowhere"}, "data.root has no folder nowhere/train"),
+    ],
+)
+def test_a_set_that_cannot_be_opened_is_a_usage_error(make_views, settings, message):
+    with pytest.raises(UsageError, match=message):
+        make_views(**settings).setup()
+
+
+def test_a_folder_without_images_is_a_usage_error(make_views, tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds no images"):
+        make_views(dataset="folder", root=str(tmp_path)).setup()

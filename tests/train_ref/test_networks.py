@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from train_ref.networks import FEATURES, projection_head, resnet
+
+
+@pytest.mark.parametrize("arch", FEATURES)
+def test_a_resnet_ends_in_its_pooled_features(arch):
+    assert resnet(arch)(torch.randn(2, 3, 32, 32)).shape == (2, FEATURES[arch])
+
+
+@pytest.mark.parametrize(("stem", "stride"), [("small", 1), ("imagenet", 4)])
+def test_the_small_stem_keeps_every_pixel(stem, stride):
+    network = resnet("resnet18", stem)
+    seen = []
+    network.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    network(torch.randn(2, 3, 16, 16))
+    assert seen == [(2, 64, 16 // stride, 16 // stride)]
+
+
+def test_the_heads_are_those_of_moco_v1_and_v2():
+    assert isinstance(projection_head("linear", 512, 128), nn.Linear)
+    assert [type(layer) for layer in projection_head("mlp", 512, 128)] == [nn.Linear, nn.ReLU, nn.Linear]
+    for kind in ("linear", "mlp"):
+        assert projection_head(kind, 512, 128)(torch.randn(3, 512)).shape == (3, 128)
