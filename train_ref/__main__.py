@@ -68,8 +68,7 @@ class ReferenceCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    for library in ("pytorch", "fabric"):  # they announce seeds, devices that are absent, and other products
-        logging.getLogger(f"lightning.{library}").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no news of absent devices
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
     try:
         ReferenceCLI(

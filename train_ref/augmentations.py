@@ -11,9 +11,6 @@ from torchvision.transforms import v2
 
 Augmentation = Literal["moco_v1", "moco_v2", "digits_v1", "digits_v2"]
 
-# A Gaussian of σ = 2 is within 13 pixels to three standard deviations.
-_BLUR = v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))
-
 # ImageNet's, for every set: batch norm makes up for the rest.
 _TO_NORMALIZED_TENSOR = (
     v2.ToImage(),
@@ -38,15 +35,14 @@ def augmentation(name: Augmentation, size: int) -> v2.Transform:
             v2.RandomResizedCrop(size, scale=(0.2, 1.0)),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([_BLUR], p=0.5),
+            v2.RandomApply(
+                [v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5
+            ),  # 13 pixels: 3 σ and more
             v2.RandomHorizontalFlip(),
         ),
         # Digits are gray and a few pixels wide, and their mirror images are no digits: no colours, no flips,
         # a gentler crop, and the slant and turn of handwriting instead.
-        "digits_v1": (
-            *_handwriting(size),
-            v2.ColorJitter(0.4, 0.4),
-        ),
+        "digits_v1": (*_handwriting(size), v2.ColorJitter(0.4, 0.4)),
         "digits_v2": (
             *_handwriting(size),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4)], p=0.8),

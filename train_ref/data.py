@@ -121,14 +121,16 @@ class Views(LightningDataModule):
         self.save_hyperparameters()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the training images.
+        """Open the training images, and the test images too: a mistake is better known before the training.
 
         Raises:
-            UsageError: there is no such folder, or it holds fewer images than a batch.
+            UsageError: there is no such folder, its classes differ, or it holds fewer images than a batch.
         """
-        self.train_images = self._dataset(
-            train=True, transform=TwoViews(augmentation(self.hparams.augmentation, self.hparams.image_size))
-        )
+        two_views = TwoViews(augmentation(self.hparams.augmentation, self.hparams.image_size))
+        self.train_images = self._dataset(train=True, transform=two_views)
+        test_images = self._dataset(train=False, transform=two_views)
+        if getattr(self.train_images, "classes", None) != getattr(test_images, "classes", None):
+            raise UsageError("data.root must hold the same classes under train/ and val/")
         count, batch = len(self.train_images), self.hparams.batch_size
         if count < batch:
             raise UsageError(f"data.batch_size is {batch}, but there are only {count} training images")
@@ -177,7 +179,7 @@ class Views(LightningDataModule):
         try:
             return ImageFolder(str(folder), transform)
         except FileNotFoundError as error:  # no class, or a class without images
-            raise UsageError(f"data.root holds no images to train on: {error}") from None
+            raise UsageError(f"data.root holds a folder without images: {error}") from None
 
     def _loader(self, images: Dataset, **options: Any) -> DataLoader:
         return DataLoader(

@@ -36,7 +36,8 @@ def extract_features(backbone: nn.Module, loader: DataLoader, device: torch.devi
     """Run a network in evaluation mode over batches of (images (B, 3, H, W), labels (B,))."""
     was_training = backbone.training
     backbone.to(device).eval()
-    batches = [(backbone(images.to(device)).float().cpu(), labels) for images, labels in loader]
+    weight = next(backbone.parameters())  # images take its device and dtype
+    batches = [(backbone(images.to(weight)).float().cpu(), labels) for images, labels in loader]
     backbone.train(was_training)
     return Features(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 

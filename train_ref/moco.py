@@ -98,7 +98,7 @@ class MoCo(LightningModule):
             consistency_weight=self.hparams.consistency_weight,
             return_metrics=True,
         )  # (), each metric (B,)
-        self.queue.enqueue(F.normalize(key.float(), dim=1))
+        self.queue.enqueue(F.normalize(key.to(self.queue.keys.dtype), dim=1))
 
         self._log(
             loss=loss.detach(),

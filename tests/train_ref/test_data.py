@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -123,7 +125,16 @@ def test_a_set_that_cannot_be_opened_is_a_usage_error(make_views, settings, mess
         make_views(**settings).setup()
 
 
+def test_test_images_are_missed_before_the_training(make_views, folder):
+    shutil.rmtree(folder / "val" / "dog")
+    with pytest.raises(UsageError, match="same classes"):
+        make_views(dataset="folder", root=str(folder)).setup()
+    shutil.rmtree(folder / "val")
+    with pytest.raises(UsageError, match=r"has no folder .*val"):
+        make_views(dataset="folder", root=str(folder)).setup()
+
+
 def test_a_folder_without_images_is_a_usage_error(make_views, tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
-    with pytest.raises(UsageError, match="holds no images"):
+    with pytest.raises(UsageError, match="a folder without images"):
         make_views(dataset="folder", root=str(tmp_path)).setup()
