@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-EXTENSION_SOURCES := setup.py $(shell find csrc -type f)
+CSRC := $(shell find csrc -type f)
 
 .PHONY: demo test bench lint format clean
 
@@ -20,12 +20,12 @@ lint: .venv/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: .venv/.linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(CSRC)
 
 clean:
 	rm -rf .venv build *.egg-info contrastive_ops/*.so
@@ -36,7 +36,7 @@ clean:
 	$(PIP) setuptools wheel pybind11 torch
 	touch $@
 
-.venv/.installed: .venv/.dependencies $(EXTENSION_SOURCES)
+.venv/.installed: .venv/.dependencies setup.py $(CSRC)
 	$(PIP) --no-build-isolation --editable '.[test,train]'
 	$(BIN)/python -c "import contrastive_ops as c; [print(f'{n:10}', s) for n, s in c.available_backends().items()]"
 	touch $@
