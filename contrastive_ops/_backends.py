@@ -71,8 +71,47 @@ def _load_cpu() -> ModuleType:
         ) from error
 
 
+def _interprets_triton() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _too_old_for_triton(capability: tuple[int, int]) -> str | None:
+    if capability >= (8, 0):
+        return None
+    return "it needs a GPU of compute capability 8.0 or newer, this one has {}.{}".format(*capability)
+
+
 def _load_triton() -> ModuleType:
-    raise ImportError("this release has no Triton kernels yet")
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        raise ImportError(f"triton cannot be imported ({error})") from error
+    if not _interprets_triton():
+        if not torch.cuda.is_available():
+            raise ImportError("there is no CUDA device (with TRITON_INTERPRET=1 it serves CPU tensors, slowly)")
+        devices = range(torch.cuda.device_count())
+        reason = _too_old_for_triton(max(torch.cuda.get_device_capability(device) for device in devices))
+        if reason:
+            raise ImportError(reason)
+    return importlib.import_module("contrastive_ops.kernels")
+
+
+def _triton_refuses(query: Tensor) -> str | None:
+    if _interprets_triton():
+        reason = _only_on("cpu")(query)
+    else:
+        reason = _only_on("cuda")(query) or _too_old_for_triton(torch.cuda.get_device_capability(query.device))
+    if reason:
+        return reason
+    from contrastive_ops import kernels
+
+    if query.dtype not in kernels.DTYPES:
+        return f"it does not serve {query.dtype}"
+    if query.dtype == torch.bfloat16 and _interprets_triton():
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    if query.shape[-1] > kernels.MAX_DIM:
+        return f"it serves rows of up to {kernels.MAX_DIM} dimensions, got {query.shape[-1]}"
+    return None
 
 
 def _load_cuda() -> ModuleType:
@@ -82,7 +121,7 @@ def _load_cuda() -> ModuleType:
 _BACKENDS = {
     "reference": _Backend(_load_reference),
     "cpu": _Backend(_load_cpu, _only_on("cpu")),
-    "triton": _Backend(_load_triton, _only_on("cuda")),
+    "triton": _Backend(_load_triton, _triton_refuses),
     "cuda": _Backend(_load_cuda, _only_on("cuda")),
 }
 

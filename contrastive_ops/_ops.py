@@ -56,7 +56,8 @@ def _co2_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, 
 
 
 def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tensor:
-    return (gradient * grad_loss.unsqueeze(1)).to(query.dtype)
+    scaled = torch.empty_like(gradient, dtype=query.dtype)
+    return torch.mul(gradient, grad_loss.unsqueeze(1), out=scaled)  # rounds once, to the query's dtype
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:

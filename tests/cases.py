@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
+from contrastive_ops._backends import _BACKENDS
+
+# The Triton kernels are interpreted, slowly, on the CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def require(backend: str, dtype: torch.dtype) -> None:
+    """Skips the test where the backend does not serve a dtype."""
+    reason = _BACKENDS[backend].refuses(torch.empty(1, 1, dtype=dtype))
+    if reason:
+        pytest.skip(reason)
+
+
 def rows(count: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        dtype
-    )
+    """The same numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(count, dim, generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(torch.get_default_device(), dtype)
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:

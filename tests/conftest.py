@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from contrastive_ops import available_backends
+from tests.cases import INTERPRETED
 
 # Timings mean nothing here, and a failure must come back: no deadline, examples from a fixed seed.
 settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck)
 )
+settings.register_profile("interpreter", settings.get_profile("default"), max_examples=10)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 SERVING = [name for name, status in available_backends().items() if status.available]
 
 
+ON_GPU = () if INTERPRETED else ("triton", "cuda")
+
+
 @pytest.fixture(params=SERVING)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that can serve here. A test that takes it holds for all of them."""
-    return request.param
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that can serve here. A test that takes it holds for all of them, and makes its tensors on the
+    device that it serves."""
+    if request.param in ON_GPU:
+        torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from bench.eager import eager_co2
 from contrastive_ops import co2_loss, consistency_loss, info_nce_loss
-from tests.cases import LAYOUTS, PAPERS, Case, cases, lay_out, paper_settings, rows, scales, temperatures
+from tests.cases import (
+    DTYPES,
+    LAYOUTS,
+    PAPERS,
+    Case,
+    cases,
+    lay_out,
+    paper_settings,
+    require,
+    rows,
+    scales,
+    temperatures,
+)
 from tests.oracles import distance, fused, loss_and_gradient, oracle
 
 # The oracle's own rounding, for losses and gradients that are zero or nearly so.
@@ -21,20 +33,24 @@ ORACLE_ERROR = 1e-12
 class TestAccuracy:
     @given(case=cases, settings=paper_settings)
     def test_float32_at_the_papers_temperatures(self, backend: str, case: Case, settings: dict) -> None:
-        """1e-6 for losses and 1e-5 for gradients, but for what no float32 input can carry: a single row whose
-        terms nearly cancel. There, as everywhere, twice the error of eager float32 is the bound."""
-        case = case.replace(**settings)
+        """1e-6 for losses and 1e-5 for gradients, but for what no float32 input can carry: rows whose terms
+        nearly cancel. There, as everywhere, twice the error of eager float32 is the bound."""
+        case = case.replace(batch=case.batch + 16, **settings)  # over a few rows either side's error is luck
         tensors = case.tensors()
         loss, gradient = oracle(*tensors, **case.settings())
         eager_loss, eager_gradient = loss_and_gradient(eager_co2, *tensors, **case.settings())
         actual_loss, actual_gradient = fused(*tensors, **case.settings(), backend=backend)
         allowed = max(1e-6 * loss.norm().item(), 2 * distance(eager_loss, loss))
+        if case.keys < 50:  # few terms, which may cancel: what a similarity's last digit does to them
+            magnified = 1 / case.temperature + case.consistency_weight / case.consistency_temperature
+            allowed += 1e-8 * magnified * len(loss) ** 0.5
         assert distance(actual_loss, loss) <= allowed + ORACLE_ERROR
         allowed = max(1e-5 * gradient.norm().item(), 2 * distance(eager_gradient, gradient))
         assert distance(actual_gradient, gradient) <= allowed + 1e-7 / case.temperature  # a rounding of p/τ
 
     @given(case=cases, settings=paper_settings)
     def test_float64(self, backend: str, case: Case, settings: dict) -> None:
+        require(backend, torch.float64)
         case = case.replace(dtype=torch.float64, **settings)
         tensors = case.tensors()
         loss, gradient = oracle(*tensors, **case.settings())
@@ -43,16 +59,13 @@ class TestAccuracy:
         # α/τc = 250 multiplies terms that may cancel
         assert distance(actual_gradient, gradient) <= 1e-12 * gradient.norm() + 10 * ORACLE_ERROR
 
-    @given(
-        case=cases,
-        dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-        same_queue=st.booleans(),
-        settings=paper_settings,
-    )
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @given(case=cases, same_queue=st.booleans(), settings=paper_settings)
     def test_half_precision_is_no_worse_than_eager(
         self, backend: str, case: Case, dtype: torch.dtype, same_queue: bool, settings: dict
     ) -> None:
         """|fused − f64| ≤ |eager in the same dtype − f64| + a rounding of the input and of the result."""
+        require(backend, dtype)
         case = case.replace(dtype=dtype, **settings)
         query, key, queue = case.tensors()
         if not same_queue:
@@ -90,9 +103,8 @@ class TestAccuracy:
         self, backend: str, case: Case, kind: str, temperature: float, consistency_temperature: float,
         queue_scale: float,
     ) -> None:  # fmt: skip
-        # In a batch of a few rows either side's error is luck.
         case = case.replace(
-            batch=case.batch + 16,
+            batch=case.batch + 16,  # as above
             temperature=temperature,
             consistency_temperature=consistency_temperature,
             queue_scale=queue_scale,
@@ -137,6 +149,7 @@ class TestGradient:
     @pytest.mark.parametrize("normalize", [False, True])
     @pytest.mark.parametrize("consistency_weight", [0.0, 10.0])
     def test_gradcheck(self, backend: str, normalize: bool, consistency_weight: float) -> None:
+        require(backend, torch.float64)
         query, key, queue = Case(batch=3, keys=11, dim=5, dtype=torch.float64).tensors()
         assert torch.autograd.gradcheck(
             lambda q: co2_loss(
@@ -147,6 +160,7 @@ class TestGradient:
         )  # fmt: skip
 
     def test_gradcheck_of_consistency_alone(self, backend: str) -> None:
+        require(backend, torch.float64)
         query, key, queue = Case(batch=3, keys=11, dim=5, dtype=torch.float64).tensors()
         assert torch.autograd.gradcheck(
             lambda q: consistency_loss(q, key, queue, temperature=0.1, backend=backend),
@@ -172,15 +186,16 @@ class TestGradient:
         (actual,) = torch.autograd.grad(loss, query)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
-    def test_is_in_the_querys_dtype(self, backend: str) -> None:
-        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            query, key, queue = Case(dtype=dtype).tensors()
-            query.requires_grad_()
-            loss = co2_loss(query, key, queue, backend=backend)
-            assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-            loss.backward()
-            assert query.grad is not None
-            assert query.grad.dtype == dtype
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_is_in_the_querys_dtype(self, backend: str, dtype: torch.dtype) -> None:
+        require(backend, dtype)
+        query, key, queue = Case(dtype=dtype).tensors()
+        query.requires_grad_()
+        loss = co2_loss(query, key, queue, backend=backend)
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        loss.backward()
+        assert query.grad is not None
+        assert query.grad.dtype == dtype
 
     def test_float16_gradients_survive_a_loss_scale(self, backend: str) -> None:
         """The gradient stays in float32 until it has been scaled, so that a loss scaler can save it."""
@@ -219,20 +234,23 @@ class TestValue:
         torch.testing.assert_close(metrics.consistency_loss, consistency)
         torch.testing.assert_close(loss, instance + 3 * consistency)
 
+    @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
     @given(case=cases)
-    def test_rank_counts_the_more_similar_negatives(self, backend: str, case: Case) -> None:
-        case = case.replace(dtype=torch.float64)
-        query, key, queue = case.tensors()
+    def test_rank_counts_the_more_similar_negatives(
+        self, backend: str, case: Case, dtype: torch.dtype, rounding: float
+    ) -> None:
+        require(backend, dtype)
+        query, key, queue = case.replace(dtype=dtype).tensors()
         _, metrics = co2_loss(
             query, key, queue, normalize=case.normalize, return_metrics=True, backend=backend
         )
+        query, key, queue = query.double(), key.double(), queue.double()
         if case.normalize:
             query, key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
-        similarity, positive = query @ queue.T, (query * key).sum(1, keepdim=True)
-        clear = ((similarity - positive).abs() > 1e-12).all(1)  # no negative within rounding of the positive
-        expected = (similarity > positive).sum(1)
+        lead = query @ queue.T - (query * key).sum(1, keepdim=True)
+        in_doubt = (lead.abs() <= rounding).sum(1)
         assert metrics.positive_rank.dtype == torch.int64
-        assert torch.equal(metrics.positive_rank[clear], expected[clear])
+        assert ((metrics.positive_rank - (lead > 0).sum(1)).abs() <= in_doubt).all()
 
     def test_a_term_of_weight_zero_is_reported_as_zero(self, backend: str) -> None:
         query, key, queue = Case().tensors()
@@ -263,8 +281,9 @@ class TestValue:
         actual = co2_loss(query * scale, key * scale, queue, reduction="none", backend=backend)
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-6)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_zero_vectors(self, backend: str, dtype: torch.dtype) -> None:
+        require(backend, dtype)
         query, key, queue = Case(dtype=dtype, dim=8).tensors()
         query[0], key[1], queue[2] = 0, 0, 0
         query.requires_grad_()
@@ -296,8 +315,9 @@ class TestValue:
 
 
 class TestPromises:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_two_runs_give_the_same_bits(self, backend: str, dtype: torch.dtype) -> None:
+        require(backend, dtype)
         tensors = Case(batch=70, keys=5000, dim=40, dtype=dtype).tensors()
         first, second = (fused(*tensors, backend=backend) for _ in range(2))
         assert torch.equal(first[0], second[0])
@@ -335,7 +355,7 @@ class TestPromises:
 
     def test_permuting_the_queue_changes_only_rounding(self, backend: str) -> None:
         query, key, queue = Case(keys=500).tensors()
-        order = torch.randperm(len(queue), generator=torch.Generator().manual_seed(1))
+        order = torch.randperm(len(queue), generator=torch.Generator("cpu").manual_seed(1), device="cpu")
         for a, b in zip(
             fused(query, key, queue, backend=backend),
             fused(query, key, queue[order], backend=backend),

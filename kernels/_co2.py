@@ -1,0 +1,634 @@
+"""CO2 and InfoNCE on GPUs: the operator that contrastive_ops/reference.py specifies, in four launches.
+
+Plan. The grid is (block of query rows) × (range of keys), so that a batch of 32 fills the chip as one of 4096
+does. A program walks its range a tile of keys at a time; nothing of size B×K leaves it.
+
+1. statistics   s = q Nᵀ and y = k Nᵀ of each tile; per row the running maxima, three partition sums, both sums
+                of d, and the rank of the positive. Each range writes these eight numbers a row.
+2. merge        the ranges' numbers, in a fixed order: losses, rank, and what a row's gradient needs.
+3. gradient     recomputes s and y, turns them into g = dL/ds, and adds up g N. Each range writes its (B, D) part.
+4. finish       adds the parts up in a fixed order, adds the positive's, and differentiates the normalisation.
+
+Without a gradient the first two are all. There are no atomics: equal input gives equal bits.
+
+Rows are multiplied as they are stored; their norms divide similarities, not rows. With λ = log2(e)/τc a row keeps
+
+    a_j = λ s_j − max     b_j = λ y_j − max     d_j = a_j − b_j
+
+so that e^{s/τc} ~ 2^a, e^{y/τc} ~ 2^b and e^{s/τ} ~ 2^{a τc/τ}. InfoNCE alone has τ in place of τc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tiles import Tiles, select_tiles
+
+_NORM_EPSILON = tl.constexpr(1e-12)  # a row shorter than this is divided by this, as in reference.py
+_LOWEST = tl.constexpr(-1e38)  # below every logit, yet finite: a difference of two is no NaN
+_LN_2 = tl.constexpr(math.log(2))
+
+# What a range of keys knows of a row: `partial`, (ranges, B, 8).
+_PARTIAL = tl.constexpr(8)
+_MAX_S, _MAX_Y, _Z_INSTANCE, _Z_QUERY, _Z_KEY, _D_QUERY, _D_KEY, _RANK = (tl.constexpr(i) for i in range(8))
+# What is known of a row after the statistics (three) and after their merge, in float64: `merged`, (B, 11).
+_MERGED = tl.constexpr(11)
+_NORM_Q, _NORM_K, _POSITIVE, _TOP_S, _TOP_Y, _MEAN = (tl.constexpr(i) for i in range(6))
+_INSTANCE, _QUERY, _KEY, _LARGEST, _GRAD_POSITIVE = (tl.constexpr(i) for i in range(6, 11))
+
+
+@triton.jit
+def _load(
+    matrix, rows, columns, count, dim, row_stride, column_stride, WHOLE_ROWS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """A (rows, columns) tile of a matrix of any strides; zeros outside, unless it is known to be inside."""
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    if WHOLE_ROWS and WHOLE_COLUMNS:
+        return tl.load(matrix + offsets)
+    inside = (columns < dim)[None, :]
+    if not WHOLE_ROWS:
+        inside = (rows < count)[:, None] & inside
+    return tl.load(matrix + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def _of_row(merged, field: tl.constexpr, rows, batch):
+    """A field of `merged` as a column; rows past the batch repeat its last."""
+    return tl.load(merged + tl.minimum(rows, batch - 1).to(tl.int64) * _MERGED + field)[:, None]
+
+
+@triton.jit
+def _split(x):
+    """A float64 as the sum of two float32."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _measure_rows(
+    query, key, rows, batch, dim, query_row, query_column, key_row, key_column,
+    NORMALIZE: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """max(‖q‖, ε), max(‖k‖, ε) (1 unless NORMALIZE), and q·k̂, of each row in float64: no square leaves its range."""
+    qq, kk, qk = tl.zeros([BLOCK_B], tl.float64), tl.zeros([BLOCK_B], tl.float64), tl.zeros([BLOCK_B], tl.float64)
+    for first in range(0, dim, DEPTH):
+        columns = first + tl.arange(0, DEPTH)
+        q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
+        k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
+        q, k = q.to(tl.float32).to(tl.float64), k.to(tl.float32).to(tl.float64)
+        qq += tl.sum(q * q, axis=1)
+        kk += tl.sum(k * k, axis=1)
+        qk += tl.sum(q * k, axis=1)
+    norm_q, norm_k = tl.full([BLOCK_B], 1.0, tl.float64), tl.full([BLOCK_B], 1.0, tl.float64)
+    if NORMALIZE:
+        norm_q, norm_k = tl.maximum(tl.sqrt(qq), _NORM_EPSILON), tl.maximum(tl.sqrt(kk), _NORM_EPSILON)
+    return norm_q, norm_k, qk / norm_k
+
+
+@triton.jit
+def _scales(scale, norm_q, norm_k):
+    """λ/‖q‖ and λ/‖k‖, which make logits of products of rows as they are stored; every kernel rounds them alike."""
+    return (scale / norm_q).to(tl.float32), (scale / norm_k).to(tl.float32)
+
+
+@triton.jit
+def _round_to_tf32(x):
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(a, b, sum, PRECISION: tl.constexpr):
+    """sum + a b. In "tf32x3" as exact as in float32: of a = high + low, each a TF32 number, only low·low is lost."""
+    if PRECISION == "tf32x3":
+        a_high, b_high = _round_to_tf32(a), _round_to_tf32(b)
+        small = tl.dot(a - a_high, b_high, input_precision="tf32")
+        small = tl.dot(a_high, b - b_high, small, input_precision="tf32")
+        # Tensor cores cut off what their sum cannot hold, so a long sum shrinks. This addition rounds.
+        return sum + tl.dot(a_high, b_high, small, input_precision="tf32")
+    if PRECISION == "tf32":  # as they are, tensor cores would cut the operands off, not round them
+        a, b = _round_to_tf32(a), _round_to_tf32(b)
+    return tl.dot(a, b, sum, input_precision="tf32")
+
+
+@triton.jit
+def _similarities(
+    q, k, tile, CONSISTENCY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """q Nᵀ and k Nᵀ of a tile of keys."""
+    zero = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
+    s = _product(q, tl.trans(tile), zero, PRECISION)
+    y = s
+    if CONSISTENCY:
+        y = _product(k, tl.trans(tile), zero, PRECISION)
+    return s, y
+
+
+@triton.jit
+def _similarities_in_chunks(
+    query, key, queue, rows, tile_rows, batch, keys, dim,
+    query_row, query_column, key_row, key_column, queue_row, queue_column,
+    CONSISTENCY: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The same, DEPTH dimensions at a time."""
+    s, y = tl.zeros([BLOCK_B, BLOCK_K], tl.float32), tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
+    for first in range(0, dim, DEPTH):
+        columns = first + tl.arange(0, DEPTH)
+        tile = _load(queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS)
+        tile = tl.trans(tile.to(DTYPE))
+        q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
+        s = _product(q.to(DTYPE), tile, s, PRECISION)
+        if CONSISTENCY:
+            k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
+            y = _product(k.to(DTYPE), tile, y, PRECISION)
+    return s, y
+
+
+@triton.jit
+def _logit(s, top, scale, PRECISION: tl.constexpr):
+    """λ (s − max)."""
+    if PRECISION == "tf32x3":
+        return (s - top) * scale  # loses nothing near the maximum
+    return s * scale - top * scale  # one instruction a key, not two
+
+
+@triton.jit
+def _exponentials(a, ratio, INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, SQUARINGS: tl.constexpr):
+    """2^{a·ratio} for the instance term and 2^a for the consistency term.
+
+    Where τ = 2^n τc, the second is the first squared n times: one exponential less."""
+    instance = a
+    if INSTANCE:
+        instance = tl.exp2(a * ratio if CONSISTENCY else a)
+    query = instance
+    if CONSISTENCY:
+        if INSTANCE and SQUARINGS >= 0:
+            for _ in tl.static_range(SQUARINGS):
+                query = query * query
+        else:
+            query = tl.exp2(a)
+    return instance, query
+
+
+@triton.jit
+def _relative(s, top, scale, valid, WHOLE_KEYS: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile's logits relative to the highest similarity yet, and that one. Masked keys are _LOWEST."""
+    if not WHOLE_KEYS:
+        s = tl.where(valid, s, float("-inf"))
+    top = tl.maximum(top, tl.max(s, axis=1))
+    a = _logit(s, top[:, None, :], scale[:, :, None], PRECISION)
+    if not WHOLE_KEYS:
+        a = tl.where(valid, a, _LOWEST)
+    return a, top
+
+
+@triton.jit
+def _move(old, new, scale):
+    """λ (old − new) of two maxima, of which the older may be _LOWEST."""
+    return tl.maximum((old - new) * scale, _LOWEST)
+
+
+@triton.jit
+def _merge(
+    top_s, top_y, z_instance, z_query, z_key, d_query, d_key, scale_q, scale_k, ratio, AXIS: tl.constexpr
+):  # fmt: skip
+    """Sums taken relative to different maxima, as one relative to the highest of them."""
+    max_s, max_y = tl.max(top_s, axis=AXIS), tl.max(top_y, axis=AXIS)
+    moved_s = _move(top_s, tl.expand_dims(max_s, AXIS), scale_q)
+    moved_y = _move(top_y, tl.expand_dims(max_y, AXIS), scale_k)
+    z_instance = tl.sum(z_instance * tl.exp2(moved_s * ratio), axis=AXIS)
+    factor_query, factor_key = tl.exp2(moved_s), tl.exp2(moved_y)
+    shift = moved_s - moved_y  # of every d
+    d_query = tl.sum((d_query + shift * z_query) * factor_query, axis=AXIS)
+    d_key = tl.sum((d_key + shift * z_key) * factor_key, axis=AXIS)
+    z_query, z_key = tl.sum(z_query * factor_query, axis=AXIS), tl.sum(z_key * factor_key, axis=AXIS)
+    return max_s, max_y, z_instance, z_query, z_key, d_query, d_key
+
+
+@triton.jit
+def _statistics_kernel(
+    query, key, queue, partial, merged,
+    batch, keys, dim,
+    query_row, query_column, key_row, key_column, queue_row, queue_column,
+    scale, ratio, keys_a_range,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, NORMALIZE: tl.constexpr, SQUARINGS: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    part, ranges = tl.program_id(1), tl.num_programs(1)
+    inside = rows < batch
+    columns = tl.arange(0, DEPTH)
+
+    norm_q, norm_k, positive = _measure_rows(
+        query, key, rows, batch, dim, query_row, query_column, key_row, key_column,
+        NORMALIZE, WHOLE_COLUMNS, BLOCK_B, 32 if DEPTH > 32 else DEPTH,
+    )  # fmt: skip
+    if part == 0:
+        row = merged + rows.to(tl.int64) * _MERGED
+        tl.store(row + _NORM_Q, norm_q, mask=inside)
+        tl.store(row + _NORM_K, norm_k, mask=inside)
+        tl.store(row + _POSITIVE, positive, mask=inside)
+    scale_q, scale_k = _scales(scale, norm_q[:, None], norm_k[:, None])
+    positive = positive.to(tl.float32)[:, None, None]
+
+    if not CHUNKED:
+        q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
+        k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
+
+    lanes: tl.constexpr = [BLOCK_B, LANES]
+    tile_shape: tl.constexpr = [BLOCK_B, BLOCK_K // LANES, LANES]
+    top_s, top_y = tl.full(lanes, _LOWEST, tl.float32), tl.full(lanes, _LOWEST, tl.float32)
+    z_instance, z_query, z_key = tl.zeros(lanes, tl.float32), tl.zeros(lanes, tl.float32), tl.zeros(lanes, tl.float32)
+    d_query, d_key = tl.zeros(lanes, tl.float32), tl.zeros(lanes, tl.float32)
+    rank = tl.zeros(lanes, tl.int32)
+
+    begin = part.to(tl.int64) * keys_a_range
+    for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
+        tile_rows = start + tl.arange(0, BLOCK_K)
+        if CHUNKED:
+            s, y = _similarities_in_chunks(
+                query, key, queue, rows, tile_rows, batch, keys, dim,
+                query_row, query_column, key_row, key_column, queue_row, queue_column,
+                CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
+            )  # fmt: skip
+        else:
+            tile = _load(queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS)
+            tile = tile.to(DTYPE)
+            s, y = _similarities(q, k, tile, CONSISTENCY, PRECISION, BLOCK_B, BLOCK_K)
+        valid = tl.reshape(tile_rows < keys, [1, BLOCK_K // LANES, LANES])
+        s = tl.reshape(s, tile_shape)
+        above = s > positive
+        if not WHOLE_KEYS:
+            above = above & valid
+        rank += tl.sum(above.to(tl.int32), axis=1)
+        a, new_s = _relative(s, top_s, scale_q, valid, WHOLE_KEYS, PRECISION)
+        moved_s = _move(top_s, new_s, scale_q)  # what older sums are to be moved by
+        e_instance, e_query = _exponentials(a, ratio, INSTANCE, CONSISTENCY, SQUARINGS)
+        if INSTANCE:
+            z_instance = z_instance * tl.exp2(moved_s * ratio) + tl.sum(e_instance, axis=1)
+        if CONSISTENCY:
+            b, new_y = _relative(tl.reshape(y, tile_shape), top_y, scale_k, valid, WHOLE_KEYS, PRECISION)
+            moved_y = _move(top_y, new_y, scale_k)
+            e_key, d = tl.exp2(b), a - b
+            moved_query, moved_key, shift = tl.exp2(moved_s), tl.exp2(moved_y), moved_s - moved_y
+            d_query = (d_query + shift * z_query) * moved_query + tl.sum(e_query * d, axis=1)
+            d_key = (d_key + shift * z_key) * moved_key + tl.sum(e_key * d, axis=1)
+            z_query = z_query * moved_query + tl.sum(e_query, axis=1)
+            z_key = z_key * moved_key + tl.sum(e_key, axis=1)
+            top_y = new_y
+        top_s = new_s
+
+    # New names: a variable keeps its shape.
+    max_s, max_y, z_i, z_q, z_k, d_q, d_k = _merge(
+        top_s, top_y, z_instance, z_query, z_key, d_query, d_key, scale_q, scale_k, ratio, 1
+    )  # fmt: skip
+    to = partial + (part.to(tl.int64) * batch + rows) * _PARTIAL
+    tl.store(to + _MAX_S, max_s, mask=inside)
+    tl.store(to + _MAX_Y, max_y, mask=inside)
+    tl.store(to + _Z_INSTANCE, z_i, mask=inside)
+    tl.store(to + _Z_QUERY, z_q, mask=inside)
+    tl.store(to + _Z_KEY, z_k, mask=inside)
+    tl.store(to + _D_QUERY, d_q, mask=inside)
+    tl.store(to + _D_KEY, d_k, mask=inside)
+    tl.store(to + _RANK, tl.sum(rank, axis=1).to(tl.float32, bitcast=True), mask=inside)
+
+
+@triton.jit
+def _load_all(field, there, other):
+    return tl.load(field, mask=there, other=other).to(tl.float64)
+
+
+@triton.jit
+def _merge_kernel(
+    partial, merged, loss, instance_loss, consistency_loss, positive_rank, batch, ranges,
+    scale, ratio, tau: tl.float64, tau_c: tl.float64,
+    instance_weight: tl.float64, consistency_weight: tl.float64,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, INCLUDE_POSITIVE: tl.constexpr,
+    BLOCK_B: tl.constexpr, RANGES: tl.constexpr,
+):  # fmt: skip
+    """In float64, which costs nothing here: what a row's sums lose now, all of its gradient loses."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside = rows < batch
+    part = tl.arange(0, RANGES)[:, None]
+    there = (part < ranges) & inside[None, :]
+    record = partial + (part.to(tl.int64) * batch + rows[None, :]) * _PARTIAL
+    row = merged + rows.to(tl.int64) * _MERGED
+    zero = tl.zeros([BLOCK_B], tl.float64)
+    norm_q = tl.load(row + _NORM_Q, mask=inside, other=1.0)
+    norm_k = tl.load(row + _NORM_K, mask=inside, other=1.0)
+    scale_q, scale_k = _scales(scale, norm_q, norm_k)
+    scale_q, scale_k = scale_q.to(tl.float64), scale_k.to(tl.float64)
+
+    top_s, top_y, z_instance, z_query, z_key, d_query, d_key = _merge(
+        _load_all(record + _MAX_S, there, _LOWEST), _load_all(record + _MAX_Y, there, _LOWEST),
+        _load_all(record + _Z_INSTANCE, there, 0.0),
+        _load_all(record + _Z_QUERY, there, 0.0), _load_all(record + _Z_KEY, there, 0.0),
+        _load_all(record + _D_QUERY, there, 0.0), _load_all(record + _D_KEY, there, 0.0),
+        scale_q[None, :], scale_k[None, :], ratio, 0,
+    )  # fmt: skip
+    ranks = tl.load(record + _RANK, mask=there, other=0.0).to(tl.int32, bitcast=True)
+    tl.store(positive_rank + rows, tl.sum(ranks.to(tl.int64), axis=0), mask=inside)
+
+    # λ (s_+ − max), among the s_j and among the y_j
+    positive = tl.load(row + _POSITIVE, mask=inside, other=0.0) * scale_q
+    positive_s, positive_y = positive - top_s * scale_q, positive - top_y * scale_k
+    value_instance, value_consistency, grad_positive = zero, zero, zero
+    weight_instance, weight_query, weight_key, mean = zero, zero, zero, zero
+
+    if INSTANCE:
+        # Relative to the largest logit, be it the positive's.
+        gap = positive_s * (ratio * _LN_2)
+        to_top = tl.exp(tl.minimum(-gap, 0.0))
+        negatives = z_instance * to_top
+        total = negatives + tl.exp(tl.minimum(gap, 0.0))
+        value_instance = tl.where(gap > 0.0, tl.log(1.0 + negatives), tl.log(total) - gap)
+        value_instance = tl.where((gap > 0.0) & (negatives < 1e-9), negatives, value_instance)
+        weight = instance_weight / tau / total
+        weight_instance = weight * to_top
+        grad_positive -= weight * negatives  # (p_+ − 1)/τ
+
+    if CONSISTENCY:
+        weight = consistency_weight / (2.0 * tau_c)
+        factor_query, factor_key = zero + weight, zero + weight
+        if INCLUDE_POSITIVE:  # s_+ joins both lists, where it may be the largest entry
+            moved_query, moved_key = tl.exp2(tl.minimum(-positive_s, 0.0)), tl.exp2(tl.minimum(-positive_y, 0.0))
+            e_query, e_key = tl.exp2(tl.minimum(positive_s, 0.0)), tl.exp2(tl.minimum(positive_y, 0.0))
+            d_positive = positive_s - positive_y
+            z_query, z_key = z_query * moved_query + e_query, z_key * moved_key + e_key
+            d_query = d_query * moved_query + d_positive * e_query
+            d_key = d_key * moved_key + d_positive * e_key
+            e_query, e_key = e_query / z_query, e_key / z_key
+            grad_positive += weight * ((e_query - e_key) + e_query * ((d_positive - d_query / z_query) * _LN_2))
+            factor_query, factor_key = factor_query * moved_query, factor_key * moved_key
+        # L_con = ½ (E_Q[d] − E_P[d]), and the coefficients of ½ [Q (d − E_Q[d] + 1) − P]/τc
+        mean = d_query / z_query
+        value_consistency = (0.5 * _LN_2) * (mean - d_key / z_key)
+        weight_query, weight_key = factor_query / z_query, factor_key / z_key
+
+    total = instance_weight * value_instance + consistency_weight * value_consistency
+    tl.store(loss + rows, total, mask=inside)
+    tl.store(instance_loss + rows, value_instance, mask=inside)
+    tl.store(consistency_loss + rows, value_consistency, mask=inside)
+
+    # In float16 the weights of a long queue would vanish: they are kept relative to their sum.
+    largest = weight_instance + weight_query + weight_key
+    relative = tl.where(largest > 0.0, 1.0 / largest, 0.0)
+    tl.store(row + _TOP_S, top_s, mask=inside)
+    tl.store(row + _TOP_Y, top_y, mask=inside)
+    tl.store(row + _MEAN, mean, mask=inside)
+    tl.store(row + _INSTANCE, weight_instance * relative, mask=inside)
+    tl.store(row + _QUERY, weight_query * relative, mask=inside)
+    tl.store(row + _KEY, weight_key * relative, mask=inside)
+    tl.store(row + _LARGEST, largest, mask=inside)
+    tl.store(row + _GRAD_POSITIVE, grad_positive, mask=inside)
+
+
+@triton.jit
+def _gradient_kernel(
+    query, key, queue, merged, parts,
+    batch, keys, dim,
+    query_row, query_column, key_row, key_column, queue_row, queue_column,
+    scale, ratio, keys_a_range,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, SQUARINGS: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    part = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, DEPTH)
+    out_columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+
+    scale_q, scale_k = _scales(
+        scale, _of_row(merged, _NORM_Q, rows, batch), _of_row(merged, _NORM_K, rows, batch)
+    )  # fmt: skip
+    top_s = _of_row(merged, _TOP_S, rows, batch).to(tl.float32)
+    top_y = _of_row(merged, _TOP_Y, rows, batch).to(tl.float32)
+    mean = _of_row(merged, _MEAN, rows, batch).to(tl.float32)
+    # Logits of millions leave Q one key, whose d − mean is 0, not the rounding of two such numbers.
+    ln_2 = tl.where(tl.abs(mean) < 1e6, _LN_2, 0.0)
+    weight_instance = _of_row(merged, _INSTANCE, rows, batch).to(tl.float32)
+    weight_query, weight_query_low = _split(_of_row(merged, _QUERY, rows, batch))
+    weight_key, weight_key_low = _split(_of_row(merged, _KEY, rows, batch))
+
+    if not CHUNKED:
+        q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
+        k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
+    grad = tl.zeros([BLOCK_B, WIDTH], tl.float32)
+    begin = part * keys_a_range
+    for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
+        tile_rows = start + tl.arange(0, BLOCK_K)
+        if CHUNKED:
+            s, y = _similarities_in_chunks(
+                query, key, queue, rows, tile_rows, batch, keys, dim,
+                query_row, query_column, key_row, key_column, queue_row, queue_column,
+                CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
+            )  # fmt: skip
+        else:
+            tile = _load(queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS)
+            tile = tile.to(DTYPE)
+            s, y = _similarities(q, k, tile, CONSISTENCY, PRECISION, BLOCK_B, BLOCK_K)
+        a = _logit(s, top_s, scale_q, PRECISION)
+        e_instance, e_query = _exponentials(a, ratio, INSTANCE, CONSISTENCY, SQUARINGS)
+        g = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
+        if CONSISTENCY:
+            b = _logit(y, top_y, scale_k, PRECISION)
+            e_key = tl.exp2(b)
+            Q = e_query * weight_query
+            g = Q - e_key * weight_key
+            if PRECISION == "tf32x3":  # where Q and P nearly cancel, what their weights lost would be left
+                g += e_query * weight_query_low - e_key * weight_key_low
+            g += Q * ((a - b - mean) * ln_2)
+        if INSTANCE:
+            g += e_instance * weight_instance
+        if not WHOLE_KEYS:
+            g = tl.where((tile_rows < keys)[None, :], g, 0.0)
+        if DTYPE == tl.float16:
+            g = tl.clamp(g, -65504.0, 65504.0)
+        if CHUNKED:
+            tile = _load(
+                queue, tile_rows, out_columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
+            ).to(DTYPE)  # fmt: skip
+        grad = _product(g.to(DTYPE), tile, grad, PRECISION)
+    grad *= _of_row(merged, _LARGEST, rows, batch).to(tl.float32)
+    to = parts + (part * batch + rows)[:, None] * dim + out_columns[None, :]
+    tl.store(to, grad, mask=(rows < batch)[:, None] & (out_columns < dim)[None, :])
+
+
+@triton.jit
+def _finish_kernel(
+    query, key, merged, parts, gradient,
+    batch, dim, query_row, query_column, key_row, key_column, ranges,
+    NORMALIZE: tl.constexpr, RANGES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    inside = columns < dim
+    grad = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, ranges, RANGES):
+        part = first + tl.arange(0, RANGES).to(tl.int64)
+        offsets = (part * batch + row)[:, None] * dim + columns[None, :]
+        there = (part < ranges)[:, None] & inside[None, :]
+        grad += tl.sum(tl.load(parts + offsets, mask=there, other=0.0), axis=0)
+
+    record = merged + row * _MERGED
+    norm_q, norm_k = tl.load(record + _NORM_Q).to(tl.float32), tl.load(record + _NORM_K).to(tl.float32)
+    q = tl.load(query + row * query_row + columns * query_column, mask=inside, other=0.0).to(tl.float32) / norm_q
+    k = tl.load(key + row * key_row + columns * key_column, mask=inside, other=0.0).to(tl.float32) / norm_k
+    grad += k * tl.load(record + _GRAD_POSITIVE).to(tl.float32)
+    if NORMALIZE:
+        # dq = (dq̂ − q̂ (q̂·dq̂)) / ‖q‖; a row below the epsilon was only scaled, so it has no projection
+        radial = tl.where(norm_q > _NORM_EPSILON, tl.sum(q * grad, axis=0), 0.0)
+        grad = (grad - q * radial) / norm_q
+    tl.store(gradient + row * dim + columns, grad, mask=inside)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """How a kernel that walks the keys is started."""
+
+    grid: tuple[int, int, int]  # row blocks, ranges of keys, chunks of the gradient's dimensions
+    keys_a_range: int
+    options: dict[str, Any]
+
+    @property
+    def ranges(self) -> int:
+        return self.grid[1]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(tiles: Tiles, batch: int, keys: int, dim: int, multiprocessors: int) -> _Launch:
+    """Grid and compile-time arguments of a kernel for a problem's size."""
+    padded_dim = max(16, triton.next_power_of_2(dim))
+    depth = min(tiles.depth, padded_dim)
+    options = {"CHUNKED": dim > depth, "BLOCK_B": tiles.rows, "BLOCK_K": tiles.keys, "DEPTH": depth}
+    width = dim
+    if tiles.width:  # the gradient's
+        width = min(tiles.width, padded_dim) if dim > depth else depth
+        options["WIDTH"] = width
+    options["WHOLE_KEYS"] = keys % tiles.keys == 0
+    options["WHOLE_COLUMNS"] = dim % depth == 0 and dim % width == 0
+
+    blocks, chunks = triton.cdiv(batch, tiles.rows), triton.cdiv(dim, width)
+    steps = triton.cdiv(keys, tiles.keys)
+    steps_a_range = _steps_a_range(steps, blocks * chunks, tiles.programs * multiprocessors)
+    return _Launch(
+        (blocks, triton.cdiv(steps, steps_a_range), chunks),
+        steps_a_range * tiles.keys,
+        options | {"num_warps": tiles.warps, "num_stages": tiles.stages},
+    )
+
+
+def _steps_a_range(steps: int, blocks: int, slots: int) -> int:
+    """How many tiles of keys make a range, so that `blocks` programs for each range, `slots` of which run at a
+    time, are done first. Beginning and end of a program cost about as much as two tiles."""
+
+    def time(steps_a_range: int) -> int:
+        return triton.cdiv(blocks * triton.cdiv(steps, steps_a_range), slots) * (steps_a_range + 2)
+
+    most_ranges = min(steps, max(1, 4 * slots // blocks))
+    candidates = {triton.cdiv(steps, ranges) for ranges in range(1, most_ranges + 1)}
+    return min(sorted(candidates, reverse=True), key=time)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors; the interpreter has neither."""
+    if device.type != "cuda":
+        return (0, 0), 1
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def co2(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float,
+    consistency_temperature: float,
+    instance_weight: float,
+    consistency_weight: float,
+    include_positive: bool,
+    normalize: bool,
+    compute_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.co2`; float16, bfloat16 and float32, D up to 1024."""
+    (batch, dim), keys, device = query.shape, len(queue), query.device
+    dtype = query.dtype if query.dtype == queue.dtype else torch.float32
+    precision = _precision(dtype)
+    capability, multiprocessors = _capability(device)
+    for_statistics, for_gradient = select_tiles(capability, precision, dim)
+
+    base = consistency_temperature if consistency_weight else temperature
+    terms = {"INSTANCE": instance_weight != 0, "CONSISTENCY": consistency_weight != 0}
+    numbers = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "PRECISION": precision}
+    scale, ratio = math.log2(math.e) / base, base / temperature
+    squarings = _squarings(temperature, consistency_temperature, precision)
+    row_strides = (*query.stride(), *key.stride())
+
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        loss, instance_loss, consistency_loss = (torch.empty(batch, device=device) for _ in range(3))
+        rank = torch.empty(batch, dtype=torch.int64, device=device)
+        gradient = torch.empty((batch if compute_gradient else 0, dim), device=device)
+
+        launch = _plan(for_statistics, batch, keys, dim, multiprocessors)
+        partial = torch.empty((launch.ranges, batch, _PARTIAL.value), device=device)
+        merged = torch.empty((batch, _MERGED.value), dtype=torch.float64, device=device)
+        _statistics_kernel[launch.grid](
+            query, key, queue, partial, merged, batch, keys, dim, *row_strides, *queue.stride(),
+            scale, ratio, launch.keys_a_range, NORMALIZE=normalize, SQUARINGS=squarings,
+            LANES=_lanes(capability), **terms, **numbers, **launch.options,
+        )  # fmt: skip
+        padded = triton.next_power_of_2(launch.ranges)
+        rows = max(1, min(16, 1024 // padded))
+        _merge_kernel[(triton.cdiv(batch, rows),)](
+            partial, merged, loss, instance_loss, consistency_loss, rank, batch, launch.ranges, scale, ratio,
+            temperature, consistency_temperature, instance_weight, consistency_weight,
+            INCLUDE_POSITIVE=include_positive, BLOCK_B=rows, RANGES=padded, **terms,
+        )  # fmt: skip
+        if compute_gradient:
+            launch = _plan(for_gradient, batch, keys, dim, multiprocessors)
+            parts = torch.empty((launch.ranges, batch, dim), device=device)
+            _gradient_kernel[launch.grid](
+                query, key, queue, merged, parts, batch, keys, dim, *row_strides, *queue.stride(),
+                scale, ratio, launch.keys_a_range, SQUARINGS=squarings, **terms, **numbers,
+                **launch.options,
+            )  # fmt: skip
+            columns = triton.next_power_of_2(dim)
+            padded = min(triton.next_power_of_2(launch.ranges), max(1, 4096 // columns))
+            _finish_kernel[(batch,)](
+                query, key, merged, parts, gradient, batch, dim, *row_strides, launch.ranges,
+                NORMALIZE=normalize, RANGES=padded, BLOCK_D=columns,
+            )  # fmt: skip
+    return loss, instance_loss, consistency_loss, rank, gradient
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How rows are multiplied: as they are in half precision; float32 exactly, or in TF32 if PyTorch may."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _squarings(temperature: float, consistency_temperature: float, precision: str) -> int:
+    """The n for which τ = 2^n τc, or −1. Squaring doubles an error: exact products allow none."""
+    n = math.log2(temperature / consistency_temperature)
+    return int(n) if n in ((0,) if precision == "tf32x3" else (0, 1, 2, 3)) else -1
+
+
+def _lanes(capability: tuple[int, int]) -> int:
+    """How far apart, along a tile's keys, the similarities lie that one thread holds of a row: MMA's and WGMMA's
+    registers repeat every 8 columns; a tensor memory's are whole rows."""
+    return 1 if capability[0] == 10 else 8

@@ -1,0 +1,79 @@
+"""Tiles of the kernels that walk the keys: a table for each architecture.
+
+Nothing in it spills registers, and all of it fits the architecture's shared memory (tests/test_triton.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel cuts its work.
+
+    Attributes:
+        rows: query rows of a program.
+        keys: keys of a step of its loop.
+        depth: dimensions multiplied at once; longer rows are multiplied in chunks of this many.
+        warps: threads of a program, divided by 32.
+        stages: tiles of keys in flight.
+        programs: programs that a multiprocessor holds at a time.
+        width: dimensions of the gradient that a program adds up where rows are multiplied in chunks. Each
+            further program for the same rows and keys computes their similarities again.
+    """
+
+    rows: int
+    keys: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int
+    width: int = 0
+
+
+# By precision and the largest D served: the tiles of the statistics and those of the gradient.
+Table = dict[tuple[str, int], tuple[Tiles, Tiles]]
+
+AMPERE: Table = {  # A100: 163 KiB of shared memory a program
+    ("half", 128): (Tiles(64, 64, 128, 4, 3, 2), Tiles(64, 64, 128, 4, 2, 2, 128)),
+    ("half", 256): (Tiles(128, 64, 256, 8, 2, 1), Tiles(64, 64, 256, 8, 2, 1, 256)),
+    ("half", 1024): (Tiles(64, 64, 32, 4, 3, 2), Tiles(32, 64, 64, 4, 2, 2, 256)),
+    ("tf32", 1024): (Tiles(64, 32, 32, 4, 2, 2), Tiles(64, 32, 32, 8, 2, 1, 128)),
+    ("tf32x3", 1024): (Tiles(64, 32, 32, 4, 2, 2), Tiles(64, 32, 16, 8, 2, 1, 256)),
+}
+HOPPER: Table = {  # H100, H200: 227 KiB
+    ("half", 128): (Tiles(64, 64, 128, 4, 3, 2), Tiles(64, 64, 128, 4, 3, 2, 128)),
+    ("half", 256): (Tiles(128, 64, 256, 8, 2, 1), Tiles(128, 64, 256, 8, 2, 1, 256)),
+    ("half", 1024): (Tiles(64, 64, 64, 4, 3, 2), Tiles(64, 32, 64, 8, 2, 1, 512)),
+    ("tf32", 1024): (Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 32, 32, 4, 2, 2, 128)),
+    ("tf32x3", 1024): (Tiles(64, 32, 32, 4, 2, 2), Tiles(64, 32, 16, 4, 2, 2, 128)),
+}
+BLACKWELL: Table = {  # B200: 227 KiB, and 512 columns of tensor memory for all programs of a multiprocessor
+    ("half", 128): (Tiles(64, 64, 128, 4, 3, 2), Tiles(64, 64, 128, 4, 2, 2, 128)),
+    ("half", 256): (Tiles(64, 64, 256, 4, 2, 1), Tiles(64, 64, 256, 8, 2, 1, 256)),
+    ("half", 1024): (Tiles(64, 64, 64, 4, 3, 2), Tiles(64, 64, 64, 8, 2, 1, 256)),
+    ("tf32", 1024): (Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 32, 32, 4, 2, 2, 128)),
+    ("tf32x3", 1024): (Tiles(64, 32, 32, 4, 2, 2), Tiles(64, 32, 32, 4, 2, 1, 128)),
+}
+OTHER: Table = AMPERE | {  # what fits 99 KiB
+    ("half", 128): (Tiles(64, 64, 128, 4, 2, 2), Tiles(64, 64, 128, 4, 2, 1, 128)),
+    ("half", 256): (Tiles(64, 32, 256, 8, 2, 1), Tiles(32, 64, 256, 8, 2, 1, 256)),
+}
+INTERPRETER: Table = {  # few and large: each step costs the interpreter the same
+    (precision, 1024): (Tiles(64, 128, 128, 4, 1, 1), Tiles(64, 128, 128, 4, 1, 1, 256))
+    for precision in ("half", "tf32", "tf32x3")
+}
+TABLES = {(0, 0): INTERPRETER, (8, 0): AMPERE, (9, 0): HOPPER, (10, 0): BLACKWELL, (10, 3): BLACKWELL}
+
+
+def select_tiles(capability: tuple[int, int], precision: str, dim: int) -> tuple[Tiles, Tiles]:
+    """The tiles of the statistics and of the gradient kernel.
+
+    Args:
+        capability: compute capability of the device, (major, minor); (0, 0) for the interpreter.
+        precision: how rows are multiplied, "half", "tf32" or "tf32x3".
+        dim: D.
+    """
+    table = TABLES.get(capability, OTHER)
+    return table[precision, min(largest for of, largest in table if of == precision and dim <= largest)]
