@@ -88,7 +88,9 @@ def _load_triton() -> ModuleType:
         raise ImportError(f"triton cannot be imported ({error})") from error
     if not _interprets_triton():
         if not torch.cuda.is_available():
-            raise ImportError("there is no CUDA device (with TRITON_INTERPRET=1 it serves CPU tensors, slowly)")
+            raise ImportError(
+                "there is no CUDA device (with TRITON_INTERPRET=1 it serves CPU tensors, slowly)"
+            )
         devices = range(torch.cuda.device_count())
         reason = _too_old_for_triton(max(torch.cuda.get_device_capability(device) for device in devices))
         if reason:
@@ -100,7 +102,9 @@ def _triton_refuses(query: Tensor) -> str | None:
     if _interprets_triton():
         reason = _only_on("cpu")(query)
     else:
-        reason = _only_on("cuda")(query) or _too_old_for_triton(torch.cuda.get_device_capability(query.device))
+        reason = _only_on("cuda")(query) or _too_old_for_triton(
+            torch.cuda.get_device_capability(query.device)
+        )
     if reason:
         return reason
     from contrastive_ops import kernels

@@ -79,7 +79,11 @@ def _measure_rows(
     NORMALIZE: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """max(‖q‖, ε), max(‖k‖, ε) (1 unless NORMALIZE), and q·k̂, of each row in float64: no square leaves its range."""
-    qq, kk, qk = tl.zeros([BLOCK_B], tl.float64), tl.zeros([BLOCK_B], tl.float64), tl.zeros([BLOCK_B], tl.float64)
+    qq, kk, qk = (
+        tl.zeros([BLOCK_B], tl.float64),
+        tl.zeros([BLOCK_B], tl.float64),
+        tl.zeros([BLOCK_B], tl.float64),
+    )
     for first in range(0, dim, DEPTH):
         columns = first + tl.arange(0, DEPTH)
         q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
@@ -250,7 +254,11 @@ def _statistics_kernel(
     lanes: tl.constexpr = [BLOCK_B, LANES]
     tile_shape: tl.constexpr = [BLOCK_B, BLOCK_K // LANES, LANES]
     top_s, top_y = tl.full(lanes, _LOWEST, tl.float32), tl.full(lanes, _LOWEST, tl.float32)
-    z_instance, z_query, z_key = tl.zeros(lanes, tl.float32), tl.zeros(lanes, tl.float32), tl.zeros(lanes, tl.float32)
+    z_instance, z_query, z_key = (
+        tl.zeros(lanes, tl.float32),
+        tl.zeros(lanes, tl.float32),
+        tl.zeros(lanes, tl.float32),
+    )
     d_query, d_key = tl.zeros(lanes, tl.float32), tl.zeros(lanes, tl.float32)
     rank = tl.zeros(lanes, tl.int32)
 
@@ -264,7 +272,9 @@ def _statistics_kernel(
                 CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
             )  # fmt: skip
         else:
-            tile = _load(queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS)
+            tile = _load(
+                queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
+            )
             tile = tile.to(DTYPE)
             s, y = _similarities(q, k, tile, CONSISTENCY, PRECISION, BLOCK_B, BLOCK_K)
         valid = tl.reshape(tile_rows < keys, [1, BLOCK_K // LANES, LANES])
@@ -363,14 +373,19 @@ def _merge_kernel(
         weight = consistency_weight / (2.0 * tau_c)
         factor_query, factor_key = zero + weight, zero + weight
         if INCLUDE_POSITIVE:  # s_+ joins both lists, where it may be the largest entry
-            moved_query, moved_key = tl.exp2(tl.minimum(-positive_s, 0.0)), tl.exp2(tl.minimum(-positive_y, 0.0))
+            moved_query, moved_key = (
+                tl.exp2(tl.minimum(-positive_s, 0.0)),
+                tl.exp2(tl.minimum(-positive_y, 0.0)),
+            )
             e_query, e_key = tl.exp2(tl.minimum(positive_s, 0.0)), tl.exp2(tl.minimum(positive_y, 0.0))
             d_positive = positive_s - positive_y
             z_query, z_key = z_query * moved_query + e_query, z_key * moved_key + e_key
             d_query = d_query * moved_query + d_positive * e_query
             d_key = d_key * moved_key + d_positive * e_key
             e_query, e_key = e_query / z_query, e_key / z_key
-            grad_positive += weight * ((e_query - e_key) + e_query * ((d_positive - d_query / z_query) * _LN_2))
+            grad_positive += weight * (
+                (e_query - e_key) + e_query * ((d_positive - d_query / z_query) * _LN_2)
+            )
             factor_query, factor_key = factor_query * moved_query, factor_key * moved_key
         # L_con = ½ (E_Q[d] − E_P[d]), and the coefficients of ½ [Q (d − E_Q[d] + 1) − P]/τc
         mean = d_query / z_query
@@ -437,7 +452,9 @@ def _gradient_kernel(
                 CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
             )  # fmt: skip
         else:
-            tile = _load(queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS)
+            tile = _load(
+                queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
+            )
             tile = tile.to(DTYPE)
             s, y = _similarities(q, k, tile, CONSISTENCY, PRECISION, BLOCK_B, BLOCK_K)
         a = _logit(s, top_s, scale_q, PRECISION)
@@ -455,7 +472,7 @@ def _gradient_kernel(
             g += e_instance * weight_instance
         if not WHOLE_KEYS:
             g = tl.where((tile_rows < keys)[None, :], g, 0.0)
-        if DTYPE == tl.float16:
+        if tl.float16 == DTYPE:
             g = tl.clamp(g, -65504.0, 65504.0)
         if CHUNKED:
             tile = _load(
@@ -485,7 +502,10 @@ def _finish_kernel(
 
     record = merged + row * _MERGED
     norm_q, norm_k = tl.load(record + _NORM_Q).to(tl.float32), tl.load(record + _NORM_K).to(tl.float32)
-    q = tl.load(query + row * query_row + columns * query_column, mask=inside, other=0.0).to(tl.float32) / norm_q
+    q = (
+        tl.load(query + row * query_row + columns * query_column, mask=inside, other=0.0).to(tl.float32)
+        / norm_q
+    )
     k = tl.load(key + row * key_row + columns * key_column, mask=inside, other=0.0).to(tl.float32) / norm_k
     grad += k * tl.load(record + _GRAD_POSITIVE).to(tl.float32)
     if NORMALIZE:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contrastive_ops import _backends
+from tests.cases import INTERPRETED
+
+pytest.importorskip("triton")
+
+from contrastive_ops.kernels._co2 import _steps_a_range
+from contrastive_ops.kernels._tiles import OTHER, TABLES, select_tiles
+
+from bench import resources
 
 
 @pytest.mark.slow
 def test_the_interpreter_passes_the_same_tests() -> None:
     """The kernels' own code, tile by tile on the CPU, held to the harness of all backends."""
-    pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": "interpreter"}
     tests = ["tests/test_co2.py", "tests/test_ops.py", "tests/test_backends.py"]
     result = subprocess.run(
@@ -23,3 +37,91 @@ def test_the_interpreter_passes_the_same_tests() -> None:
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
+
+
+# What each architecture multiplies matrices with.
+TENSOR_CORES = {(8, 0): "mma.sync", (8, 9): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
+COMPILED = [
+    (capability, name, precision, dim)
+    for capability in TENSOR_CORES
+    for precision, dim in resources.entries(TABLES.get(capability, OTHER))
+    for name in resources.KERNELS
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
+@pytest.mark.parametrize(("capability", "name", "precision", "dim"), COMPILED)
+def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: str, dim: int) -> None:
+    """Every entry multiplies on tensor cores, spills no register, fits in shared memory, and lets a
+    multiprocessor hold as many programs as the grid is made for."""
+    made = resources.compile_kernel(name, capability, precision, dim)
+    tiles = select_tiles(capability, precision, dim)[name == "gradient"]
+    assert TENSOR_CORES[capability] in made.ptx
+    assert made.spilled_bytes == 0
+    assert made.shared_bytes <= resources.SHARED_KIB[capability] * 1024
+    assert made.programs(tiles, resources.SHARED_KIB[capability]) >= tiles.programs
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize("name", resources.KERNELS)
+@pytest.mark.parametrize("variant", [{"columns": True, "dtype": torch.float16}, {"keys": 65535}])
+def test_other_queues_need_no_slower_loop(
+    capability: tuple[int, int], name: str, variant: dict[str, Any]
+) -> None:
+    """MoCo's (D, K) order and a ragged queue: the same matrix instructions, and no spill within the loop."""
+    made = resources.compile_kernel(name, capability, "half", 128, squarings=2, **variant)
+    assert TENSOR_CORES[capability] in made.ptx
+    assert not {"LDL", "STL"} & made.loop.keys()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
+def test_statistics_need_no_exchange_between_threads() -> None:
+    """A row's sums stay in the threads that made them: no shuffle in the loop over the keys, on Hopper."""
+    loop = resources.compile_kernel("statistics", (9, 0), "half", 128).loop
+    if not loop:
+        pytest.skip("there is no disassembler")
+    assert "MUFU" in loop
+    assert "SHFL" not in loop
+
+
+@given(steps=st.integers(1, 5000), blocks=st.integers(1, 2000), slots=st.integers(1, 600))
+def test_ranges_fill_the_chip(steps: int, blocks: int, slots: int) -> None:
+    """Every key is in a range, none is empty, and the chip is done no later than with a single range."""
+    size = _steps_a_range(steps, blocks, slots)
+    ranges = math.ceil(steps / size)
+    assert (ranges - 1) * size < steps <= ranges * size
+    assert math.ceil(blocks * ranges / slots) * (size + 2) <= math.ceil(blocks / slots) * (steps + 2)
+
+
+def test_reports_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ImportError, match="there is no CUDA device"):
+        _backends._load_triton()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 0), (7, 5)][device])
+    with pytest.raises(ImportError, match=r"compute capability 8.0 or newer, this one has 7.5"):
+        _backends._load_triton()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match="triton cannot be imported"):
+        _backends._load_triton()
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float64), "it does not serve torch.float64"),
+        (torch.zeros(2, 3, dtype=torch.bfloat16), "interpreter multiplies bfloat16 wrongly"),
+        (torch.zeros(2, 1025), "it serves rows of up to 1024 dimensions, got 1025"),
+        (torch.zeros(2, 3, device="meta"), "it does not serve meta tensors"),
+        (torch.zeros(2, 1024), None),
+    ],
+)
+def test_refuses_what_it_does_not_serve(
+    monkeypatch: pytest.MonkeyPatch, query: torch.Tensor, reason: str | None
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    said = _backends._triton_refuses(query)
+    assert said == reason or (reason and reason in (said or ""))

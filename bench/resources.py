@@ -1,0 +1,183 @@
+"""What the compiler makes of the Triton kernels, for GPUs that need not be there: `python -m bench.resources`.
+
+Every entry of the table of tiles is compiled for its architecture. The compiler tells registers, spilled
+bytes and shared memory, from which follows how many programs a multiprocessor holds; the machine code of the
+loop over the keys tells how many instructions a pair of row and key costs, and how many of them keep the
+special-function units busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from contrastive_ops.kernels import _co2
+from contrastive_ops.kernels._tiles import OTHER, TABLES, Table, Tiles, select_tiles
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # of a program, at most
+REGISTERS = 65536  # of a multiprocessor
+KERNELS = {"statistics": _co2._statistics_kernel, "gradient": _co2._gradient_kernel}
+DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
+
+# What `_co2.co2` passes, by name: pointers, and numbers that Triton may take to be multiples of 16.
+POINTERS = {"partial": "*fp32", "merged": "*fp64", "parts": "*fp32"}
+FLOATS = ("scale", "ratio")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of a compiled kernel: `loop` counts the instructions of its loop over the keys, by name, per pair."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    ptx: str
+    loop: dict[str, float]
+
+    def programs(self, tiles: Tiles, shared_kib: int) -> int:
+        """How many fit on a multiprocessor, whose registers go out by eights a thread."""
+        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32 * tiles.warps)
+        return min(by_registers, shared_kib * 1024 // (self.shared_bytes + 1024))  # 1 KiB is the system's
+
+
+def compile_kernel(
+    name: str,
+    capability: tuple[int, int],
+    precision: str,
+    dim: int,
+    *,
+    tiles: Tiles | None = None,
+    columns: bool = False,
+    dtype: torch.dtype | None = None,
+    keys: int = 65536,
+    squarings: int = -1,
+) -> Resources:
+    """One of `KERNELS` as it is launched for 256 rows; `columns` is MoCo's (D, K) order of the queue."""
+    kernel = KERNELS[name]
+    tiles = tiles or select_tiles(capability, precision, dim)[name == "gradient"]
+    dtype = dtype or DTYPES[precision]
+    launch = _co2._plan(tiles, 256, keys, dim, 132)
+    options = dict(launch.options)
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    number = str(dtype).removeprefix("torch.")
+    constants = options | {
+        "INSTANCE": True, "CONSISTENCY": True, "NORMALIZE": True, "SQUARINGS": squarings, "PRECISION": precision,
+        "LANES": _co2._lanes(capability), "DTYPE": getattr(tl, number),
+        "query_column": 1, "key_column": 1, "queue_row" if columns else "queue_column": 1,
+    }  # fmt: skip
+    pointers = POINTERS | dict.fromkeys(("query", "key", "queue"), f"*{getattr(tl, number).name}")
+
+    signature, attributes = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in FLOATS:
+            signature[argument] = "fp32"
+        else:
+            signature[argument] = pointers.get(argument, "i32")
+            if argument != "keys" or keys % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in signature},
+        attributes,
+    )
+    major, minor = capability
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    registers, spilled, code = assemble(compiled.asm["ptx"], major)
+    pairs = tiles.rows * tiles.keys / (32 * warps)
+    loop = {instruction: count / pairs for instruction, count in loop_instructions(code).items()}
+    return Resources(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"], loop)
+
+
+def assemble(ptx: str, major: int) -> tuple[int, int, str]:
+    """Registers, spilled bytes and machine code, from NVIDIA's assembler and disassembler beside Triton."""
+    match = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert match
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        assembler = "ptxas-blackwell" if major >= 10 and (BINARIES / "ptxas-blackwell").exists() else "ptxas"
+        command = [BINARIES / assembler, "-v", f"--gpu-name={match[1]}", source, "-o", binary]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        disassembler = BINARIES / "nvdisasm"
+        code = ""
+        if disassembler.exists():
+            code = subprocess.run([disassembler, "-c", binary], capture_output=True, text=True).stdout
+    registers, spilled = (
+        re.search(r"Used (\d+) registers", said),
+        re.search(r"(\d+) bytes spill stores", said),
+    )
+    assert registers
+    assert spilled
+    return int(registers[1]), int(spilled[1]), code
+
+
+def loop_instructions(code: str) -> Counter[str]:
+    """Instructions of the loop with the most exponentials, that over the keys; nothing without machine code."""
+    labels, instructions = {}, []
+    for line in map(str.strip, code.splitlines()):
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    loops = []
+    for end, instruction in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
+        if target and labels.get(target[1], end + 1) <= end:
+            body = instructions[labels[target[1]] : end + 1]
+            loops.append(Counter(re.sub(r"^@!?U?P\w+\s+", "", x).split()[0].split(".")[0] for x in body))
+    return max(loops, key=lambda loop: loop["MUFU"], default=Counter())
+
+
+def entries(table: Table) -> list[tuple[str, int]]:
+    """Precision and the D at which each entry of a table is asked for."""
+    return [(precision, 128 if precision != "half" else largest) for precision, largest in table]
+
+
+def report(capability: tuple[int, int]) -> str:
+    shared = SHARED_KIB[capability]
+    lines = [
+        f"### Compute capability {capability[0]}.{capability[1]}",
+        "",
+        "| kernel | precision | D | tile | warps | registers | spilled | shared KiB | programs | "
+        "instructions a pair | exponentials a pair |",
+        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for precision, dim in entries(TABLES.get(capability, OTHER)):
+        for name in KERNELS:
+            tiles = select_tiles(capability, precision, dim)[name == "gradient"]
+            made = compile_kernel(name, capability, precision, dim)
+            lines.append(
+                f"| {name} | {precision} | {dim} | {tiles.rows} × {tiles.keys} | {tiles.warps} | {made.registers} | "
+                f"{made.spilled_bytes} | {made.shared_bytes / 1024:.0f} | {made.programs(tiles, shared)} | "
+                f"{sum(made.loop.values()):.1f} | {made.loop.get('MUFU', 0):.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
+    parser.add_argument(
+        "capabilities", nargs="*", default=["8.0", "8.9", "9.0", "10.0"], metavar="CAPABILITY"
+    )
+    for text in parser.parse_args().capabilities:
+        major, minor = map(int, text.split("."))
+        print(report((major, minor)), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
