@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels, for GPUs that need not be there: `python -m bench.resources`.
+"""What the compiler makes of the Triton kernels, for GPUs that may be absent: `python -m bench.resources`.
 
 Every entry of the table of tiles is compiled for its architecture. The compiler tells registers, spilled
 bytes and shared memory, from which follows how many programs a multiprocessor holds; the machine code of the
@@ -72,8 +72,8 @@ def compile_kernel(
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     number = str(dtype).removeprefix("torch.")
     constants = options | {
-        "INSTANCE": True, "CONSISTENCY": True, "NORMALIZE": True, "SQUARINGS": squarings, "PRECISION": precision,
-        "LANES": _co2._lanes(capability), "DTYPE": getattr(tl, number),
+        "INSTANCE": True, "CONSISTENCY": True, "NORMALIZE": True, "SQUARINGS": squarings,
+        "PRECISION": precision, "LANES": _co2._lanes(capability), "DTYPE": getattr(tl, number),
         "query_column": 1, "key_column": 1, "queue_row" if columns else "queue_column": 1,
     }  # fmt: skip
     pointers = POINTERS | dict.fromkeys(("query", "key", "queue"), f"*{getattr(tl, number).name}")
@@ -127,7 +127,7 @@ def assemble(ptx: str, major: int) -> tuple[int, int, str]:
 
 
 def loop_instructions(code: str) -> Counter[str]:
-    """Instructions of the loop with the most exponentials, that over the keys; nothing without machine code."""
+    """Instructions of the loop over the keys, which has the most exponentials; none without machine code."""
     labels, instructions = {}, []
     for line in map(str.strip, code.splitlines()):
         if label := re.match(r"(\.L_\w+):", line):
@@ -162,8 +162,9 @@ def report(capability: tuple[int, int]) -> str:
             tiles = select_tiles(capability, precision, dim)[name == "gradient"]
             made = compile_kernel(name, capability, precision, dim)
             lines.append(
-                f"| {name} | {precision} | {dim} | {tiles.rows} × {tiles.keys} | {tiles.warps} | {made.registers} | "
-                f"{made.spilled_bytes} | {made.shared_bytes / 1024:.0f} | {made.programs(tiles, shared)} | "
+                f"| {name} | {precision} | {dim} | {tiles.rows} × {tiles.keys} | {tiles.warps} | "
+                f"{made.registers} | {made.spilled_bytes} | {made.shared_bytes / 1024:.0f} | "
+                f"{made.programs(tiles, shared)} | "
                 f"{sum(made.loop.values()):.1f} | {made.loop.get('MUFU', 0):.2f} |"
             )
     return "\n".join(lines)

@@ -107,8 +107,7 @@ def _triton_refuses(query: Tensor) -> str | None:
         )
     if reason:
         return reason
-    from contrastive_ops import kernels
-
+    kernels = importlib.import_module("contrastive_ops.kernels")
     if query.dtype not in kernels.DTYPES:
         return f"it does not serve {query.dtype}"
     if query.dtype == torch.bfloat16 and _interprets_triton():

@@ -3,17 +3,17 @@
 Plan. The grid is (block of query rows) × (range of keys), so that a batch of 32 fills the chip as one of 4096
 does. A program walks its range a tile of keys at a time; nothing of size B×K leaves it.
 
-1. statistics   s = q Nᵀ and y = k Nᵀ of each tile; per row the running maxima, three partition sums, both sums
-                of d, and the rank of the positive. Each range writes these eight numbers a row.
+1. statistics   s = q Nᵀ and y = k Nᵀ of each tile; per row both maxima, three partition sums, both sums of d,
+                and the rank of the positive. Each range writes these eight numbers a row.
 2. merge        the ranges' numbers, in a fixed order: losses, rank, and what a row's gradient needs.
-3. gradient     recomputes s and y, turns them into g = dL/ds, and adds up g N. Each range writes its (B, D) part.
+3. gradient     computes s and y again, makes them g = dL/ds, and adds up g N. Each range writes its part.
 4. finish       adds the parts up in a fixed order, adds the positive's, and differentiates the normalisation.
 
 Without a gradient the first two are all. There are no atomics: equal input gives equal bits.
 
-Rows are multiplied as they are stored; their norms divide similarities, not rows. With λ = log2(e)/τc a row keeps
+Rows are multiplied as they are stored; their norms divide similarities, not rows. A pair of row and key has
 
-    a_j = λ s_j − max     b_j = λ y_j − max     d_j = a_j − b_j
+    a_j = λ (s_j − max s)     b_j = λ (y_j − max y)     d_j = a_j − b_j     with λ = log2(e)/τc,
 
 so that e^{s/τc} ~ 2^a, e^{y/τc} ~ 2^b and e^{s/τ} ~ 2^{a τc/τ}. InfoNCE alone has τ in place of τc.
 """
@@ -48,7 +48,8 @@ _INSTANCE, _QUERY, _KEY, _LARGEST, _GRAD_POSITIVE = (tl.constexpr(i) for i in ra
 
 @triton.jit
 def _load(
-    matrix, rows, columns, count, dim, row_stride, column_stride, WHOLE_ROWS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr
+    matrix, rows, columns, count, dim, row_stride, column_stride,
+    WHOLE_ROWS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A (rows, columns) tile of a matrix of any strides; zeros outside, unless it is known to be inside."""
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
@@ -78,7 +79,7 @@ def _measure_rows(
     query, key, rows, batch, dim, query_row, query_column, key_row, key_column,
     NORMALIZE: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """max(‖q‖, ε), max(‖k‖, ε) (1 unless NORMALIZE), and q·k̂, of each row in float64: no square leaves its range."""
+    """max(‖q‖, ε), max(‖k‖, ε) (1 unless NORMALIZE) and q·k̂ of each row; float64 holds any square."""
     qq, kk, qk = (
         tl.zeros([BLOCK_B], tl.float64),
         tl.zeros([BLOCK_B], tl.float64),
@@ -100,7 +101,7 @@ def _measure_rows(
 
 @triton.jit
 def _scales(scale, norm_q, norm_k):
-    """λ/‖q‖ and λ/‖k‖, which make logits of products of rows as they are stored; every kernel rounds them alike."""
+    """λ/‖q‖ and λ/‖k‖, which make logits of products of stored rows; every kernel rounds them alike."""
     return (scale / norm_q).to(tl.float32), (scale / norm_k).to(tl.float32)
 
 
@@ -111,7 +112,7 @@ def _round_to_tf32(x):
 
 @triton.jit
 def _product(a, b, sum, PRECISION: tl.constexpr):
-    """sum + a b. In "tf32x3" as exact as in float32: of a = high + low, each a TF32 number, only low·low is lost."""
+    """sum + a b. "tf32x3" is as exact as float32: of a = high + low, both TF32, only low·low is lost."""
     if PRECISION == "tf32x3":
         a_high, b_high = _round_to_tf32(a), _round_to_tf32(b)
         small = tl.dot(a - a_high, b_high, input_precision="tf32")
@@ -125,7 +126,8 @@ def _product(a, b, sum, PRECISION: tl.constexpr):
 
 @triton.jit
 def _similarities(
-    q, k, tile, CONSISTENCY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr
+    q, k, tile,
+    CONSISTENCY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """q Nᵀ and k Nᵀ of a tile of keys."""
     zero = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
@@ -231,7 +233,7 @@ def _statistics_kernel(
     LANES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    part, ranges = tl.program_id(1), tl.num_programs(1)
+    part = tl.program_id(1)
     inside = rows < batch
     columns = tl.arange(0, DEPTH)
 
@@ -552,8 +554,8 @@ def _plan(tiles: Tiles, batch: int, keys: int, dim: int, multiprocessors: int) -
 
 
 def _steps_a_range(steps: int, blocks: int, slots: int) -> int:
-    """How many tiles of keys make a range, so that `blocks` programs for each range, `slots` of which run at a
-    time, are done first. Beginning and end of a program cost about as much as two tiles."""
+    """How many tiles of keys make a range, so that `blocks` programs for each range, of which `slots` run at
+    a time, are done first. Beginning and end of a program cost about as much as two tiles."""
 
     def time(steps_a_range: int) -> int:
         return triton.cdiv(blocks * triton.cdiv(steps, steps_a_range), slots) * (steps_a_range + 2)
@@ -649,6 +651,6 @@ def _squarings(temperature: float, consistency_temperature: float, precision: st
 
 
 def _lanes(capability: tuple[int, int]) -> int:
-    """How far apart, along a tile's keys, the similarities lie that one thread holds of a row: MMA's and WGMMA's
-    registers repeat every 8 columns; a tensor memory's are whole rows."""
+    """In how many lanes the statistics of a row are kept, each for the keys equal modulo this number, and merged at the end. The registers of a matrix product repeat every 8 columns: so one thread holds all
+    of a lane, and no threads exchange sums on the way. From tensor memory a thread loads whole rows."""
     return 1 if capability[0] == 10 else 8

@@ -27,8 +27,8 @@ ON_GPU = () if INTERPRETED else ("triton", "cuda")
 
 @pytest.fixture(params=SERVING)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend that can serve here. A test that takes it holds for all of them, and makes its tensors on the
-    device that it serves."""
+    """Each backend that can serve here. A test that takes it holds for all of them, and makes its tensors on
+    the device that it serves."""
     if request.param in ON_GPU:
         torch.set_default_device("cuda")
     yield request.param

@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: an interpreter for machines without a GPU, and a compiler that needs none."""
+"""What only the Triton kernels have: an interpreter where there is no GPU, and a compiler that needs none."""
 
 from __future__ import annotations
 
