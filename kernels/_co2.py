@@ -597,7 +597,7 @@ def co2(
     terms = {"INSTANCE": instance_weight != 0, "CONSISTENCY": consistency_weight != 0}
     numbers = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "PRECISION": precision}
     scale, ratio = math.log2(math.e) / base, base / temperature
-    squarings = _squarings(temperature, consistency_temperature, precision)
+    squarings = _squarings(temperature / consistency_temperature, precision) if all(terms.values()) else -1
     row_strides = (*query.stride(), *key.stride())
 
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -644,13 +644,14 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _squarings(temperature: float, consistency_temperature: float, precision: str) -> int:
+def _squarings(ratio: float, precision: str) -> int:
     """The n for which τ = 2^n τc, or −1. Squaring doubles an error: exact products allow none."""
-    n = math.log2(temperature / consistency_temperature)
+    n = math.log2(ratio)
     return int(n) if n in ((0,) if precision == "tf32x3" else (0, 1, 2, 3)) else -1
 
 
 def _lanes(capability: tuple[int, int]) -> int:
-    """In how many lanes the statistics of a row are kept, each for the keys equal modulo this number, and merged at the end. The registers of a matrix product repeat every 8 columns: so one thread holds all
-    of a lane, and no threads exchange sums on the way. From tensor memory a thread loads whole rows."""
+    """In how many lanes the statistics of a row are kept, to be merged at the end: lane i has the keys that are
+    i modulo this number. The registers of a matrix product repeat every 8 columns, so one thread holds all of
+    a lane, and threads exchange nothing on the way. From tensor memory a thread loads whole rows."""
     return 1 if capability[0] == 10 else 8
