@@ -13,28 +13,47 @@ from pathlib import Path
 import torch
 from torch.utils.benchmark import Timer
 
-from bench.cases import DTYPES, Case
+from bench.cases import EXPONENTIALS, GRIDS, Case
 
 MIB = 1 << 20
 # (rows, inner, columns) of products: square ones that caches like, and both shapes of a loss over a queue.
-MATMUL_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (256, 128, 65536), (256, 65536, 128))
+MATMUL_SHAPES = {
+    "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (256, 128, 65536), (256, 65536, 128)),
+    "cuda": ((8192, 8192, 8192), (4096, 128, 65536), (4096, 65536, 128)),
+}
 
 
 def measure(device: str = "cpu") -> dict:
-    """Copying in GB/s, bytes read and written; matrix products of each dtype and multiply-adds in TFLOP/s."""
-    return {
+    """Copying in GB/s, bytes read and written; matrix products of each dtype and multiply-adds in TFLOP/s;
+    on a GPU, exponentials in 10¹² a second, and products in TF32."""
+    ceilings = {
         "copy_gb_s": copy_gb_s(device),
-        "matmul_tflop_s": {dtype: matmul_tflop_s(dtype, device) for dtype in DTYPES},
-        "fma_tflop_s": fma_tflop_s(),
+        "matmul_tflop_s": {dtype: matmul_tflop_s(dtype, device) for dtype in GRIDS[device].dims},
     }
+    if device == "cpu":
+        return ceilings | {"fma_tflop_s": fma_tflop_s()}
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    ceilings["matmul_tflop_s"]["tf32"] = matmul_tflop_s("float32", device)
+    torch.set_float32_matmul_precision(precision)
+    return ceilings | {"exponentials_t_s": exponentials_t_s()}
 
 
 def floor_ms(case: Case, ceilings: dict) -> float:
-    """The time of the matrix products alone, at the best rate that was measured for the dtype."""
+    """The time of what takes longest at the best rates measured: the matrix products; on a GPU also the
+    exponentials, and reading the queue once. All of them can run at the same time."""
     rates = [ceilings["matmul_tflop_s"][case.dtype]]
-    if case.dtype == "float32" and ceilings["fma_tflop_s"]:
-        rates.append(ceilings["fma_tflop_s"])
-    return case.operations / (max(rates) * 1e12) * 1e3
+    if case.dtype == "float32":
+        rates += [ceilings.get("fma_tflop_s") or 0, ceilings["matmul_tflop_s"].get("tf32", 0) / 3]
+    seconds = [case.operations / (max(rates) * 1e12)]
+    if "exponentials_t_s" in ceilings:
+        exponentials = EXPONENTIALS[case.loss] * case.B * case.K
+        queue = case.K * case.D * getattr(torch, case.dtype).itemsize
+        seconds += [
+            exponentials / (ceilings["exponentials_t_s"] * 1e12),
+            queue / (ceilings["copy_gb_s"] * 1e9),
+        ]
+    return max(seconds) * 1e3
 
 
 def copy_gb_s(device: str) -> float:
@@ -50,13 +69,22 @@ def matmul_tflop_s(dtype: str, device: str) -> float:
         seconds = _fastest("torch.mm(a, b, out=out)", a=a, b=b, out=torch.mm(a, b))
         return 2 * rows * inner * columns / seconds / 1e12
 
-    return max(rate(*shape) for shape in MATMUL_SHAPES)
+    return max(rate(*shape) for shape in MATMUL_SHAPES[device])
 
 
-def _fastest(statement: str, **tensors: torch.Tensor) -> float:
+def _fastest(statement: str, **names: object) -> float:
     """Seconds of the fastest of the runs that fit in half a second; waits for the device where it has to."""
-    timer = Timer(statement, globals=tensors, num_threads=torch.get_num_threads())
+    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=0.5).times)
+
+
+def exponentials_t_s() -> float:
+    """2^x in 10¹² a second, of a kernel that does nothing else."""
+    from bench.exponentials import chains
+
+    steps, programs = 4096, 16 * torch.cuda.get_device_properties(0).multi_processor_count
+    seconds = _fastest("run()", run=lambda: chains(steps, programs))
+    return chains(steps, programs).numel() * steps / seconds / 1e12
 
 
 def fma_tflop_s() -> float | None:

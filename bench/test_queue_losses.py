@@ -17,7 +17,7 @@ import cpuinfo
 import pytest
 import torch
 
-from bench.cases import FUSED, Case, grid, implementation, inputs, step
+from bench.cases import GRIDS, Case, grid, implementation, inputs, step
 
 
 def rounds(case: Case) -> int:
@@ -44,7 +44,7 @@ def test_implementations_compute_the_same(case: Case) -> None:
     torch.testing.assert_close(query.grad.double(), expected.grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("backend", GRIDS["cpu"].fused)
 def test_ratios_at_B256_K65536(backend: str, capsys: pytest.CaptureFixture) -> None:
     """Fused CO2 in float32 is 5 times faster than eager and takes at most a quarter more than its matrix
     products alone; in bfloat16, where the processor multiplies that, 8 times faster than float32 eager."""

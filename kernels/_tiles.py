@@ -36,7 +36,7 @@ class Tiles:
 Table = dict[tuple[str, int], tuple[Tiles, Tiles]]
 
 AMPERE: Table = {  # A100: 163 KiB of shared memory a program
-    ("half", 128): (Tiles(64, 64, 128, 4, 3, 2), Tiles(64, 64, 128, 4, 2, 2, 128)),
+    ("half", 128): (Tiles(64, 64, 128, 4, 2, 2), Tiles(64, 64, 128, 4, 2, 2, 128)),
     ("half", 256): (Tiles(128, 64, 256, 8, 2, 1), Tiles(64, 64, 256, 8, 2, 1, 256)),
     ("half", 1024): (Tiles(64, 64, 32, 4, 3, 2), Tiles(32, 64, 64, 4, 2, 2, 256)),
     ("tf32", 1024): (Tiles(64, 32, 32, 4, 2, 2), Tiles(64, 32, 32, 8, 2, 1, 128)),
@@ -52,14 +52,14 @@ HOPPER: Table = {  # H100, H200: 227 KiB
 BLACKWELL: Table = {  # B200: 227 KiB, and 512 columns of tensor memory for all programs of a multiprocessor
     ("half", 128): (Tiles(64, 64, 128, 4, 3, 2), Tiles(64, 64, 128, 4, 2, 2, 128)),
     ("half", 256): (Tiles(64, 64, 256, 4, 2, 1), Tiles(64, 64, 256, 8, 2, 1, 256)),
-    ("half", 1024): (Tiles(64, 64, 64, 4, 3, 2), Tiles(64, 64, 64, 8, 2, 1, 256)),
+    ("half", 1024): (Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 64, 64, 8, 2, 1, 256)),
     ("tf32", 1024): (Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 32, 32, 4, 2, 2, 128)),
     ("tf32x3", 1024): (Tiles(64, 64, 16, 4, 2, 2), Tiles(64, 32, 32, 4, 2, 2, 128)),
 }
 OTHER: Table = AMPERE | {  # what fits 99 KiB
     ("half", 128): (Tiles(64, 64, 128, 4, 2, 2), Tiles(64, 64, 128, 4, 2, 1, 128)),
     ("half", 256): (Tiles(64, 32, 256, 8, 2, 1), Tiles(32, 64, 256, 8, 2, 1, 256)),
-    ("tf32x3", 1024): (Tiles(64, 32, 16, 4, 2, 2), Tiles(64, 32, 16, 4, 2, 2, 128)),
+    ("tf32x3", 1024): (Tiles(64, 32, 16, 4, 1, 2), Tiles(64, 32, 16, 4, 2, 2, 128)),
 }
 INTERPRETER: Table = {  # few and large: each step costs the interpreter the same
     (precision, 1024): (Tiles(64, 128, 128, 4, 1, 1), Tiles(64, 128, 128, 4, 1, 1, 256))

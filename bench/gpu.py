@@ -1,0 +1,133 @@
+"""Times on a GPU, by its own clock, of steps that a graph replays: what launching costs the host is told apart.
+
+Every record has three times. `ms`: the GPU's, with inputs that the second-level cache has forgotten. `warm_ms`:
+the same on one set of inputs over and over. `wall_ms`: the host's, of plain calls one after the other, which
+is the GPU's time or the host's own, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case, Loss, implementation, inputs, step
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+MOST_SETS = 32
+
+
+def measure(case: Case) -> dict:
+    """The measured fields of a record.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU cannot hold the case.
+    """
+    loss = implementation(case)
+    first = inputs(case, "cuda")
+    for _ in range(3):  # compiles, and fills the allocator's pools
+        step(loss, *first)
+    peak_mib = peak_extra_mib(loss, first)
+    wall_ms = wall_time_ms(loss, first)
+    if case.impl == "max-autotune":  # as its users call it, with graphs of its own
+        torch.compiler.reset()
+        wall_ms = wall_time_ms(
+            torch.compile(loss.func, dynamic=False, mode="max-autotune"), first, **loss.keywords
+        )
+        loss = implementation(case)
+    sets = [first, *(copied(first) for _ in range(sets_beyond_cache(first) - 1))]
+    ms_all = graph_times_ms(loss, sets)
+    warm_all = graph_times_ms(loss, sets[:1] * len(sets))
+    return {
+        "ms": round(statistics.median(ms_all), 5),
+        "ms_all": [round(ms, 5) for ms in ms_all],
+        "warm_ms": round(statistics.median(warm_all), 5),
+        "wall_ms": round(wall_ms, 5),
+        "peak_mib": round(peak_mib, 2),
+    }
+
+
+def sets_beyond_cache(one: Inputs) -> int:
+    """How many sets of inputs it takes, one after the other, to find none of them in the cache again."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    bytes_a_set = sum(x.nbytes for x in one)
+    return max(2, min(MOST_SETS, -(-3 * cache // bytes_a_set)))
+
+
+def copied(one: Inputs) -> Inputs:
+    query, key, queue = (x.detach().clone() for x in one)
+    return query.requires_grad_(), key, queue
+
+
+def peak_extra_mib(loss: Loss, one: Inputs) -> float:
+    """What a step allocates at its peak, beyond what was there before it, its gradient included."""
+    one[0].grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(loss, *one)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def wall_time_ms(loss: Loss, one: Inputs, **settings: float) -> float:
+    """Median over a few loops of the host's time a call."""
+
+    def call(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+        return loss(query, key, queue, **settings)
+
+    for _ in range(3):
+        step(call, *one)
+    start = time.perf_counter()
+    step(call, *one)
+    torch.cuda.synchronize()
+    calls = max(3, min(200, int(0.1 / (time.perf_counter() - start))))
+    loops = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            step(call, *one)
+        torch.cuda.synchronize()
+        loops.append((time.perf_counter() - start) / calls)
+    return statistics.median(loops) * 1e3
+
+
+def graph_times_ms(loss: Loss, sets: Sequence[Inputs], seconds: float = 0.3) -> list[float]:
+    """GPU time a step of replays of one graph that takes a step on each set; of plain calls where a loss cannot
+    be captured (because it waits for the GPU, say)."""
+
+    def run() -> None:
+        for one in sets:
+            step(loss, *one)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    try:
+        graph = torch.cuda.CUDAGraph()
+        for query, *_ in sets:
+            query.grad = None  # it is to be allocated within the graph
+        with torch.cuda.graph(graph):
+            run()
+        replay = graph.replay
+    except RuntimeError as error:
+        print(f"    not captured, so timed by plain calls: {str(error).splitlines()[0]}", flush=True)
+        torch.cuda.synchronize()
+        replay = run
+
+    replay()
+    times: list[float] = []
+    while len(times) < 5 or (len(times) < 100 and sum(times) * len(sets) < seconds * 1e3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(sets))
+    return times
