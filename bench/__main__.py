@@ -1,13 +1,21 @@
-"""`python -m bench`: measure everything on this machine, write it down, and report."""
+"""`python -m bench`: measure everything on this machine, write it down, and report.
+
+`--device cuda` measures the GPU. There each record is written as soon as it is measured, and one that is
+written already is not measured again: a run that was cut goes on where it was.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import gc
 import importlib.metadata
 import json
 import os
+import platform
 import re
+import subprocess
 import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -16,7 +24,7 @@ import pytest
 import torch
 
 from bench import ceilings, report
-from bench.cases import Case
+from bench.cases import GRIDS, PACKAGES, Case, grid
 from bench.memory import peak_extra_mib
 
 QUICK = "B256 and not K262144 and not K1048576 and not compile"  # pytest -k
@@ -24,9 +32,13 @@ QUICK = "B256 and not K262144 and not K1048576 and not compile"  # pytest -k
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--device", choices=GRIDS, default="cpu")
     parser.add_argument("--quick", action="store_true", help="a check in a minute, written to build/")
+    parser.add_argument("--match", default="", help="regular expression of the cases to measure (GPU only)")
     parser.add_argument("--output", type=Path, help="JSON file (default: bench/results/<date>-<device>.json)")
     arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        return measure_gpu(arguments)
 
     print("Measuring what the machine can do at best", flush=True)
     limits = ceilings.measure()
@@ -40,6 +52,56 @@ def main() -> int:
     write(result, output)
     report.write(output)
     return status
+
+
+def measure_gpu(arguments: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device here")
+    from bench import gpu
+
+    machine = describe_gpu()
+    output = arguments.output or default_output(machine, arguments.quick)
+    if output.exists():
+        result = json.loads(output.read_text())
+    else:
+        print("Measuring what the GPU can do at best", flush=True)
+        result = {"machine": machine, "ceilings": ceilings.measure("cuda"), "records": []}
+    pattern = re.compile(r"B256-K(16384|65536)-D128" if arguments.quick else arguments.match)
+    done = {str(case_of(each)) for each in result["records"]}
+    for case in grid("cuda"):
+        if not pattern.search(str(case)) or str(case) in done:
+            continue
+        try:
+            measured = gpu.measure(case)
+        except torch.OutOfMemoryError:
+            print(f"{case}: does not fit", flush=True)
+            continue
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        floor = ceilings.floor_ms(case, result["ceilings"])
+        result["records"].append(
+            {
+                **dataclasses.asdict(case),
+                "direction": "forward+backward",
+                **measured,
+                "floor_ms": round(floor, 5),
+            }
+        )
+        write(result, output)
+        print(
+            f"{case}: {measured['ms']:.4f} ms, {measured['ms'] / floor:.2f} × its floor, "
+            f"{case.operations / measured['ms'] / 1e9:.0f} TFLOP/s, warm {measured['warm_ms']:.4f} ms, "
+            f"wall {measured['wall_ms']:.4f} ms, {measured['peak_mib']:.1f} MiB",
+            flush=True,
+        )
+    if result["records"]:
+        report.write(output)
+    return 0
+
+
+def case_of(record: dict) -> Case:
+    return Case(**{field.name: record[field.name] for field in dataclasses.fields(Case)})
 
 
 def run_benchmarks(selection: str) -> tuple[int, dict]:
@@ -92,6 +154,23 @@ def describe_machine(timings: dict) -> dict:
         **{package: version(package) for package in ("torch", "triton", "lightly")},
         "date": timings["datetime"][:10],
         "commit": commit["id"][:12] + ("-dirty" if commit["dirty"] else ""),
+    }
+
+
+def describe_gpu() -> dict:
+    properties = torch.cuda.get_device_properties(0)
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "triton", *PACKAGES.values())},
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.strip(),
     }
 
 

@@ -52,7 +52,8 @@ GRIDS = {
         peers={
             "co2": ("eager", "compile", "max-autotune"),
             "info_nce": (
-                "eager", "compile", "max-autotune", "linear_cross_entropy", "liger", "cut_cross_entropy", "inf_cl",
+                "eager", "compile", "max-autotune",
+                "linear_cross_entropy", "liger", "cut_cross_entropy", "inf_cl",
             ),
         },
     ),
@@ -173,8 +174,8 @@ def implementation(case: Case) -> Loss:
 def _as_classification(
     cross_entropy: Loss, temperature: float, query: Tensor, key: Tensor, queue: Tensor
 ) -> Tensor:
-    """InfoNCE by a fused linear cross entropy, as near as one comes: the classifier is [keys; queue], whose first
-    B rows are the classes. So the other rows' keys are negatives too, and the classifier is copied together."""
+    """InfoNCE by a fused linear cross entropy, as near as one comes: the classifier is [keys; queue], whose
+    first B rows are the classes. So the other rows' keys are negatives too, and the queue is copied."""
     weight = torch.cat([F.normalize(key, dim=1).to(queue.dtype), queue])
     target = torch.arange(len(query), device=query.device)
     return cross_entropy(F.normalize(query, dim=1) / temperature, weight, target)

@@ -1,8 +1,8 @@
-"""Times on a GPU, by its own clock, of steps that a graph replays: what launching costs the host is told apart.
+"""Times on a GPU, by its own clock, of steps that a graph replays: what launching costs is told apart.
 
-Every record has three times. `ms`: the GPU's, with inputs that the second-level cache has forgotten. `warm_ms`:
-the same on one set of inputs over and over. `wall_ms`: the host's, of plain calls one after the other, which
-is the GPU's time or the host's own, whichever is longer.
+Every record has three times. `ms`: the GPU's, with inputs that the second-level cache has forgotten.
+`warm_ms`: the same on one set of inputs over and over. `wall_ms`: the host's, of plain calls one after the
+other, which is the GPU's time or the host's own, whichever is longer.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def wall_time_ms(loss: Loss, one: Inputs, **settings: float) -> float:
 
 
 def graph_times_ms(loss: Loss, sets: Sequence[Inputs], seconds: float = 0.3) -> list[float]:
-    """GPU time a step of replays of one graph that takes a step on each set; of plain calls where a loss cannot
-    be captured (because it waits for the GPU, say)."""
+    """GPU time a step of replays of one graph that takes a step on each set; of plain calls where a loss
+    cannot be captured (because it waits for the GPU, say)."""
 
     def run() -> None:
         for one in sets:

@@ -22,12 +22,27 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 LOSSES = {"co2": "CO2", "info_nce": "InfoNCE"}
-PEERS = {"eager": "eager PyTorch", "compile": "torch.compile", "lightly": "lightly"}
-PEER_COLORS = {"eager": "#6c757d", "compile": "#3a6ea5", "lightly": "#7b5ea7"}
+PEERS = {
+    "eager": "eager PyTorch",
+    "compile": "torch.compile",
+    "max-autotune": "torch.compile, max-autotune",
+    "lightly": "lightly",
+    "linear_cross_entropy": "torch linear_cross_entropy",
+    "liger": "Liger",
+    "cut_cross_entropy": "Cut Cross-Entropy",
+    "inf_cl": "Inf-CL",
+}
+PEER_COLORS = dict(
+    zip(
+        PEERS,
+        ("#6c757d", "#3a6ea5", "#5fa8d3", "#7b5ea7", "#b07d62", "#8a9a5b", "#c06c84", "#556270"),
+        strict=True,
+    )
+)
 FUSED_COLORS = ("#d1495b", "#e08e45", "#2a9d6f")
 
-PLOTTED = {"loss": "co2", "B": 256}
-HEADLINE = {"B": 256, "K": 65536}  # the size that the README tells of
+PLOTTED = {"loss": "co2", "B": 256, "D": 128}
+HEADLINE = {"B": 256, "K": 65536, "D": 128}  # the size that the README tells of
 
 Records = dict[str, dict]  # of one size, by implementation
 
@@ -66,7 +81,13 @@ class Result:
     @property
     def caption(self) -> str:
         m = self.machine
-        return f"{m['device']}, {m['threads']} threads; torch {m['torch']}, Python {m['python']}; {m['date']}"
+        device = m["device"] if self.on_gpu else f"{m['device']}, {m['threads']} threads"
+        triton = f", Triton {m['triton']}" if self.on_gpu else ""
+        return f"{device}; torch {m['torch']}{triton}, Python {m['python']}; {m['date']}"
+
+    @property
+    def on_gpu(self) -> bool:
+        return "capability" in self.machine
 
 
 def write(path: Path) -> None:
@@ -83,26 +104,38 @@ def write(path: Path) -> None:
 # Tables
 
 
+MEASURED = {
+    False: "Its time is the median, its memory the peak beyond its input, in a process of its own. The floor "
+    "is the time of its matrix products alone at the best rate that was measured on this machine.",
+    True: "Its time is the GPU's, the median of replays of a graph over inputs that the second-level cache "
+    "has forgotten; in the second table it is the host's, of plain calls. Memory is what the allocator "
+    "reached beyond the input. The floor is what takes longest at the best rates measured: the matrix "
+    "products, the exponentials, or reading the queue once.",
+}
+
+
 def report(result: Result) -> str:
     parts = [
         f"# Losses over a queue on {result.machine['device']}",
         f"{result.caption}; commit {result.machine['commit']}.",
-        "A step is forward and backward to the query. Its time is the median, its memory the peak beyond its "
-        "input, in a process of its own. The floor is the time of its matrix products alone at the best rate "
-        "that was measured on this machine. Speed-ups are those of the fastest fused implementation.",
+        f"A step is forward and backward to the query. {MEASURED[result.on_gpu]} Speed-ups are those of the "
+        "fastest fused implementation.",
         f"![Time against keys]({result.beside('-time.png').name})",
         f"![Memory against keys]({result.beside('-memory.png').name})",
         ceilings_table(result),
     ]
     for loss in result.values("loss"):
         for dtype in result.values("dtype", loss=loss):
-            parts += [
-                f"## {LOSSES[loss]}, {dtype}",
-                "Milliseconds:",
-                time_table(result, loss, dtype),
-                "MiB:",
-                memory_table(result, loss, dtype),
-            ]
+            for dim in result.values("D", loss=loss, dtype=dtype):
+                where = {"loss": loss, "dtype": dtype, "D": dim}
+                parts += [
+                    f"## {LOSSES[loss]}, {dtype}, D = {dim}",
+                    "Milliseconds:",
+                    time_table(result, "ms", **where),
+                ]
+                if result.on_gpu:
+                    parts += ["Milliseconds of the host:", time_table(result, "wall_ms", **where)]
+                parts += ["MiB:", memory_table(result, **where)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -114,20 +147,21 @@ def ceilings_table(result: Result) -> str:
     ]
     if ceilings.get("fma_tflop_s"):
         rows.append(("float32 multiply-adds", f"{ceilings['fma_tflop_s']:.3g} TFLOP/s"))
+    if "exponentials_t_s" in ceilings:
+        rows.append(("exponentials", f"{ceilings['exponentials_t_s']:.3g} · 10¹²/s"))
     return table(("ceiling", "measured"), rows)
 
 
-def time_table(result: Result, loss: str, dtype: str) -> str:
-    where = {"loss": loss, "dtype": dtype}
+def time_table(result: Result, field: str, **where: object) -> str:
     impls = result.impls(**where)
     peers = [impl for impl in impls if impl in PEERS]
     rows = [
         (
             batch,
             f"{keys:,}",
-            *(cell(records, impl, "ms") for impl in impls),
+            *(cell(records, impl, field) for impl in impls),
             number(next(iter(records.values()))["floor_ms"]),
-            *(speed_up(records, peer) for peer in peers),
+            *(speed_up(records, peer, field) for peer in peers),
         )
         for (batch, keys), records in result.sizes(**where).items()
     ]
@@ -135,8 +169,7 @@ def time_table(result: Result, loss: str, dtype: str) -> str:
     return table(("B", "K", *map(label, impls), "floor", *speed_ups), rows)
 
 
-def memory_table(result: Result, loss: str, dtype: str) -> str:
-    where = {"loss": loss, "dtype": dtype}
+def memory_table(result: Result, **where: object) -> str:
     impls = result.impls(**where)
     rows = [
         (batch, f"{keys:,}", *(cell(records, impl, "peak_mib") for impl in impls))
@@ -163,8 +196,8 @@ def readme_section(result: Result) -> str:
     return "\n\n".join(
         (
             table(("", *map(label, impls), "speed-up over eager"), rows),
-            f"Forward and backward at B = {HEADLINE['B']}, K = {HEADLINE['K']:,}, D = 128: median time, and "
-            f"peak memory beyond the input. {result.caption}.",
+            f"Forward and backward at B = {HEADLINE['B']}, K = {HEADLINE['K']:,}, D = {HEADLINE['D']}: "
+            f"median time, and peak memory beyond the input. {result.caption}.",
             f"![Time of a step against the number of keys]({image})",
         )
     )
@@ -190,10 +223,10 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def speed_up(records: Records, peer: str) -> str:
+def speed_up(records: Records, peer: str, field: str = "ms") -> str:
     """Of the fastest fused implementation over a peer."""
-    fused = [r["ms"] for impl, r in records.items() if impl not in PEERS]
-    return f"{records[peer]['ms'] / min(fused):.1f} ×" if fused and peer in records else "–"
+    fused = [r[field] for impl, r in records.items() if impl not in PEERS]
+    return f"{records[peer][field] / min(fused):.1f} ×" if fused and peer in records else "–"
 
 
 # Plots
@@ -209,7 +242,7 @@ def plot(result: Result, field: str, title: str, unit: str) -> Figure:
         axes.set_title(dtype)
     panels[0].set_ylabel(unit)
     figure.suptitle(
-        f"{title}, forward and backward: {LOSSES[PLOTTED['loss']]}, B = {PLOTTED['B']}, D = 128",
+        f"{title}, forward and backward: {LOSSES[PLOTTED['loss']]}, B = {PLOTTED['B']}, D = {PLOTTED['D']}",
         weight="bold",
     )
     figure.supxlabel(result.caption, fontsize=8, color="0.4")
@@ -223,7 +256,7 @@ def draw(axes: Axes, result: Result, dtype: str, field: str) -> None:
     if field == "ms":
         sizes = compared  # beyond them time only goes on along its line
         floor = {keys: next(iter(records.values()))["floor_ms"] for keys, records in sizes.items()}
-        reference(axes, floor, "floor: its matrix products")
+        reference(axes, floor, "floor" if result.on_gpu else "floor: its matrix products")
     else:
         mib = PLOTTED["B"] * {"float32": 4, "bfloat16": 2}[dtype] / 2**20
         reference(axes, {keys: keys * mib for keys in compared}, "one B×K matrix")
@@ -258,18 +291,19 @@ def reference(axes: Axes, values: dict[int, float], name: str) -> None:
     axes.annotate(name, points[len(points) // 2], color="0.35", size=9, **below)
 
 
-def replace_in_readme(result: Result) -> None:
+def replace_in_readme(results: Sequence[Result]) -> None:
     before, begin, rest = README.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"{README} lacks the markers {BEGIN} and {END}")
-    README.write_text(f"{before}{begin}\n{readme_section(result)}\n{end}{after}")
+    sections = "\n\n".join(map(readme_section, results))
+    README.write_text(f"{before}{begin}\n{sections}\n{end}{after}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results in JSON")
-    parser.add_argument("--readme", action="store_true", help="put the table of the last FILE into README.md")
+    parser.add_argument("--readme", action="store_true", help="put their tables into README.md")
     arguments = parser.parse_args()
     files = arguments.files or sorted(RESULTS.glob("*.json"))[-1:]  # names begin with the date
     if not files:
@@ -277,7 +311,7 @@ def main() -> None:
     for path in files:
         write(path)
     if arguments.readme:
-        replace_in_readme(Result(files[-1]))
+        replace_in_readme([Result(path) for path in files])
 
 
 if __name__ == "__main__":

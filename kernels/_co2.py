@@ -651,7 +651,7 @@ def _squarings(ratio: float, precision: str) -> int:
 
 
 def _lanes(capability: tuple[int, int]) -> int:
-    """In how many lanes the statistics of a row are kept, to be merged at the end: lane i has the keys that are
-    i modulo this number. The registers of a matrix product repeat every 8 columns, so one thread holds all of
-    a lane, and threads exchange nothing on the way. From tensor memory a thread loads whole rows."""
+    """In how many lanes the statistics of a row are kept, to be merged at the end: lane i has the keys that
+    are i modulo this number. The registers of a matrix product repeat every 8 columns, so one thread holds
+    all of a lane, and threads exchange nothing on the way. From tensor memory a thread loads whole rows."""
     return 1 if capability[0] == 10 else 8

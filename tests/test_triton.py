@@ -20,6 +20,7 @@ from tests.cases import INTERPRETED
 
 triton = pytest.importorskip("triton")
 
+# ruff: noqa: E402
 from contrastive_ops.kernels._co2 import _steps_a_range
 from contrastive_ops.kernels._tiles import OTHER, TABLES, select_tiles
 

@@ -1,0 +1,235 @@
+"""What can only be seen on a GPU: offsets past 2³¹, graphs, streams, loss scaling, memory, the sanitizer."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrastive_ops import available_backends, co2_loss, info_nce_loss, reference
+from tests.cases import INTERPRETED, Case
+from tests.oracles import distance, fused, oracle
+
+SERVING = [name for name in ("triton", "cuda") if available_backends()[name] and not INTERPRETED]
+
+pytestmark = pytest.mark.skipif(not SERVING, reason="there is no GPU that a backend serves")
+
+
+@pytest.fixture(params=SERVING or ["triton"])
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def on_gpu(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, queue = (x.cuda() for x in case.tensors())
+    return query, key, queue
+
+
+def test_serves_gpu_tensors_unasked() -> None:
+    """By default, without a warning: the reference's bits would differ."""
+    query, key, queue = on_gpu(Case())
+    assert torch.equal(co2_loss(query, key, queue), co2_loss(query, key, queue, backend=SERVING[0]))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_offsets_beyond_32_bits(gpu_backend: str, dtype: torch.dtype, columns: bool) -> None:
+    """K = 16,777,216 at D = 256 is 2³² elements. Only the last row resembles a query, and its gradient is
+    the first query's: a wrong offset finds neither."""
+    keys, dim = 1 << 24, 256
+    query = F.normalize(torch.randn(4, dim, device="cuda"), dim=1).to(dtype)
+    queue = torch.zeros(dim, keys, device="cuda", dtype=dtype).T if columns else torch.zeros(
+        keys, dim, device="cuda", dtype=dtype
+    )  # fmt: skip
+    queue[-1] = query[0]
+    query.requires_grad_()
+    loss, metrics = info_nce_loss(
+        query,
+        -query.detach(),
+        queue,
+        temperature=0.07,
+        reduction="none",
+        return_metrics=True,
+        backend=gpu_backend,
+    )
+    s = (query.detach().double() @ queue[-1].double()) / query.detach().double().norm(dim=1)
+    expected = torch.log(math.exp(-1 / 0.07) + (keys - 1) + (s / 0.07).exp()) + 1 / 0.07
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert metrics.positive_rank.tolist() == [keys] * 4
+    (gradient,) = torch.autograd.grad(loss.sum(), query)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_graph_capture_and_replay(gpu_backend: str, dtype: torch.dtype) -> None:
+    """A replay computes anew from what the inputs hold then; capture would raise on any synchronisation."""
+    query, key, queue = on_gpu(Case(batch=40, keys=3000, dim=64, dtype=dtype))
+    query.requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = co2_loss(query, key, queue, backend=gpu_backend)
+        return loss.detach(), torch.autograd.grad(loss, query)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradient = step()
+    for seed in (5, 6):
+        with torch.no_grad():
+            fresh = on_gpu(Case(batch=40, keys=3000, dim=64, dtype=dtype, seed=seed))
+            for x, y in zip((query, key, queue), fresh, strict=True):
+                x.copy_(y)
+        graph.replay()
+        expected_loss, expected_gradient = step()
+        assert torch.equal(loss, expected_loss)
+        assert torch.equal(gradient, expected_gradient)
+
+
+def test_nothing_waits_for_the_gpu(gpu_backend: str) -> None:
+    query, key, queue = on_gpu(Case())
+    query.requires_grad_()
+    co2_loss(query, key, queue, backend=gpu_backend).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = co2_loss(query, key, queue, return_metrics=True, backend=gpu_backend)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_streams(gpu_backend: str) -> None:
+    """Calls on two streams at once share nothing."""
+    cases = [Case(batch=300, keys=20000, dim=128, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)]
+    tensors = [on_gpu(case) for case in cases]
+    expected = [fused(*each, backend=gpu_backend) for each in tensors]
+    streams = [torch.cuda.Stream() for _ in tensors]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        results = []
+        for stream, each in zip(streams, tensors, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(fused(*each, backend=gpu_backend))
+        torch.cuda.synchronize()
+        for result, (loss, gradient) in zip(results, expected, strict=True):
+            assert torch.equal(result[0], loss)
+            assert torch.equal(result[1], gradient)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU only")
+def test_another_device_than_the_current_one(gpu_backend: str) -> None:
+    tensors = on_gpu(Case())
+    expected = fused(*tensors, backend=gpu_backend)
+    actual = fused(*(x.to("cuda:1") for x in tensors), backend=gpu_backend)
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_under_autocast_with_a_gradient_scaler(gpu_backend: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    encoder = torch.nn.Linear(32, 64).cuda()
+    images, _, queue = on_gpu(Case(batch=128, keys=2048, dim=32))
+    queue = F.normalize(torch.randn(2048, 64, device="cuda"), dim=1)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    losses = []
+    for _ in range(30):
+        with torch.autocast("cuda", dtype=dtype):
+            query = encoder(images)
+            with torch.no_grad():
+                key = encoder(images + 0.1 * torch.randn_like(images))
+            loss = co2_loss(query, key, queue, temperature=0.2, backend=gpu_backend)
+        assert loss.dtype == torch.float32
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_float32_follows_the_matmul_precision(gpu_backend: str, precision: str) -> None:
+    """TF32 where PyTorch may use it; exact otherwise."""
+    tensors = on_gpu(Case(batch=64, keys=5000, dim=128))
+    loss, gradient = oracle(*tensors, **Case().settings())
+    torch.set_float32_matmul_precision(precision)
+    try:
+        actual_loss, actual_gradient = fused(*tensors, **Case().settings(), backend=gpu_backend)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    allowed = 1e-6 if precision == "highest" else 5e-3
+    assert distance(actual_loss, loss) <= allowed * loss.norm()
+    assert distance(actual_gradient, gradient) <= 10 * allowed * gradient.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [128, 256, 512, 1000])
+@pytest.mark.parametrize("batch", [1, 32, 256, 1000])
+def test_every_tile_of_the_table(gpu_backend: str, dtype: torch.dtype, dim: int, batch: int) -> None:
+    case = Case(batch=batch, keys=10007, dim=dim, dtype=dtype)
+    tensors = on_gpu(case)
+    loss, gradient = oracle(*tensors, **case.settings())
+    actual_loss, actual_gradient = fused(*tensors, **case.settings(), backend=gpu_backend)
+    loss_rounding, gradient_rounding = (1e-6, 1e-5) if dtype == torch.float32 else (1e-4, 1e-2)
+    assert distance(actual_loss, loss) <= loss_rounding * loss.norm()
+    assert distance(actual_gradient, gradient) <= gradient_rounding * gradient.norm()
+
+
+def test_memory_does_not_grow_with_the_queue(gpu_backend: str) -> None:
+    def extra(keys: int) -> int:
+        query, key, queue = on_gpu(Case(batch=256, keys=keys, dim=128, dtype=torch.bfloat16))
+        query.requires_grad_()
+        co2_loss(query, key, queue, backend=gpu_backend).backward()
+        query.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        co2_loss(query, key, queue, backend=gpu_backend).backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    small, large = extra(1 << 16), extra(1 << 20)
+    assert large <= 1.1 * small + (1 << 20)
+    assert large <= 64 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(gpu_backend: str, tool: str) -> None:
+    program = (
+        "import torch; from contrastive_ops import co2_loss\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    for batch, keys, dim in ((70, 333, 40), (5, 100, 300)):\n"
+        "        q, k = (torch.randn(batch, dim, device='cuda', dtype=dtype) for _ in range(2))\n"
+        "        n = torch.randn(keys, dim, device='cuda', dtype=dtype)\n"
+        f"        co2_loss(q.requires_grad_(), k, n, backend={gpu_backend!r}).backward()\n"
+        "torch.cuda.synchronize()\n"
+    )
+    result = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+    )
+    if "Device not supported" in result.stdout + result.stderr:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+
+
+def test_reference_serves_what_triton_does_not() -> None:
+    """float64 on a GPU falls back, and says so once."""
+    query, key, queue = on_gpu(Case(dtype=torch.float64))
+    expected = reference.co2(query, key, queue, 0.07, 0.04, 1.0, 10.0, False, True, False)[0]
+    actual = co2_loss(query, key, queue, **Case().settings(), reduction="none")
+    torch.testing.assert_close(actual, expected)
