@@ -1,9 +1,9 @@
 """What the compiler makes of the Triton kernels, for GPUs that may be absent: `python -m bench.resources`.
 
 Every entry of the table of tiles is compiled for its architecture. The compiler tells registers, spilled
-bytes and shared memory, from which follows how many programs a multiprocessor holds; the machine code of the
-loop over the keys tells how many instructions a pair of row and key costs, and how many of them keep the
-special-function units busy.
+bytes and shared memory, from which follows how many programs a multiprocessor holds. The machine code of the
+loop over the keys tells how many instructions, and how many exponentials, a pair of row and key costs. Beside
+what tensor cores need for the products, that says what bounds a kernel: at best all three go on at once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,18 @@ from contrastive_ops.kernels._tiles import OTHER, TABLES, Table, Tiles, select_t
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.report import table
+
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # of a program, at most
 REGISTERS = 65536  # of a multiprocessor
+# What a multiprocessor does in a clock, by the vendor's data sheets: instructions of a thread, exponentials,
+# and operations of tensor cores in half precision. TF32 goes at half that rate.
+ISSUED, EXPONENTIALS = 128, 16
+OPERATIONS = {(8, 0): 2048, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
+UNITS = ("instructions", "exponentials", "products")
+SLOWER = {"half": 1, "tf32": 2, "tf32x3": 6}
+CHIPS = {(8, 0): ("A100", 108, 1.41), (9, 0): ("H200", 132, 1.98)}  # multiprocessors, highest clock in GHz
 KERNELS = {"statistics": _co2._statistics_kernel, "gradient": _co2._gradient_kernel}
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 
@@ -51,6 +60,25 @@ class Resources:
         return min(by_registers, shared_kib * 1024 // (self.shared_bytes + 1024))  # 1 KiB is the system's
 
 
+def clocks(
+    made: Resources, name: str, capability: tuple[int, int], precision: str, dim: int
+) -> dict[str, float]:
+    """Clocks of a multiprocessor that a pair of row and key takes of each of its units."""
+    chunks, products = 1, 2
+    if name == "gradient":
+        options = _co2._walk(select_tiles(capability, precision, dim)[1], 256, 65536, dim, 132).options
+        chunks = -(-dim // options["WIDTH"])
+        products = 2 * chunks + 1
+    taken = {
+        "exponentials": chunks * made.loop.get("MUFU", 0) / EXPONENTIALS,
+        "products": products * 2 * dim * SLOWER[precision] / OPERATIONS[capability],
+    }
+    if dim <= select_tiles(capability, precision, dim)[name == "gradient"].depth:
+        # Rows that go through in chunks have a loop within the loop, which the code holds once.
+        taken["instructions"] = sum(made.loop.values()) / ISSUED
+    return taken
+
+
 def compile_kernel(
     name: str,
     capability: tuple[int, int],
@@ -67,7 +95,7 @@ def compile_kernel(
     kernel = KERNELS[name]
     tiles = tiles or select_tiles(capability, precision, dim)[name == "gradient"]
     dtype = dtype or DTYPES[precision]
-    launch = _co2._plan(tiles, 256, keys, dim, 132)
+    launch = _co2._walk(tiles, 256, keys, dim, 132)
     options = dict(launch.options)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     number = str(dtype).removeprefix("torch.")
@@ -98,9 +126,13 @@ def compile_kernel(
     target = GPUTarget("cuda", 10 * major + minor, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
     registers, spilled, code = assemble(compiled.asm["ptx"], major)
+    loop = loop_instructions(code)
     pairs = tiles.rows * tiles.keys / (32 * warps)
-    loop = {instruction: count / pairs for instruction, count in loop_instructions(code).items()}
-    return Resources(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"], loop)
+    # The loop may be unrolled: a pair takes as many exponentials as follow, and a fraction for its lane.
+    needed = (2 if squarings >= 0 else 3) * pairs
+    pairs *= max(1, loop["MUFU"] // needed)
+    per_pair = {instruction: count / pairs for instruction, count in loop.items()}
+    return Resources(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"], per_pair)
 
 
 def assemble(ptx: str, major: int) -> tuple[int, int, str]:
@@ -150,24 +182,31 @@ def entries(table: Table) -> list[tuple[str, int]]:
 
 def report(capability: tuple[int, int]) -> str:
     shared = SHARED_KIB[capability]
-    lines = [
-        f"### Compute capability {capability[0]}.{capability[1]}",
-        "",
-        "| kernel | precision | D | tile | warps | registers | spilled | shared KiB | programs | "
-        "instructions a pair | exponentials a pair |",
-        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    chip, multiprocessors, gigahertz = CHIPS.get(capability, ("", 0, 0))
+    header = [
+        "kernel", "precision", "D", "tile", "warps", "registers", "spilled", "shared KiB", "programs",
+        "instructions", "exponentials", *(f"clocks: {unit}" for unit in UNITS),
+    ]  # fmt: skip
+    if chip:
+        header.append(f"µs at least, {chip}")
+    rows = []
     for precision, dim in entries(TABLES.get(capability, OTHER)):
         for name in KERNELS:
             tiles = select_tiles(capability, precision, dim)[name == "gradient"]
             made = compile_kernel(name, capability, precision, dim)
-            lines.append(
-                f"| {name} | {precision} | {dim} | {tiles.rows} × {tiles.keys} | {tiles.warps} | "
-                f"{made.registers} | {made.spilled_bytes} | {made.shared_bytes / 1024:.0f} | "
-                f"{made.programs(tiles, shared)} | "
-                f"{sum(made.loop.values()):.1f} | {made.loop.get('MUFU', 0):.2f} |"
-            )
-    return "\n".join(lines)
+            taken = clocks(made, name, capability, precision, dim)
+            unchunked = "instructions" in taken
+            row = [
+                name, precision, dim, f"{tiles.rows} × {tiles.keys}", tiles.warps, made.registers,
+                made.spilled_bytes, f"{made.shared_bytes / 1024:.0f}", made.programs(tiles, shared),
+                f"{sum(made.loop.values()):.1f}" if unchunked else "–", f"{made.loop.get('MUFU', 0):.2f}",
+                *(f"{taken[unit]:.3f}" if unit in taken else "–" for unit in UNITS),
+            ]  # fmt: skip
+            if chip:
+                row.append(f"{max(taken.values()) * 256 * 65536 / multiprocessors / gigahertz / 1e3:.1f}")
+            rows.append(row)
+    title = f"## Compute capability {capability[0]}.{capability[1]}"
+    return f"{title}\n\n{table(header, rows)}"
 
 
 def main() -> None:
@@ -175,9 +214,15 @@ def main() -> None:
     parser.add_argument(
         "capabilities", nargs="*", default=["8.0", "8.9", "9.0", "10.0"], metavar="CAPABILITY"
     )
+    print(
+        f"# The Triton kernels as Triton {triton.__version__} compiles them\n\n"
+        "Instructions, exponentials and clocks of a multiprocessor are those of a pair of row and key. The\n"
+        "last column is 256 × 65536 pairs at the highest clock, were the busiest unit never idle: a bound\n"
+        "worked out from the compiler's output and the vendor's rates, not a measurement."
+    )
     for text in parser.parse_args().capabilities:
         major, minor = map(int, text.split("."))
-        print(report((major, minor)), end="\n\n", flush=True)
+        print(f"\n{report((major, minor))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -519,20 +519,45 @@ def _finish_kernel(
 
 @dataclass(frozen=True)
 class _Launch:
-    """How a kernel that walks the keys is started."""
+    """Grid and compile-time arguments of a kernel."""
 
-    grid: tuple[int, int, int]  # row blocks, ranges of keys, chunks of the gradient's dimensions
-    keys_a_range: int
+    grid: tuple[int, ...]
     options: dict[str, Any]
+    keys_a_range: int = 0
 
     @property
     def ranges(self) -> int:
         return self.grid[1]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    statistics: _Launch
+    merge: _Launch
+    gradient: _Launch
+    finish: _Launch
+
+
 @functools.lru_cache(maxsize=1024)
-def _plan(tiles: Tiles, batch: int, keys: int, dim: int, multiprocessors: int) -> _Launch:
-    """Grid and compile-time arguments of a kernel for a problem's size."""
+def _plan(batch: int, keys: int, dim: int, dtype: torch.dtype, precision: str, device: torch.device) -> _Plan:
+    """How the four kernels are started for a problem's size. Made once: a call has no time for it."""
+    capability, multiprocessors = _capability(device)
+    tiles = select_tiles(capability, precision, dim)
+    statistics, gradient = (_walk(each, batch, keys, dim, multiprocessors) for each in tiles)
+    numbers = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "PRECISION": precision}
+    statistics.options.update(numbers, LANES=_lanes(capability))
+    gradient.options.update(numbers)
+
+    ranges = triton.next_power_of_2(statistics.ranges)
+    rows = max(1, min(16, 1024 // ranges))
+    merge = _Launch((triton.cdiv(batch, rows),), {"BLOCK_B": rows, "RANGES": ranges})
+    columns = triton.next_power_of_2(dim)
+    ranges = min(triton.next_power_of_2(gradient.ranges), max(1, 4096 // columns))
+    return _Plan(statistics, merge, gradient, _Launch((batch,), {"RANGES": ranges, "BLOCK_D": columns}))
+
+
+def _walk(tiles: Tiles, batch: int, keys: int, dim: int, multiprocessors: int) -> _Launch:
+    """Of a kernel that walks the keys: row blocks × ranges of keys × chunks of the gradient's dimensions."""
     padded_dim = max(16, triton.next_power_of_2(dim))
     depth = min(tiles.depth, padded_dim)
     options = {"CHUNKED": dim > depth, "BLOCK_B": tiles.rows, "BLOCK_K": tiles.keys, "DEPTH": depth}
@@ -542,15 +567,16 @@ def _plan(tiles: Tiles, batch: int, keys: int, dim: int, multiprocessors: int) -
         options["WIDTH"] = width
     options["WHOLE_KEYS"] = keys % tiles.keys == 0
     options["WHOLE_COLUMNS"] = dim % depth == 0 and dim % width == 0
+    options |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
-    blocks, chunks = triton.cdiv(batch, tiles.rows), triton.cdiv(dim, width)
-    steps = triton.cdiv(keys, tiles.keys)
-    steps_a_range = _steps_a_range(steps, blocks * chunks, tiles.programs * multiprocessors)
-    return _Launch(
-        (blocks, triton.cdiv(steps, steps_a_range), chunks),
-        steps_a_range * tiles.keys,
-        options | {"num_warps": tiles.warps, "num_stages": tiles.stages},
+    blocks, chunks, steps = (
+        triton.cdiv(batch, tiles.rows),
+        triton.cdiv(dim, width),
+        triton.cdiv(keys, tiles.keys),
     )
+    steps_a_range = _steps_a_range(steps, blocks * chunks, tiles.programs * multiprocessors)
+    grid = (blocks, triton.cdiv(steps, steps_a_range), chunks)
+    return _Launch(grid, options, steps_a_range * tiles.keys)
 
 
 def _steps_a_range(steps: int, blocks: int, slots: int) -> int:
@@ -565,7 +591,6 @@ def _steps_a_range(steps: int, blocks: int, slots: int) -> int:
     return min(sorted(candidates, reverse=True), key=time)
 
 
-@functools.cache
 def _capability(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability and multiprocessors; the interpreter has neither."""
     if device.type != "cuda":
@@ -590,49 +615,41 @@ def co2(
     (batch, dim), keys, device = query.shape, len(queue), query.device
     dtype = query.dtype if query.dtype == queue.dtype else torch.float32
     precision = _precision(dtype)
-    capability, multiprocessors = _capability(device)
-    for_statistics, for_gradient = select_tiles(capability, precision, dim)
+    plan = _plan(batch, keys, dim, dtype, precision, device)
 
     base = consistency_temperature if consistency_weight else temperature
-    terms = {"INSTANCE": instance_weight != 0, "CONSISTENCY": consistency_weight != 0}
-    numbers = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "PRECISION": precision}
     scale, ratio = math.log2(math.e) / base, base / temperature
-    squarings = _squarings(temperature / consistency_temperature, precision) if all(terms.values()) else -1
-    row_strides = (*query.stride(), *key.stride())
+    terms = {"INSTANCE": instance_weight != 0, "CONSISTENCY": consistency_weight != 0}
+    squarings = {"SQUARINGS": _squarings(temperature / base, precision) if all(terms.values()) else -1}
+    rows_strides = (*query.stride(), *key.stride())
+    strides = (*rows_strides, *queue.stride())
 
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         loss, instance_loss, consistency_loss = (torch.empty(batch, device=device) for _ in range(3))
         rank = torch.empty(batch, dtype=torch.int64, device=device)
         gradient = torch.empty((batch if compute_gradient else 0, dim), device=device)
-
-        launch = _plan(for_statistics, batch, keys, dim, multiprocessors)
-        partial = torch.empty((launch.ranges, batch, _PARTIAL.value), device=device)
+        partial = torch.empty((plan.statistics.ranges, batch, _PARTIAL.value), device=device)
         merged = torch.empty((batch, _MERGED.value), dtype=torch.float64, device=device)
-        _statistics_kernel[launch.grid](
-            query, key, queue, partial, merged, batch, keys, dim, *row_strides, *queue.stride(),
-            scale, ratio, launch.keys_a_range, NORMALIZE=normalize, SQUARINGS=squarings,
-            LANES=_lanes(capability), **terms, **numbers, **launch.options,
+
+        _statistics_kernel[plan.statistics.grid](
+            query, key, queue, partial, merged, batch, keys, dim, *strides,
+            scale, ratio, plan.statistics.keys_a_range, NORMALIZE=normalize,
+            **terms, **squarings, **plan.statistics.options,
         )  # fmt: skip
-        padded = triton.next_power_of_2(launch.ranges)
-        rows = max(1, min(16, 1024 // padded))
-        _merge_kernel[(triton.cdiv(batch, rows),)](
-            partial, merged, loss, instance_loss, consistency_loss, rank, batch, launch.ranges, scale, ratio,
-            temperature, consistency_temperature, instance_weight, consistency_weight,
-            INCLUDE_POSITIVE=include_positive, BLOCK_B=rows, RANGES=padded, **terms,
+        _merge_kernel[plan.merge.grid](
+            partial, merged, loss, instance_loss, consistency_loss, rank, batch, plan.statistics.ranges,
+            scale, ratio, temperature, consistency_temperature, instance_weight, consistency_weight,
+            INCLUDE_POSITIVE=include_positive, **terms, **plan.merge.options,
         )  # fmt: skip
         if compute_gradient:
-            launch = _plan(for_gradient, batch, keys, dim, multiprocessors)
-            parts = torch.empty((launch.ranges, batch, dim), device=device)
-            _gradient_kernel[launch.grid](
-                query, key, queue, merged, parts, batch, keys, dim, *row_strides, *queue.stride(),
-                scale, ratio, launch.keys_a_range, SQUARINGS=squarings, **terms, **numbers,
-                **launch.options,
+            parts = torch.empty((plan.gradient.ranges, batch, dim), device=device)
+            _gradient_kernel[plan.gradient.grid](
+                query, key, queue, merged, parts, batch, keys, dim, *strides,
+                scale, ratio, plan.gradient.keys_a_range, **terms, **squarings, **plan.gradient.options,
             )  # fmt: skip
-            columns = triton.next_power_of_2(dim)
-            padded = min(triton.next_power_of_2(launch.ranges), max(1, 4096 // columns))
-            _finish_kernel[(batch,)](
-                query, key, merged, parts, gradient, batch, dim, *row_strides, launch.ranges,
-                NORMALIZE=normalize, RANGES=padded, BLOCK_D=columns,
+            _finish_kernel[plan.finish.grid](
+                query, key, merged, parts, gradient, batch, dim, *rows_strides, plan.gradient.ranges,
+                NORMALIZE=normalize, **plan.finish.options,
             )  # fmt: skip
     return loss, instance_loss, consistency_loss, rank, gradient
 
