@@ -41,18 +41,32 @@ def _co2_fake(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tup
     return loss, instance, consistency, rank, gradient
 
 
-def _co2_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, compute_gradient = inputs[0], inputs[-2]
-    *_, gradient = output
-    ctx.mark_non_differentiable(*output[1:])
-    if not compute_gradient and ctx.needs_input_grad[0]:
-        raise RuntimeError("contrastive_ops::co2: compute_gradient is false, but query requires a gradient")
-    ctx.save_for_backward(gradient, query)
+class _CO2(torch.autograd.Function):
+    """`co2` with the backward that its gradient output allows.
 
+    Registered as the operator's autograd kernel: torch.library.register_autograd would do the same, but spends
+    longer on filling in defaults, of which the schema has none, than a GPU does on a small step.
+    """
 
-def _co2_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gradient, query = ctx.saved_tensors
-    return torch.ops.contrastive_ops.scale_gradient(gradient, grad_loss, query), *(None,) * 10
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        compute_gradient = arguments[-2]
+        if not compute_gradient and ctx.needs_input_grad[0]:
+            raise RuntimeError("contrastive_ops::co2: compute_gradient is false, but query requires a gradient")
+        with torch._C._AutoDispatchBelowAutograd():
+            output = co2(query, *arguments)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[-1], query)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        gradient, query = ctx.saved_tensors
+        scaled = None
+        if grad_loss is not None:
+            scaled = torch.ops.contrastive_ops.scale_gradient(gradient, grad_loss, query)
+        return scaled, *(None,) * 10
 
 
 def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tensor:
@@ -68,9 +82,7 @@ _library.impl("co2", _co2, "CompositeExplicitAutograd")
 _library.impl("scale_gradient", _scale_gradient, "CompositeExplicitAutograd")
 torch.library.register_fake("contrastive_ops::co2", _co2_fake, lib=_library)
 torch.library.register_fake("contrastive_ops::scale_gradient", _scale_gradient, lib=_library)
-torch.library.register_autograd(
-    "contrastive_ops::co2", _co2_backward, setup_context=_co2_setup_context, lib=_library
-)
+_library.impl("co2", _CO2.apply, "Autograd")
 # `query` stands in the signature so that a graph of the backward exists and refuses to be differentiated:
 # without it, create_graph=True would silently leave the second derivative out.
 torch.library.register_autograd("contrastive_ops::scale_gradient", _no_double_backward, lib=_library)
