@@ -52,7 +52,9 @@ class _CO2(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         compute_gradient = arguments[-2]
         if not compute_gradient and ctx.needs_input_grad[0]:
-            raise RuntimeError("contrastive_ops::co2: compute_gradient is false, but query requires a gradient")
+            raise RuntimeError(
+                "contrastive_ops::co2: compute_gradient is false, but query requires a gradient"
+            )
         with torch._C._AutoDispatchBelowAutograd():
             output = co2(query, *arguments)
         ctx.mark_non_differentiable(*output[1:])
