@@ -32,14 +32,14 @@ What was tried, by what the compiler made of it (Hopper, D = 128, bfloat16; inst
 
 - A row's maxima and sums reduced for each tile: 27.6, one of them a shuffle. In lanes (see _lanes): 23.7.
 - Statistics in tiles of 64 × 128: 21.8, but 255 registers and a spill. 128 × 128 with 8 warps: 21.0, but a
-  multiprocessor holds one such program, whose halves wait for each other: during its exponentials tensor cores
-  would idle.
-- Normalising rows before the product: 255 registers and a spill. Dividing the scale of logits instead: nothing.
+  multiprocessor holds one such program, whose halves wait for each other: tensor cores would idle during its
+  exponentials.
+- Normalising rows before the product: 255 registers and a spill. Dividing the scale of logits: nothing.
 - The merge within the gradient's programs: 608 bytes spilled, and each would read what all ranges wrote.
 - e^{s/τc} as a power of e^{s/τ} (see _exponentials): 2.4 exponentials for 24.7 instructions, so 0.193 clocks
   where 0.211 were; only if τ/τc is 1, 2, 4 or 8, as in MoCo v2.
-- One pass with four accumulators: 6 products, 3 exponentials and no statistics would be 0.375 clocks where two
-  passes are 0.399, but 4 × 64 registers of sums for each thread are all there are.
+- One pass with four accumulators: 6 products, 3 exponentials and no statistics would be 0.375 clocks where
+  two passes are 0.399, but 4 × 64 registers of sums for each thread are all there are.
 - Triton's own "tf32x3" spends 57 instructions where _product spends 44, and cuts operands off where _product
   rounds them: in a simulation of tensor cores that truncate, losses were off by 1.2e-6, and are by 2e-7.
 """
