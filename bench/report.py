@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
+
+from bench.markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -201,11 +203,6 @@ def readme_section(result: Result) -> str:
             f"![Time of a step against the number of keys]({image})",
         )
     )
-
-
-def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def label(impl: str) -> str:

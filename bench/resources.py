@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 import triton
-import triton.language as tl
 from contrastive_ops.kernels import _co2
 from contrastive_ops.kernels._tiles import OTHER, TABLES, Table, Tiles, select_tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.report import table
+from bench.markdown import table
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # of a program, at most
@@ -36,12 +35,15 @@ OPERATIONS = {(8, 0): 2048, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 5
 UNITS = ("instructions", "exponentials", "products")
 SLOWER = {"half": 1, "tf32": 2, "tf32x3": 6}
 CHIPS = {(8, 0): ("A100", 108, 1.41), (9, 0): ("H200", 132, 1.98)}  # multiprocessors, highest clock in GHz
-KERNELS = {"statistics": _co2._statistics_kernel, "gradient": _co2._gradient_kernel}
+KERNELS = ("statistics", "gradient")  # that walk the keys; "merge" and "finish" are small
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 
-# What `_co2.co2` passes, by name: pointers, and numbers that Triton may take to be multiples of 16.
-POINTERS = {"partial": "*fp32", "merged": "*fp64", "parts": "*fp32"}
-FLOATS = ("scale", "ratio")
+# What `_co2.co2` passes, by name: Triton may take integers to be multiples of 16.
+TYPES = {
+    "partial": "*fp32", "merged": "*fp64", "parts": "*fp32", "gradient": "*fp32", "positive_rank": "*i64",
+    "loss": "*fp32", "instance_loss": "*fp32", "consistency_loss": "*fp32", "scale": "fp32", "ratio": "fp32",
+    "tau": "fp64", "tau_c": "fp64", "instance_weight": "fp64", "consistency_weight": "fp64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,33 +91,29 @@ def compile_kernel(
     columns: bool = False,
     dtype: torch.dtype | None = None,
     keys: int = 65536,
-    squarings: int = -1,
 ) -> Resources:
-    """One of `KERNELS` as it is launched for 256 rows; `columns` is MoCo's (D, K) order of the queue."""
-    kernel = KERNELS[name]
-    tiles = tiles or select_tiles(capability, precision, dim)[name == "gradient"]
+    """One of the four kernels as it is launched for 256 rows on a chip of 132 multiprocessors; `columns` is
+    MoCo's (D, K) order of the queue."""
+    kernel = getattr(_co2, f"_{name}_kernel")
     dtype = dtype or DTYPES[precision]
-    launch = _co2._walk(tiles, 256, keys, dim, 132)
+    launch = getattr(_co2._plan(256, keys, dim, dtype, precision, (capability, 132)), name)
     options = dict(launch.options)
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
-    number = str(dtype).removeprefix("torch.")
+    if tiles:
+        options |= _co2._walk(tiles, 256, keys, dim, 132).options
+    warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
     constants = options | {
-        "INSTANCE": True, "CONSISTENCY": True, "NORMALIZE": True, "SQUARINGS": squarings,
-        "PRECISION": precision, "LANES": _co2._lanes(capability), "DTYPE": getattr(tl, number),
-        "query_column": 1, "key_column": 1, "queue_row" if columns else "queue_column": 1,
+        "INSTANCE": True, "CONSISTENCY": True, "INCLUDE_POSITIVE": True, "NORMALIZE": True,
+        "query_column": 1, "key_column": 1,
+        "queue_row" if columns else "queue_column": 1,
     }  # fmt: skip
-    pointers = POINTERS | dict.fromkeys(("query", "key", "queue"), f"*{getattr(tl, number).name}")
+    rows = f"*{options['DTYPE'].name}" if "DTYPE" in options else "*bf16"
+    types = TYPES | dict.fromkeys(("query", "key", "queue"), rows)
 
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in FLOATS:
-            signature[argument] = "fp32"
-        else:
-            signature[argument] = pointers.get(argument, "i32")
-            if argument != "keys" or keys % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[argument] = "constexpr" if argument in constants else types.get(argument, "i32")
+        if signature[argument][0] in "*i" and argument not in ("batch", "keys", "ranges"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         kernel,
         signature,
@@ -127,10 +125,9 @@ def compile_kernel(
     compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
     registers, spilled, code = assemble(compiled.asm["ptx"], major)
     loop = loop_instructions(code)
-    pairs = tiles.rows * tiles.keys / (32 * warps)
-    # The loop may be unrolled: a pair takes as many exponentials as follow, and a fraction for its lane.
-    needed = (2 if squarings >= 0 else 3) * pairs
-    pairs *= max(1, loop["MUFU"] // needed)
+    pairs = options.get("BLOCK_B", 1) * options.get("BLOCK_K", 1) / (32 * warps)
+    # The loop may be unrolled: a pair takes three exponentials, and a fraction for its lane.
+    pairs *= max(1, loop["MUFU"] // (3 * pairs))
     per_pair = {instruction: count / pairs for instruction, count in loop.items()}
     return Resources(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"], per_pair)
 

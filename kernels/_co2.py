@@ -23,21 +23,23 @@ bfloat16 on an H200: 27 µs of products, 24 µs of exponentials, 4 µs of memory
 bench.resources), with the clocks of a multiprocessor that a pair takes of its schedulers, special-function
 units and tensor cores:
 
-    statistics   0.185   0.211   0.125   bound by exponentials: 13.5 µs at 1.98 GHz, were they never idle
-    gradient     0.138   0.188   0.188   bound by both: 12.0 µs
+    statistics   0.199   0.211   0.125   bound by exponentials: 13.5 µs at 1.98 GHz, were they never idle
+    gradient     0.152   0.188   0.188   bound by exponentials and products: 12.0 µs
 
 Merge and finish move 0.5 MiB and 2 × 8 MiB, all in the cache. None of this has been measured on a GPU yet.
 
 What was tried, by what the compiler made of it (Hopper, D = 128, bfloat16; instructions a pair):
 
-- A row's maxima and sums reduced for each tile: 27.6, one of them a shuffle. In lanes (see _lanes): 23.7.
-- Statistics in tiles of 64 × 128: 21.8, but 255 registers and a spill. 128 × 128 with 8 warps: 21.0, but a
+- A row's maxima and sums reduced for each tile: 27.0, one of them a shuffle. In lanes (see _lanes): 25.4.
+- Statistics in tiles of 64 × 128: 23.7, but 255 registers and a spill. 128 × 128 with 8 warps: 22.9, but a
   multiprocessor holds one such program, whose halves wait for each other: tensor cores would idle during its
   exponentials.
+- λ s − λ max in one instruction instead of λ (s − max) in two: 23.7. But what λ s loses to rounding is left
+  over at the maximum: 1e-6 of a logit at the papers' temperatures, and an overflow where logits are enormous.
 - Normalising rows before the product: 255 registers and a spill. Dividing the scale of logits: nothing.
 - The merge within the gradient's programs: 608 bytes spilled, and each would read what all ranges wrote.
-- e^{s/τc} as a power of e^{s/τ} (see _exponentials): 2.4 exponentials for 24.7 instructions, so 0.193 clocks
-  where 0.211 were; only if τ/τc is 1, 2, 4 or 8, as in MoCo v2.
+- e^{s/τc} as a power of e^{s/τ} where τ = 4 τc, as in MoCo v2: 2.4 exponentials for 26.5 instructions, which
+  is 0.207 clocks where 0.211 were; the gradient is bound by its products all the same.
 - One pass with four accumulators: 6 products, 3 exponentials and no statistics would be 0.375 clocks where
   two passes are 0.399, but 4 × 64 registers of sums for each thread are all there are.
 - Triton's own "tf32x3" spends 57 instructions where _product spends 44, and cuts operands off where _product
@@ -62,6 +64,8 @@ from ._tiles import Tiles, select_tiles
 _NORM_EPSILON = tl.constexpr(1e-12)  # a row shorter than this is divided by this, as in reference.py
 _LOWEST = tl.constexpr(-1e38)  # below every logit, yet finite: a difference of two is no NaN
 _LN_2 = tl.constexpr(math.log(2))
+
+# `do_not_specialize`: the last batch of an epoch, or a queue that is still filling, compiles nothing anew.
 
 # What a range of keys knows of a row: `partial`, (ranges, B, 8).
 _PARTIAL = tl.constexpr(8)
@@ -187,38 +191,12 @@ def _similarities_in_chunks(
 
 
 @triton.jit
-def _logit(s, top, scale, PRECISION: tl.constexpr):
-    """λ (s − max)."""
-    if PRECISION == "tf32x3":
-        return (s - top) * scale  # loses nothing near the maximum
-    return s * scale - top * scale  # one instruction a key, not two
-
-
-@triton.jit
-def _exponentials(a, ratio, INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, SQUARINGS: tl.constexpr):
-    """2^{a·ratio} for the instance term and 2^a for the consistency term.
-
-    Where τ = 2^n τc, the second is the first squared n times: one exponential less."""
-    instance = a
-    if INSTANCE:
-        instance = tl.exp2(a * ratio if CONSISTENCY else a)
-    query = instance
-    if CONSISTENCY:
-        if INSTANCE and SQUARINGS >= 0:
-            for _ in tl.static_range(SQUARINGS):
-                query = query * query
-        else:
-            query = tl.exp2(a)
-    return instance, query
-
-
-@triton.jit
-def _relative(s, top, scale, valid, WHOLE_KEYS: tl.constexpr, PRECISION: tl.constexpr):
+def _relative(s, top, scale, valid, WHOLE_KEYS: tl.constexpr):
     """A tile's logits relative to the highest similarity yet, and that one. Masked keys are _LOWEST."""
     if not WHOLE_KEYS:
         s = tl.where(valid, s, float("-inf"))
     top = tl.maximum(top, tl.max(s, axis=1))
-    a = _logit(s, top[:, None, :], scale[:, :, None], PRECISION)
+    a = (s - top[:, None, :]) * scale[:, :, None]  # in this order it loses nothing near the maximum
     if not WHOLE_KEYS:
         a = tl.where(valid, a, _LOWEST)
     return a, top
@@ -247,13 +225,13 @@ def _merge(
     return max_s, max_y, z_instance, z_query, z_key, d_query, d_key
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "keys"])
 def _statistics_kernel(
     query, key, queue, partial, merged,
     batch, keys, dim,
     query_row, query_column, key_row, key_column, queue_row, queue_column,
     scale, ratio, keys_a_range,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, NORMALIZE: tl.constexpr, SQUARINGS: tl.constexpr,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, NORMALIZE: tl.constexpr,
     WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     LANES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr,
@@ -311,15 +289,14 @@ def _statistics_kernel(
         if not WHOLE_KEYS:
             above = above & valid
         rank += tl.sum(above.to(tl.int32), axis=1)
-        a, new_s = _relative(s, top_s, scale_q, valid, WHOLE_KEYS, PRECISION)
+        a, new_s = _relative(s, top_s, scale_q, valid, WHOLE_KEYS)
         moved_s = _move(top_s, new_s, scale_q)  # what older sums are to be moved by
-        e_instance, e_query = _exponentials(a, ratio, INSTANCE, CONSISTENCY, SQUARINGS)
         if INSTANCE:
-            z_instance = z_instance * tl.exp2(moved_s * ratio) + tl.sum(e_instance, axis=1)
+            z_instance = z_instance * tl.exp2(moved_s * ratio) + tl.sum(tl.exp2(a * ratio), axis=1)
         if CONSISTENCY:
-            b, new_y = _relative(tl.reshape(y, tile_shape), top_y, scale_k, valid, WHOLE_KEYS, PRECISION)
+            b, new_y = _relative(tl.reshape(y, tile_shape), top_y, scale_k, valid, WHOLE_KEYS)
             moved_y = _move(top_y, new_y, scale_k)
-            e_key, d = tl.exp2(b), a - b
+            e_query, e_key, d = tl.exp2(a), tl.exp2(b), a - b
             moved_query, moved_key, shift = tl.exp2(moved_s), tl.exp2(moved_y), moved_s - moved_y
             d_query = (d_query + shift * z_query) * moved_query + tl.sum(e_query * d, axis=1)
             d_key = (d_key + shift * z_key) * moved_key + tl.sum(e_key * d, axis=1)
@@ -348,7 +325,7 @@ def _load_all(field, there, other):
     return tl.load(field, mask=there, other=other).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "ranges"])
 def _merge_kernel(
     partial, merged, loss, instance_loss, consistency_loss, positive_rank, batch, ranges,
     scale, ratio, tau: tl.float64, tau_c: tl.float64,
@@ -438,13 +415,13 @@ def _merge_kernel(
     tl.store(row + _GRAD_POSITIVE, grad_positive, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "keys"])
 def _gradient_kernel(
     query, key, queue, merged, parts,
     batch, keys, dim,
     query_row, query_column, key_row, key_column, queue_row, queue_column,
     scale, ratio, keys_a_range,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, SQUARINGS: tl.constexpr,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr,
     WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
@@ -485,19 +462,18 @@ def _gradient_kernel(
             )
             tile = tile.to(DTYPE)
             s, y = _similarities(q, k, tile, CONSISTENCY, PRECISION, BLOCK_B, BLOCK_K)
-        a = _logit(s, top_s, scale_q, PRECISION)
-        e_instance, e_query = _exponentials(a, ratio, INSTANCE, CONSISTENCY, SQUARINGS)
+        a = (s - top_s) * scale_q
         g = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
         if CONSISTENCY:
-            b = _logit(y, top_y, scale_k, PRECISION)
-            e_key = tl.exp2(b)
+            b = (y - top_y) * scale_k
+            e_query, e_key = tl.exp2(a), tl.exp2(b)
             Q = e_query * weight_query
             g = Q - e_key * weight_key
             if PRECISION == "tf32x3":  # where Q and P nearly cancel, what their weights lost would be left
                 g += e_query * weight_query_low - e_key * weight_key_low
             g += Q * ((a - b - mean) * ln_2)
         if INSTANCE:
-            g += e_instance * weight_instance
+            g += tl.exp2(a * ratio) * weight_instance
         if not WHOLE_KEYS:
             g = tl.where((tile_rows < keys)[None, :], g, 0.0)
         if tl.float16 == DTYPE:
@@ -512,7 +488,7 @@ def _gradient_kernel(
     tl.store(to, grad, mask=(rows < batch)[:, None] & (out_columns < dim)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "ranges"])
 def _finish_kernel(
     query, key, merged, parts, gradient,
     batch, dim, query_row, query_column, key_row, key_column, ranges,
@@ -564,10 +540,13 @@ class _Plan:
     finish: _Launch
 
 
+Chip = tuple[tuple[int, int], int]  # compute capability, multiprocessors
+
+
 @functools.lru_cache(maxsize=1024)
-def _plan(batch: int, keys: int, dim: int, dtype: torch.dtype, precision: str, device: torch.device) -> _Plan:
+def _plan(batch: int, keys: int, dim: int, dtype: torch.dtype, precision: str, chip: Chip) -> _Plan:
     """How the four kernels are started for a problem's size. Made once: a call has no time for it."""
-    capability, multiprocessors = _capability(device)
+    capability, multiprocessors = chip
     tiles = select_tiles(capability, precision, dim)
     statistics, gradient = (_walk(each, batch, keys, dim, multiprocessors) for each in tiles)
     numbers = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "PRECISION": precision}
@@ -617,10 +596,10 @@ def _steps_a_range(steps: int, blocks: int, slots: int) -> int:
     return min(sorted(candidates, reverse=True), key=time)
 
 
-def _capability(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors; the interpreter has neither."""
+@functools.cache
+def _chip(device: torch.device) -> Chip:
     if device.type != "cuda":
-        return (0, 0), 1
+        return (0, 0), 1  # the interpreter
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor), properties.multi_processor_count
 
@@ -641,12 +620,11 @@ def co2(
     (batch, dim), keys, device = query.shape, len(queue), query.device
     dtype = query.dtype if query.dtype == queue.dtype else torch.float32
     precision = _precision(dtype)
-    plan = _plan(batch, keys, dim, dtype, precision, device)
+    plan = _plan(batch, keys, dim, dtype, precision, _chip(device))
 
     base = consistency_temperature if consistency_weight else temperature
     scale, ratio = math.log2(math.e) / base, base / temperature
     terms = {"INSTANCE": instance_weight != 0, "CONSISTENCY": consistency_weight != 0}
-    squarings = {"SQUARINGS": _squarings(temperature / base, precision) if all(terms.values()) else -1}
     rows_strides = (*query.stride(), *key.stride())
     strides = (*rows_strides, *queue.stride())
 
@@ -660,7 +638,7 @@ def co2(
         _statistics_kernel[plan.statistics.grid](
             query, key, queue, partial, merged, batch, keys, dim, *strides,
             scale, ratio, plan.statistics.keys_a_range, NORMALIZE=normalize,
-            **terms, **squarings, **plan.statistics.options,
+            **terms, **plan.statistics.options,
         )  # fmt: skip
         _merge_kernel[plan.merge.grid](
             partial, merged, loss, instance_loss, consistency_loss, rank, batch, plan.statistics.ranges,
@@ -671,7 +649,7 @@ def co2(
             parts = torch.empty((plan.gradient.ranges, batch, dim), device=device)
             _gradient_kernel[plan.gradient.grid](
                 query, key, queue, merged, parts, batch, keys, dim, *strides,
-                scale, ratio, plan.gradient.keys_a_range, **terms, **squarings, **plan.gradient.options,
+                scale, ratio, plan.gradient.keys_a_range, **terms, **plan.gradient.options,
             )  # fmt: skip
             _finish_kernel[plan.finish.grid](
                 query, key, merged, parts, gradient, batch, dim, *rows_strides, plan.gradient.ranges,
@@ -685,12 +663,6 @@ def _precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "half"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _squarings(ratio: float, precision: str) -> int:
-    """The n for which τ = 2^n τc, or −1. Squaring doubles an error: exact products allow none."""
-    n = math.log2(ratio)
-    return int(n) if n in ((0,) if precision == "tf32x3" else (0, 1, 2, 3)) else -1
 
 
 def _lanes(capability: tuple[int, int]) -> int:

@@ -304,8 +304,10 @@ class TestValue:
         queue[150, 0] = float("nan")
         assert co2_loss(query, key, queue, reduction="none", backend=backend).isnan().all()
 
-    def test_huge_finite_similarities_stay_finite(self, backend: str) -> None:
-        query, key, queue = Case(queue_scale=1e30).tensors()
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_huge_finite_similarities_stay_finite(self, backend: str, dtype: torch.dtype) -> None:
+        require(backend, dtype)
+        query, key, queue = Case(queue_scale=1e30, dtype=dtype).tensors()
         query.requires_grad_()
         loss = co2_loss(query, key, queue, reduction="none", temperature=10.0, backend=backend)
         loss.sum().backward()

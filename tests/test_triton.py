@@ -21,7 +21,7 @@ from tests.cases import INTERPRETED
 triton = pytest.importorskip("triton")
 
 # ruff: noqa: E402
-from contrastive_ops.kernels._co2 import _steps_a_range
+from contrastive_ops.kernels._co2 import _plan, _steps_a_range
 from contrastive_ops.kernels._tiles import OTHER, TABLES, select_tiles
 
 from bench import resources
@@ -38,7 +38,7 @@ def version(module: ModuleType) -> tuple[int, int]:
 )
 def test_the_interpreter_passes_the_same_tests() -> None:
     """The kernels' own code, tile by tile on the CPU, held to the harness of all backends."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": "interpreter"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": "few"}
     tests = ["tests/test_co2.py", "tests/test_ops.py", "tests/test_backends.py"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *tests, "-k", "triton"],
@@ -81,9 +81,17 @@ def test_other_queues_need_no_slower_loop(
     capability: tuple[int, int], name: str, variant: dict[str, Any]
 ) -> None:
     """MoCo's (D, K) order and a ragged queue: the same matrix instructions, and no spill within the loop."""
-    made = resources.compile_kernel(name, capability, "half", 128, squarings=2, **variant)
+    made = resources.compile_kernel(name, capability, "half", 128, **variant)
     assert TENSOR_CORES[capability] in made.ptx
     assert not {"LDL", "STL"} & made.loop.keys()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize("name", ["merge", "finish"])
+@pytest.mark.parametrize("dim", [128, 1024])
+def test_the_small_kernels_spill_nothing(capability: tuple[int, int], name: str, dim: int) -> None:
+    assert resources.compile_kernel(name, capability, "half", dim).spilled_bytes == 0
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
@@ -136,3 +144,16 @@ def test_refuses_what_it_does_not_serve(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     said = _backends._triton_refuses(query)
     assert said == reason or (reason and reason in (said or ""))
+
+
+@pytest.mark.parametrize("multiprocessors", [4, 108, 132])
+@pytest.mark.parametrize("keys", [1, 65536, 1 << 20, 1 << 24])
+@pytest.mark.parametrize("dim", [16, 128, 256, 1024])
+def test_memory_is_bounded_whatever_the_queue(multiprocessors: int, keys: int, dim: int) -> None:
+    """The ranges' numbers and parts: a few times B·D, or 160 MiB; less than 16 MiB at MoCo's size."""
+    for batch in (1, 256, 4096, 100_000):
+        plan = _plan(batch, keys, dim, torch.bfloat16, "half", ((9, 0), multiprocessors))
+        statistics, parts = plan.statistics.ranges * batch * 8 * 4, plan.gradient.ranges * batch * dim * 4
+        assert statistics + parts <= max(160 << 20, 4 * batch * (dim + 8) * 4)
+        if (batch, dim) == (256, 128):
+            assert statistics + parts <= 16 << 20
