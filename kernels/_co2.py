@@ -115,7 +115,7 @@ def _measure_rows(
         tl.zeros([BLOCK_B], tl.float64),
         tl.zeros([BLOCK_B], tl.float64),
     )
-    for first in range(0, dim, DEPTH):
+    for first in tl.range(0, dim, DEPTH, loop_unroll_factor=4):
         columns = first + tl.arange(0, DEPTH)
         q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
         k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
