@@ -41,6 +41,16 @@ def _co2_fake(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tup
     return loss, instance, consistency, rank, gradient
 
 
+def _co2_without_autograd(query: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return co2(query, *arguments)
+
+
+def _co2_autograd(query: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    recorded = torch.is_grad_enabled() and query.requires_grad
+    return (_CO2.apply if recorded else _co2_without_autograd)(query, *arguments)
+
+
 class _CO2(torch.autograd.Function):
     """`co2` with the backward that its gradient output allows.
 
@@ -51,12 +61,11 @@ class _CO2(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         compute_gradient = arguments[-2]
-        if not compute_gradient and ctx.needs_input_grad[0]:
+        if not compute_gradient:
             raise RuntimeError(
                 "contrastive_ops::co2: compute_gradient is false, but query requires a gradient"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            output = co2(query, *arguments)
+        output = _co2_without_autograd(query, *arguments)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[-1], query)
@@ -84,7 +93,7 @@ _library.impl("co2", _co2, "CompositeExplicitAutograd")
 _library.impl("scale_gradient", _scale_gradient, "CompositeExplicitAutograd")
 torch.library.register_fake("contrastive_ops::co2", _co2_fake, lib=_library)
 torch.library.register_fake("contrastive_ops::scale_gradient", _scale_gradient, lib=_library)
-_library.impl("co2", _CO2.apply, "Autograd")
+_library.impl("co2", _co2_autograd, "Autograd")
 # `query` stands in the signature so that a graph of the backward exists and refuses to be differentiated:
 # without it, create_graph=True would silently leave the second derivative out.
 torch.library.register_autograd("contrastive_ops::scale_gradient", _no_double_backward, lib=_library)

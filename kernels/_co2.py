@@ -554,7 +554,7 @@ def _plan(batch: int, keys: int, dim: int, dtype: torch.dtype, precision: str, c
     gradient.options.update(numbers)
 
     ranges = triton.next_power_of_2(statistics.ranges)
-    rows = max(1, min(16, 1024 // ranges))
+    rows = max(1, min(8, 512 // ranges))
     merge = _Launch((triton.cdiv(batch, rows),), {"BLOCK_B": rows, "RANGES": ranges})
     columns = triton.next_power_of_2(dim)
     ranges = min(triton.next_power_of_2(gradient.ranges), max(1, 4096 // columns))
