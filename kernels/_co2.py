@@ -137,6 +137,7 @@ def _scales(scale, norm_q, norm_k):
 
 @triton.jit
 def _round_to_tf32(x):
+    """To nearest. A NaN whose bits are all ones, as GPUs make them, comes out as 0."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
@@ -145,12 +146,12 @@ def _product(a, b, sum, PRECISION: tl.constexpr):
     """sum + a b. "tf32x3" is as exact as float32: of a = high + low, both TF32, only low·low is lost."""
     if PRECISION == "tf32x3":
         a_high, b_high = _round_to_tf32(a), _round_to_tf32(b)
-        small = tl.dot(a - a_high, b_high, input_precision="tf32")
+        small = tl.dot(a - a_high, b_high, input_precision="tf32")  # the low part of a NaN is one
         small = tl.dot(a_high, b - b_high, small, input_precision="tf32")
         # Tensor cores cut off what their sum cannot hold, so a long sum shrinks. This addition rounds.
         return sum + tl.dot(a_high, b_high, small, input_precision="tf32")
     if PRECISION == "tf32":  # as they are, tensor cores would cut the operands off, not round them
-        a, b = _round_to_tf32(a), _round_to_tf32(b)
+        a, b = tl.where(a == a, _round_to_tf32(a), a), tl.where(b == b, _round_to_tf32(b), b)
     return tl.dot(a, b, sum, input_precision="tf32")
 
 

@@ -175,6 +175,20 @@ def test_float32_follows_the_matmul_precision(gpu_backend: str, precision: str) 
     assert distance(actual_gradient, gradient) <= 10 * allowed * gradient.norm()
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_nan_made_on_the_gpu_stays_one(gpu_backend: str, precision: str) -> None:
+    """Its bits are all ones, unlike those of float("nan")."""
+    query, key, queue = on_gpu(Case(batch=40, keys=3000, dim=64))
+    queue[1234, 5] = torch.zeros((), device="cuda") / torch.zeros((), device="cuda")
+    torch.set_float32_matmul_precision(precision)
+    try:
+        loss, gradient = fused(query, key, queue, backend=gpu_backend)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert loss.isnan().all()
+    assert gradient.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [128, 256, 512, 1000])
 @pytest.mark.parametrize("batch", [1, 32, 256, 1000])
