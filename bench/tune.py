@@ -47,6 +47,7 @@ def best(role: int, pair: list[Tiles], case: Case, precision: str) -> list[tuple
         chosen = list(pair)
         chosen[role] = tiles
         _co2.select_tiles = lambda *_, chosen=chosen: tuple(chosen)
+        _co2._plan.cache_clear()
         try:
             step(loss, *first)
             torch.cuda.synchronize()

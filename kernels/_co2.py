@@ -110,11 +110,8 @@ def _measure_rows(
     NORMALIZE: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """max(‖q‖, ε), max(‖k‖, ε) (1 unless NORMALIZE) and q·k̂ of each row; float64 holds any square."""
-    qq, kk, qk = (
-        tl.zeros([BLOCK_B], tl.float64),
-        tl.zeros([BLOCK_B], tl.float64),
-        tl.zeros([BLOCK_B], tl.float64),
-    )
+    zero = tl.zeros([BLOCK_B], tl.float64)
+    qq, kk, qk = zero, zero, zero
     for first in tl.range(0, dim, DEPTH, loop_unroll_factor=4):
         columns = first + tl.arange(0, DEPTH)
         q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
@@ -123,7 +120,7 @@ def _measure_rows(
         qq += tl.sum(q * q, axis=1)
         kk += tl.sum(k * k, axis=1)
         qk += tl.sum(q * k, axis=1)
-    norm_q, norm_k = tl.full([BLOCK_B], 1.0, tl.float64), tl.full([BLOCK_B], 1.0, tl.float64)
+    norm_q, norm_k = zero + 1.0, zero + 1.0
     if NORMALIZE:
         norm_q, norm_k = tl.maximum(tl.sqrt(qq), _NORM_EPSILON), tl.maximum(tl.sqrt(kk), _NORM_EPSILON)
     return norm_q, norm_k, qk / norm_k
@@ -261,12 +258,8 @@ def _statistics_kernel(
     lanes: tl.constexpr = [BLOCK_B, LANES]
     tile_shape: tl.constexpr = [BLOCK_B, BLOCK_K // LANES, LANES]
     top_s, top_y = tl.full(lanes, _LOWEST, tl.float32), tl.full(lanes, _LOWEST, tl.float32)
-    z_instance, z_query, z_key = (
-        tl.zeros(lanes, tl.float32),
-        tl.zeros(lanes, tl.float32),
-        tl.zeros(lanes, tl.float32),
-    )
-    d_query, d_key = tl.zeros(lanes, tl.float32), tl.zeros(lanes, tl.float32)
+    zero = tl.zeros(lanes, tl.float32)
+    z_instance, z_query, z_key, d_query, d_key = zero, zero, zero, zero, zero
     rank = tl.zeros(lanes, tl.int32)
 
     begin = part.to(tl.int64) * keys_a_range
