@@ -154,38 +154,35 @@ def _product(a, b, sum, PRECISION: tl.constexpr):
 
 @triton.jit
 def _similarities(
-    q, k, tile,
-    CONSISTENCY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """q Nᵀ and k Nᵀ of a tile of keys."""
-    zero = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
-    s = _product(q, tl.trans(tile), zero, PRECISION)
-    y = s
-    if CONSISTENCY:
-        y = _product(k, tl.trans(tile), zero, PRECISION)
-    return s, y
-
-
-@triton.jit
-def _similarities_in_chunks(
-    query, key, queue, rows, tile_rows, batch, keys, dim,
+    query, key, queue, q, k, rows, tile_rows, batch, keys, dim,
     query_row, query_column, key_row, key_column, queue_row, queue_column,
-    CONSISTENCY: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
+    CONSISTENCY: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The same, DEPTH dimensions at a time."""
+    """q Nᵀ and k Nᵀ of a tile of keys, and the tile; CHUNKED, DEPTH dimensions at a time, and no tile."""
     s, y = tl.zeros([BLOCK_B, BLOCK_K], tl.float32), tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
-    for first in range(0, dim, DEPTH):
-        columns = first + tl.arange(0, DEPTH)
+    columns = tl.arange(0, DEPTH)
+    if CHUNKED:
+        tile = columns  # stands for none, which Triton cannot return
+        for first in range(0, dim, DEPTH):
+            these = first + columns
+            keys_chunk = _load(
+                queue, tile_rows, these, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
+            )  # fmt: skip
+            keys_chunk = tl.trans(keys_chunk.to(DTYPE))
+            q_chunk = _load(query, rows, these, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
+            s = _product(q_chunk.to(DTYPE), keys_chunk, s, PRECISION)
+            if CONSISTENCY:
+                k_chunk = _load(key, rows, these, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
+                y = _product(k_chunk.to(DTYPE), keys_chunk, y, PRECISION)
+    else:
         tile = _load(queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS)
-        tile = tl.trans(tile.to(DTYPE))
-        q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
-        s = _product(q.to(DTYPE), tile, s, PRECISION)
+        tile = tile.to(DTYPE)
+        s = _product(q, tl.trans(tile), s, PRECISION)
         if CONSISTENCY:
-            k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
-            y = _product(k.to(DTYPE), tile, y, PRECISION)
-    return s, y
+            y = _product(k, tl.trans(tile), y, PRECISION)
+    return s, y, tile
 
 
 @triton.jit
@@ -251,6 +248,7 @@ def _statistics_kernel(
     scale_q, scale_k = _scales(scale, norm_q[:, None], norm_k[:, None])
     positive = positive.to(tl.float32)[:, None, None]
 
+    q, k = None, None
     if not CHUNKED:
         q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
         k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
@@ -265,18 +263,11 @@ def _statistics_kernel(
     begin = part.to(tl.int64) * keys_a_range
     for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
         tile_rows = start + tl.arange(0, BLOCK_K)
-        if CHUNKED:
-            s, y = _similarities_in_chunks(
-                query, key, queue, rows, tile_rows, batch, keys, dim,
-                query_row, query_column, key_row, key_column, queue_row, queue_column,
-                CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
-            )  # fmt: skip
-        else:
-            tile = _load(
-                queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
-            )
-            tile = tile.to(DTYPE)
-            s, y = _similarities(q, k, tile, CONSISTENCY, PRECISION, BLOCK_B, BLOCK_K)
+        s, y, _ = _similarities(
+            query, key, queue, q, k, rows, tile_rows, batch, keys, dim,
+            query_row, query_column, key_row, key_column, queue_row, queue_column,
+            CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, CHUNKED, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
+        )  # fmt: skip
         valid = tl.reshape(tile_rows < keys, [1, BLOCK_K // LANES, LANES])
         s = tl.reshape(s, tile_shape)
         above = s > positive
@@ -437,6 +428,7 @@ def _gradient_kernel(
     weight_query, weight_query_low = _split(_of_row(merged, _QUERY, rows, batch))
     weight_key, weight_key_low = _split(_of_row(merged, _KEY, rows, batch))
 
+    q, k = None, None
     if not CHUNKED:
         q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
         k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
@@ -444,18 +436,11 @@ def _gradient_kernel(
     begin = part * keys_a_range
     for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
         tile_rows = start + tl.arange(0, BLOCK_K)
-        if CHUNKED:
-            s, y = _similarities_in_chunks(
-                query, key, queue, rows, tile_rows, batch, keys, dim,
-                query_row, query_column, key_row, key_column, queue_row, queue_column,
-                CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
-            )  # fmt: skip
-        else:
-            tile = _load(
-                queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
-            )
-            tile = tile.to(DTYPE)
-            s, y = _similarities(q, k, tile, CONSISTENCY, PRECISION, BLOCK_B, BLOCK_K)
+        s, y, tile = _similarities(
+            query, key, queue, q, k, rows, tile_rows, batch, keys, dim,
+            query_row, query_column, key_row, key_column, queue_row, queue_column,
+            CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, CHUNKED, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
+        )  # fmt: skip
         a = (s - top_s) * scale_q
         g = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
         if CONSISTENCY:
