@@ -127,10 +127,13 @@ class TestAccuracy:
         assert (
             distance(actual_loss, loss) <= 2 * distance(eager_loss, loss) + 3e-7 * loss.norm() + ORACLE_ERROR
         )
-        terms = queue.norm(dim=1).max() * (
-            1 / temperature + case.consistency_weight / consistency_temperature
-        )
+        longest = queue.norm(dim=1).max().item()
+        terms = longest * (1 / temperature + case.consistency_weight / consistency_temperature)
         allowed = 2 * distance(eager_gradient, gradient) + 3e-7 * gradient.norm() + 1e-7 * terms
+        if case.dim < 4:  # rows are alike, and so are their errors: eager's luck is that of all of them
+            allowed += (
+                1e-7 * terms * longest / min(temperature, consistency_temperature)
+            )  # a logit's rounding
         assert distance(actual_gradient, gradient) <= allowed
 
     @pytest.mark.parametrize("settings", PAPERS)
