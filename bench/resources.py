@@ -91,9 +91,10 @@ def compile_kernel(
     columns: bool = False,
     dtype: torch.dtype | None = None,
     keys: int = 65536,
+    consistency: bool = True,
 ) -> Resources:
     """One of the four kernels as it is launched for 256 rows on a chip of 132 multiprocessors; `columns` is
-    MoCo's (D, K) order of the queue."""
+    MoCo's (D, K) order of the queue; without `consistency` it is InfoNCE."""
     kernel = getattr(_co2, f"_{name}_kernel")
     dtype = dtype or DTYPES[precision]
     launch = getattr(_co2._plan(256, keys, dim, dtype, precision, (capability, 132)), name)
@@ -102,7 +103,7 @@ def compile_kernel(
         options |= _co2._walk(tiles, 256, keys, dim, 132).options
     warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
     constants = options | {
-        "INSTANCE": True, "CONSISTENCY": True, "INCLUDE_POSITIVE": True, "NORMALIZE": True,
+        "INSTANCE": True, "CONSISTENCY": consistency, "INCLUDE_POSITIVE": True, "NORMALIZE": True,
         "query_column": 1, "key_column": 1,
         "queue_row" if columns else "queue_column": 1,
     }  # fmt: skip

@@ -76,11 +76,13 @@ def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: s
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
 @pytest.mark.parametrize("capability", TENSOR_CORES)
 @pytest.mark.parametrize("name", resources.KERNELS)
-@pytest.mark.parametrize("variant", [{"columns": True, "dtype": torch.float16}, {"keys": 65535}])
-def test_other_queues_need_no_slower_loop(
+@pytest.mark.parametrize(
+    "variant", [{"columns": True, "dtype": torch.float16}, {"keys": 65535}, {"consistency": False}]
+)
+def test_other_calls_spill_nothing_in_the_loop(
     capability: tuple[int, int], name: str, variant: dict[str, Any]
 ) -> None:
-    """MoCo's (D, K) order and a ragged queue: the same matrix instructions, and no spill within the loop."""
+    """MoCo's (D, K) order, a ragged queue and InfoNCE alone, on the same matrix instructions."""
     made = resources.compile_kernel(name, capability, "half", 128, **variant)
     assert TENSOR_CORES[capability] in made.ptx
     assert not {"LDL", "STL"} & made.loop.keys()
