@@ -104,7 +104,9 @@ class TestAccuracy:
         queue_scale: float,
     ) -> None:  # fmt: skip
         case = case.replace(
-            batch=case.batch + 16,  # as above
+            batch=case.batch + 16,  # as above,
+            dim=case.dim
+            + 3,  # and in one dimension rows are alike: eager's luck would be that of all of them
             temperature=temperature,
             consistency_temperature=consistency_temperature,
             queue_scale=queue_scale,
@@ -130,10 +132,6 @@ class TestAccuracy:
         longest = queue.norm(dim=1).max().item()
         terms = longest * (1 / temperature + case.consistency_weight / consistency_temperature)
         allowed = 2 * distance(eager_gradient, gradient) + 3e-7 * gradient.norm() + 1e-7 * terms
-        if case.dim < 4:  # rows are alike, and so are their errors: eager's luck is that of all of them
-            allowed += (
-                1e-7 * terms * longest / min(temperature, consistency_temperature)
-            )  # a logit's rounding
         assert distance(actual_gradient, gradient) <= allowed
 
     @pytest.mark.parametrize("settings", PAPERS)
