@@ -66,7 +66,8 @@ class TestAccuracy:
     ) -> None:
         """|fused − f64| ≤ |eager in the same dtype − f64| + a rounding of the input and of the result."""
         require(backend, dtype)
-        case = case.replace(dtype=dtype, **settings)
+        # As in the other tests: over a few rows, or in one dimension, either side's error is luck.
+        case = case.replace(dtype=dtype, batch=case.batch + 16, dim=max(case.dim, 4), **settings)
         query, key, queue = case.tensors()
         if not same_queue:
             queue = queue.float()
@@ -104,9 +105,8 @@ class TestAccuracy:
         queue_scale: float,
     ) -> None:  # fmt: skip
         case = case.replace(
-            batch=case.batch + 16,  # as above,
-            dim=case.dim
-            + 3,  # and in one dimension rows are alike: eager's luck would be that of all of them
+            batch=case.batch + 16,
+            dim=max(case.dim, 4),  # in one dimension rows are alike: eager's luck would be that of all
             temperature=temperature,
             consistency_temperature=consistency_temperature,
             queue_scale=queue_scale,
@@ -125,14 +125,16 @@ class TestAccuracy:
         loss, gradient = oracle(query, key, queue, **case.settings())
         eager_loss, eager_gradient = loss_and_gradient(eager_co2, query, key, queue, **case.settings())
         actual_loss, actual_gradient = fused(query, key, queue, **case.settings(), backend=backend)
-        # Eager may hit a value by luck: a rounding of each number and of the terms that cancelled is allowed.
-        assert (
-            distance(actual_loss, loss) <= 2 * distance(eager_loss, loss) + 3e-7 * loss.norm() + ORACLE_ERROR
-        )
+        # Where similarities are equal by construction, eager may hit a value exactly. What the last digit of
+        # a logit does to the terms that cancel is allowed, a few times over.
         longest = queue.norm(dim=1).max().item()
         terms = longest * (1 / temperature + case.consistency_weight / consistency_temperature)
-        allowed = 2 * distance(eager_gradient, gradient) + 3e-7 * gradient.norm() + 1e-7 * terms
-        assert distance(actual_gradient, gradient) <= allowed
+        digit = torch.finfo(torch.float32).eps / 2
+        allowed = 2 * distance(eager_loss, loss) + 3e-7 * loss.norm() + ORACLE_ERROR
+        assert distance(actual_loss, loss) <= allowed + 30 * digit * terms * len(loss) ** 0.5
+        allowed = 2 * distance(eager_gradient, gradient) + 3e-7 * gradient.norm()
+        largest_logit = max(1, longest / min(temperature, consistency_temperature))
+        assert distance(actual_gradient, gradient) <= allowed + 20 * digit * terms * largest_logit
 
     @pytest.mark.parametrize("settings", PAPERS)
     def test_at_full_size(self, backend: str, settings: dict) -> None:
