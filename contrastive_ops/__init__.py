@@ -1,8 +1,8 @@
 """Contrastive losses over very many keys, computed without the matrix of their similarities."""
 
 from ._backends import BackendStatus, available_backends, use_backend
-from .functional import LossMetrics, co2_loss, consistency_loss, info_nce_loss
-from .modules import CO2Loss, ConsistencyLoss, InfoNCELoss
+from .functional import ConICMetrics, LossMetrics, co2_loss, conic_loss, consistency_loss, info_nce_loss
+from .modules import CO2Loss, ConICLoss, ConsistencyLoss, InfoNCELoss
 from .queue import KeyQueue
 
 __version__ = "0.1.0"
@@ -10,12 +10,15 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendStatus",
     "CO2Loss",
+    "ConICLoss",
+    "ConICMetrics",
     "ConsistencyLoss",
     "InfoNCELoss",
     "KeyQueue",
     "LossMetrics",
     "available_backends",
     "co2_loss",
+    "conic_loss",
     "consistency_loss",
     "info_nce_loss",
     "use_backend",

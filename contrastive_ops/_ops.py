@@ -1,17 +1,28 @@
 """The operators: schema, shapes, autograd. What computes them is `_backends.py`'s choice.
 
-`co2` is a whole loss: normalisation, both softmaxes, the row losses and, when the query needs it, their
-gradient. A row's loss depends on that row's query alone, so the gradient is finished in forward and backward
-only scales its rows. That is exact for every reduction, and stays right when the caller overwrites the queue
-between loss and backward, as a momentum-contrast training loop does.
+A loss is one operator: normalisation, softmax, the row losses.
+
+`co2` also has the gradient, when the query needs it. A row's loss depends on that row's query alone, so the
+gradient is finished in forward and backward only scales its rows. That is exact for every reduction, and
+stays right when the caller overwrites the queue between loss and backward, as a momentum-contrast training
+loop does.
+
+`conic` has a gradient in its classifier's weight, to which all rows contribute, each scaled by its incoming
+gradient: its backward is an operator too, and computes the similarities again.
+
+Autograd kernels are registered directly: torch.library.register_autograd would do the same, but spends 50 µs
+a call on filling in defaults, of which these schemas have none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import _backends
 
@@ -24,6 +35,30 @@ _library.define(
     "-> (Tensor loss, Tensor instance_loss, Tensor consistency_loss, Tensor positive_rank, Tensor gradient)"
 )
 _library.define("scale_gradient(Tensor gradient, Tensor grad_loss, Tensor query) -> Tensor")
+_library.define(
+    "conic(Tensor views, Tensor weight, Tensor target, float temperature, float compensation, "
+    "float consistency_weight, str? backend) -> (Tensor loss, Tensor classification_loss, "
+    "Tensor consistency_loss, Tensor positive_rank, Tensor statistics)"
+)
+_library.define(
+    "conic_backward(Tensor grad_loss, Tensor views, Tensor weight, Tensor target, Tensor statistics, "
+    "float temperature, float consistency_weight, bool views_need_grad, bool weight_needs_grad, "
+    "str? backend) -> (Tensor grad_views, Tensor grad_weight)"
+)
+_library.define(
+    "conic_backward_sgd_(Tensor grad_loss, Tensor views, Tensor(a!) weight, Tensor(b!) momentum_buffer, "
+    "Tensor target, Tensor statistics, float temperature, float consistency_weight, float lr, "
+    "float momentum, float weight_decay, bool nesterov, str? backend) -> Tensor grad_views"
+)
+_library.define(
+    "sgd_(Tensor(a!) weight, Tensor(b!) momentum_buffer, Tensor grad, float lr, float momentum, "
+    "float weight_decay, bool nesterov, str? backend) -> ()"
+)
+_library.define(
+    "exchange_rows_(Tensor(a!) weight, Tensor(b!) momentum_buffer, Tensor slots, Tensor incoming, "
+    "Tensor incoming_rows, Tensor coefficients, Tensor(c!) outgoing, Tensor outgoing_rows, "
+    "str? backend) -> ()"
+)
 
 
 def _co2(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -41,22 +76,13 @@ def _co2_fake(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tup
     return loss, instance, consistency, rank, gradient
 
 
-def _co2_without_autograd(query: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        return co2(query, *arguments)
-
-
-def _co2_autograd(query: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    recorded = torch.is_grad_enabled() and query.requires_grad
-    return (_CO2.apply if recorded else _co2_without_autograd)(query, *arguments)
+        return operator(*arguments)
 
 
 class _CO2(torch.autograd.Function):
-    """`co2` with the backward that its gradient output allows.
-
-    Registered as the autograd kernel itself: torch.library.register_autograd would do the same, but spends
-    50 µs a call on filling in defaults, of which the schema has none.
-    """
+    """`co2` with the backward that its gradient output allows."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -65,7 +91,7 @@ class _CO2(torch.autograd.Function):
             raise RuntimeError(
                 "contrastive_ops::co2: compute_gradient is false, but query requires a gradient"
             )
-        output = _co2_without_autograd(query, *arguments)
+        output = _below_autograd(co2, query, *arguments)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[-1], query)
@@ -76,7 +102,8 @@ class _CO2(torch.autograd.Function):
         gradient, query = ctx.saved_tensors
         scaled = None
         if grad_loss is not None:
-            scaled = torch.ops.contrastive_ops.scale_gradient(gradient, grad_loss, query)
+            # `query` stands in the signature so that a graph of the backward exists, and refuses.
+            scaled = scale_gradient(gradient, grad_loss, query)
         return scaled, *(None,) * 10
 
 
@@ -85,19 +112,172 @@ def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tenso
     return torch.mul(gradient, grad_loss.unsqueeze(1), out=scaled)  # rounds once, to the query's dtype
 
 
-def _no_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("contrastive_ops: double backward is not supported")
+class _ConIC(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, views: Tensor, weight: Tensor, target: Tensor, *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        output = _below_autograd(conic, views, weight, target, *arguments)
+        ctx.temperature, _, ctx.consistency_weight, ctx.backend = arguments
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(views, weight, target, output[-1])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad[:2]
+        gradients: tuple[Tensor | None, ...] = (None, None)
+        if grad_loss is not None:
+            gradients = conic_backward(
+                grad_loss, *ctx.saved_tensors, ctx.temperature, ctx.consistency_weight, *need, ctx.backend
+            )
+        return *(grad if needed else None for grad, needed in zip(gradients, need, strict=True)), *(None,) * 5
 
 
-_library.impl("co2", _co2, "CompositeExplicitAutograd")
-_library.impl("scale_gradient", _scale_gradient, "CompositeExplicitAutograd")
-torch.library.register_fake("contrastive_ops::co2", _co2_fake, lib=_library)
-torch.library.register_fake("contrastive_ops::scale_gradient", _scale_gradient, lib=_library)
-_library.impl("co2", _co2_autograd, "Autograd")
-# `query` stands in the signature so that a graph of the backward exists and refuses to be differentiated:
-# without it, create_graph=True would silently leave the second derivative out.
-torch.library.register_autograd("contrastive_ops::scale_gradient", _no_double_backward, lib=_library)
+class _ConICWithUpdate(torch.autograd.Function):
+    """`conic` whose backward takes a step of SGD on the weight (`update`, a `functional.SGDStep`) and returns
+    no gradient for it. The weight is an argument so that a backward exists where the views need none."""
 
-# Specified by `reference.co2`, with the name of a backend as its last argument. Only the first output, the
-# row losses, is differentiable, and only in the query.
-co2 = torch.ops.contrastive_ops.co2
+    @staticmethod
+    def forward(
+        ctx: Any, views: Tensor, weight: Tensor, target: Tensor, update: Any, *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.update = update
+        return _ConIC.forward(ctx, views, weight, target, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        update, grad_views = ctx.update, None
+        if grad_loss is not None:
+            if update.taken:
+                raise RuntimeError(
+                    "contrastive_ops: this step of SGD has been taken by an earlier backward; "
+                    "ask the optimizer for one for each loss, and call its step() in between"
+                )
+            update.taken = True
+            views, weight, target, statistics = ctx.saved_tensors
+            grad_views = conic_backward_sgd_(
+                grad_loss, views, weight.detach(), update.momentum_buffer, target, statistics, ctx.temperature,
+                ctx.consistency_weight, update.lr, update.momentum, update.weight_decay, update.nesterov,
+                ctx.backend,
+            )  # fmt: skip
+        return grad_views, *(None,) * 7
+
+
+def _conic(views: Tensor, weight: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    # Here, and not where arguments are checked: compilation traces that, and has no values then. On a GPU,
+    # where looking at them would wait for it, a row outside the weight gives a loss of NaN.
+    if target.device.type == "cpu" and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
+        raise ValueError(
+            f"target must be rows of weight, from 0 to {len(weight) - 1}, "
+            f"got values from {target.min()} to {target.max()}"
+        )
+    *settings, backend = arguments
+    return _backends.select(backend, views).conic(views, weight, target, *settings)
+
+
+def _conic_fake(views: Tensor, weight: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    count, batch, _ = views.shape
+    dtype = torch.float64 if views.dtype == torch.float64 else torch.float32
+    loss, consistency = (views.new_empty(batch, dtype=dtype) for _ in range(2))
+    classification = views.new_empty((count, batch), dtype=dtype)
+    rank = views.new_empty((count, batch), dtype=torch.int64)
+    statistics = views.new_empty((count, batch, 3), dtype=torch.float64)
+    return loss, classification, consistency, rank, statistics
+
+
+def _conic_backward(grad_loss: Tensor, views: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *settings, backend = arguments
+    return _backends.select(backend, views).conic_backward(grad_loss, views, *settings)
+
+
+def _conic_backward_fake(
+    grad_loss: Tensor, views: Tensor, weight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    views_need_grad, weight_needs_grad = arguments[-3:-1]
+    count, batch, dim = views.shape
+    grad_views = views.new_empty((count if views_need_grad else 0, batch, dim))
+    return grad_views, weight.new_empty((len(weight) if weight_needs_grad else 0, dim))
+
+
+def _conic_backward_sgd_(
+    grad_loss: Tensor, views: Tensor, weight: Tensor, momentum_buffer: Tensor, *arguments: Any
+) -> Tensor:
+    *settings, backend = arguments
+    kernels = _backends.select(backend, views)
+    grad_views = kernels.conic_backward_sgd_(grad_loss, views, weight, momentum_buffer, *settings)
+    increment_version((weight, momentum_buffer))
+    return grad_views
+
+
+def _sgd_(weight: Tensor, momentum_buffer: Tensor, *arguments: Any) -> None:
+    *settings, backend = arguments
+    _backends.select(backend, weight).sgd_(weight, momentum_buffer, *settings)
+    increment_version((weight, momentum_buffer))
+
+
+def _exchange_rows_(weight: Tensor, momentum_buffer: Tensor, *arguments: Any) -> None:
+    *rows, outgoing, outgoing_rows, backend = arguments
+    kernels = _backends.select(backend, weight)
+    kernels.exchange_rows_(weight, momentum_buffer, *rows, outgoing, outgoing_rows)
+    increment_version((weight, momentum_buffer, outgoing))
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    """An operator of a backward. Recorded, so that create_graph=True makes a graph, and refuses to be
+    differentiated; without it the second derivative would silently be left out."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *arguments: Any) -> Any:
+        return _below_autograd(getattr(torch.ops.contrastive_ops, name), *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("contrastive_ops: double backward is not supported")
+
+
+def _fake_in_place(*_: Any) -> None:
+    return None
+
+
+def _register(
+    name: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    record: Callable[..., Any] | None = None,
+) -> Any:
+    """The operator, with `record` called in its place where a tensor argument requires a gradient."""
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"contrastive_ops::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.contrastive_ops, name)
+    if record is not None:
+
+        def autograd(*arguments: Any) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+                return record(*arguments)
+            return _below_autograd(operator, *arguments)
+
+        _library.impl(name, autograd, "Autograd")
+    return operator
+
+
+# Each is specified by the function of its name in `reference.py`; the last argument names a backend. Of a
+# loss only the first output, its rows, is differentiable: `co2` in the query, `conic` in views and weight.
+co2 = _register("co2", _co2, _co2_fake, _CO2.apply)
+scale_gradient = _register(
+    "scale_gradient", _scale_gradient, _scale_gradient, partial(_NoDoubleBackward.apply, "scale_gradient")
+)
+conic = _register("conic", _conic, _conic_fake, _ConIC.apply)
+conic_backward = _register(
+    "conic_backward",
+    _conic_backward,
+    _conic_backward_fake,
+    partial(_NoDoubleBackward.apply, "conic_backward"),
+)
+conic_backward_sgd_ = _register(
+    "conic_backward_sgd_", _conic_backward_sgd_, lambda grad_loss, views, *_: torch.empty_like(views)
+)
+sgd_ = _register("sgd_", _sgd_, _fake_in_place)
+exchange_rows_ = _register("exchange_rows_", _exchange_rows_, _fake_in_place)
+conic_with_update = _ConICWithUpdate.apply

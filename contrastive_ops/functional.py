@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -159,6 +160,131 @@ def consistency_loss(
     )  # fmt: skip
 
 
+class ConICMetrics(NamedTuple):
+    """What `conic_loss` knows about its views and instances, all detached.
+
+    Attributes:
+        classification_loss: (V, B) ℓ_s of each view.
+        consistency_loss: (B,) ℓ_c of each instance, before weighting.
+        positive_rank: (V, B) int64, how many other rows of the weight are more similar to the view than its
+            own. Top-n accuracy is ``(positive_rank < n).float().mean()``.
+    """
+
+    classification_loss: Tensor
+    consistency_loss: Tensor
+    positive_rank: Tensor
+
+
+@dataclass
+class SGDStep:
+    """A step of SGD that the backward of `conic_loss` is to take; see `DelayedSGD.in_backward`.
+
+    Attributes:
+        momentum_buffer: (A, D) v, of the weight's dtype; overwritten with the weight.
+        lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
+        taken: whether backward has taken it. It does so once.
+    """
+
+    momentum_buffer: Tensor
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+    taken: bool = False
+
+
+def conic_loss(
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    num_instances: int | None = None,
+    temperature: float = 0.1,
+    consistency_weight: float = 2.5,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    update: SGDStep | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Consistent instance classification, ConIC: every instance a class of its own.
+
+    With views x^v of an instance whose row of the classifier is w_n, and the A rows w_j in its denominator:
+
+        L      = Σ_v ℓ_s(x^v) + α Σ_{i≠j} (1 − x̂^i·x̂^j)²            (over ordered pairs of views)
+        ℓ_s(x) = −log  e^{ŵ_n·x̂/τ} / (e^{ŵ_n·x̂/τ} + β Σ_{j≠n} e^{ŵ_j·x̂/τ})
+
+    Hats are L2-normalised rows. If only A of N instances are in the denominator, β = (N − 1)/(A − 1) makes
+    up for the rest. The whole classifier (A = N, β = 1) with α = 0 is Exemplar-CNN; a weight that holds
+    averages of past features (`MemoryBank`) is InstDisc.
+
+    Args:
+        views: (V, B, D) features of V views of each of B instances, V ≥ 1, any strides; float16, bfloat16,
+            float32 or float64. Matrices are multiplied in this dtype, as autocast would.
+        weight: (A, D) rows of the classifier, not normalised, of any of those dtypes.
+        target: (B,) int64, the row of `weight` that each instance owns. Instances may repeat.
+        num_instances: N ≥ A, all that the rows of `weight` were sampled from; None for β = 1.
+        temperature: τ > 0.
+        consistency_weight: α ≥ 0.
+        reduction: "mean" or "sum" over the B instances, or "none".
+        return_metrics: also return a `ConICMetrics`.
+        update: let backward take a step of SGD on `weight`, tile by tile, in place of storing its gradient;
+            from `DelayedSGD.in_backward`. `weight` then gets no ``grad``. Not under torch.compile.
+        backend: name of the implementation to use; by default the fastest that serves the device.
+
+    Returns:
+        The loss: a scalar, or (B,) with ``reduction="none"``; float64 if the views are, float32 otherwise.
+        Views and weight get gradients in their own dtypes. Do not overwrite either before backward, which
+        computes the similarities again; PyTorch notices and raises.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it. On a GPU, where looking at the
+            values of `target` would wait for it, a row outside the weight makes that instance's loss NaN.
+        RuntimeError: the backend asked for cannot serve.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import conic_loss
+        >>> views = torch.randn(2, 4, 128, requires_grad=True)
+        >>> weight = torch.randn(1024, 128, requires_grad=True)
+        >>> loss = conic_loss(views, weight, torch.tensor([3, 0, 7, 5]), num_instances=1_000_000)
+        >>> loss.backward()
+    """
+    _check_rows("views", views, "(V, B, D)")
+    _check_rows("weight", weight)
+    if weight.shape[1] != views.shape[2]:
+        raise ValueError(f"weight must be (A, D) with D = {views.shape[2]} as in views, got {_shape(weight)}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be of dtype int64, got {target.dtype}")
+    if target.shape != views.shape[1:2]:
+        raise ValueError(f"target must be (B,) with B = {views.shape[1]} as in views, got {_shape(target)}")
+    for name, tensor in (("weight", weight), ("target", target)):
+        if tensor.device != views.device:
+            raise ValueError(f"{name} must be on the device of views, {views.device}, got {tensor.device}")
+    rows = weight.shape[0]
+    if num_instances is not None:
+        if isinstance(num_instances, bool) or not isinstance(num_instances, int):
+            raise TypeError(f"num_instances must be an integer or None, got {type(num_instances).__name__}")
+        if num_instances < rows:
+            raise ValueError(f"num_instances must be at least the {rows} rows of weight, got {num_instances}")
+    _check_number("temperature", temperature, above=0)
+    _check_number("consistency_weight", consistency_weight, minimum=0)
+    _check_flag("return_metrics", return_metrics)
+    _check_reduction(reduction)
+
+    compensation = 1.0
+    if num_instances is not None and rows > 1:
+        compensation = (num_instances - 1) / (rows - 1)
+    settings = (float(temperature), compensation, float(consistency_weight), backend)
+    if update is None:
+        loss, *metrics, _ = _ops.conic(views, weight, target, *settings)
+    else:
+        loss, *metrics, _ = _ops.conic_with_update(views, weight, target, update, *settings)
+    loss = _reduce(loss, reduction)
+    return (loss, ConICMetrics(*metrics)) if return_metrics else loss
+
+
 def _queue_loss(
     query: Tensor,
     key: Tensor,
@@ -220,7 +346,7 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _check_rows(name: str, tensor: Any) -> None:
+def _check_rows(name: str, tensor: Any, wanted_shape: str = "(rows, D)") -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:
@@ -228,9 +354,12 @@ def _check_rows(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be of dtype {wanted}, got {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-    if tensor.ndim != 2:
-        raise ValueError(f"{name} must have 2 dimensions (rows, D), got shape {_shape(tensor)}")
-    if tensor.shape[0] == 0 or tensor.shape[1] == 0:
+    dimensions = wanted_shape.count(",") + 1
+    if tensor.ndim != dimensions:
+        raise ValueError(
+            f"{name} must have {dimensions} dimensions {wanted_shape}, got shape {_shape(tensor)}"
+        )
+    if 0 in tensor.shape:
         raise ValueError(f"{name} must not be empty, got shape {_shape(tensor)}")
 
 

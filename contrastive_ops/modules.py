@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import functional
 
 
-class _QueueLoss(nn.Module):
+class _Loss(nn.Module):
     """Holds the keyword arguments of a loss as attributes, with the loss's own defaults."""
 
     _loss: Callable[..., Any]
@@ -32,14 +32,15 @@ class _QueueLoss(nn.Module):
         """The loss's keyword arguments as they stand; each is an attribute, and may be changed."""
         return {name: getattr(self, name) for name in self.__signature__.parameters}
 
-    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Any:
-        return type(self)._loss(query, key, queue, **self.settings())
+    def forward(self, *tensors: Tensor, **settings: Any) -> Any:
+        """The loss of its tensors; `settings` take the place of the module's own in this call."""
+        return type(self)._loss(*tensors, **(self.settings() | settings))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
 
 
-class CO2Loss(_QueueLoss):
+class CO2Loss(_Loss):
     """`co2_loss` with its settings; the defaults are the paper's for MoCo v2.
 
     Args:
@@ -55,7 +56,7 @@ class CO2Loss(_QueueLoss):
     _loss = staticmethod(functional.co2_loss)
 
 
-class InfoNCELoss(_QueueLoss):
+class InfoNCELoss(_Loss):
     """`info_nce_loss` with its settings.
 
     Args:
@@ -70,7 +71,7 @@ class InfoNCELoss(_QueueLoss):
     _loss = staticmethod(functional.info_nce_loss)
 
 
-class ConsistencyLoss(_QueueLoss):
+class ConsistencyLoss(_Loss):
     """`consistency_loss` with its settings.
 
     Args:
@@ -83,3 +84,19 @@ class ConsistencyLoss(_QueueLoss):
     """
 
     _loss = staticmethod(functional.consistency_loss)
+
+
+class ConICLoss(_Loss):
+    """`conic_loss` with its settings; the defaults are the paper's.
+
+    Args:
+        **settings: the keyword arguments of `conic_loss`.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import ConICLoss
+        >>> criterion = ConICLoss(num_instances=1_000_000, consistency_weight=0.5)
+        >>> loss = criterion(torch.randn(2, 4, 8), torch.randn(16, 8), torch.tensor([3, 0, 7, 5]))
+    """
+
+    _loss = staticmethod(functional.conic_loss)

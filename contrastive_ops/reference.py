@@ -1,17 +1,17 @@
-"""The losses in plain PyTorch: the specification that every other backend is held to.
+"""The operators in plain PyTorch: the specification that every other backend is held to.
 
-Each function is its formula, written over the whole B×K matrix of similarities. It serves as the oracle of
-the tests (in float64), as the eager peer of the benchmarks, and where no fused kernel can run.
+Each function is its formula, a loss written over the whole matrix of similarities. It serves as the oracle
+of the tests (in float64), as the eager peer of the benchmarks, and where no fused kernel can run.
 
-Notation: hats are L2-normalised rows, n_j the K rows of the queue, and
-
-    s_j = q̂·n_j     y_j = k̂·n_j     s_+ = q̂·k̂
+Hats are L2-normalised rows.
 
 Gradients are written out rather than left to autograd, because an operator's implementation runs below
 autograd; the tests check them against it.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ def co2(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """L = instance_weight · L_ins + consistency_weight · L_con of every row, with its gradient.
 
+    With s_j = q̂·n_j and y_j = k̂·n_j over the K rows n_j of the queue, and s_+ = q̂·k̂:
+
         L_ins = −s_+/τ + log(e^{s_+/τ} + Σ_j e^{s_j/τ})                                    (InfoNCE)
         L_con = ½ KL(P‖Q) + ½ KL(Q‖P),   Q = softmax(s/τc),  P = softmax(y/τc)             (CO2)
 
@@ -47,7 +49,7 @@ def co2(
         loss (B,), instance loss (B,), consistency loss (B,), rank of the positive (B,) int64, and
         d loss / d query (B, D), which has no rows when `compute_gradient` is false.
     """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = _computed_in(query)
     query, key, queue = query.to(dtype), key.to(dtype), queue.to(dtype)
     unit_query, unit_key = (_unit(query), _unit(key)) if normalize else (query, key)
 
@@ -90,6 +92,168 @@ def co2(
     if normalize:
         gradient = _unit_backward(gradient, query, unit_query)
     return loss, instance, consistency, rank, gradient
+
+
+def conic(
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    temperature: float,
+    compensation: float,
+    consistency_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """ConIC of every instance: L = Σ_v ℓ_s(x^v) + α ℓ_c, with α = consistency_weight.
+
+    With s_j = ŵ_j·x̂ over the A rows w_j of the classifier, of which n is the view's own:
+
+        ℓ_s(x) = −s_n/τ + log(e^{s_n/τ} + β Σ_{j≠n} e^{s_j/τ}),   β = compensation
+        ℓ_c    = Σ_{i≠j} (1 − x̂^i·x̂^j)²                             over ordered pairs of an instance's views
+
+    Args:
+        views: (V, B, D). weight: (A, D). target: (B,) int64, the row of `weight` that each instance owns. Any
+            floating dtype; computed in float64 if the views are float64, otherwise in float32.
+
+    Returns:
+        loss (B,), classification loss (V, B), consistency loss (B,), rank of the view's own row (V, B) int64,
+        and `statistics` (V, B, 3) float64, what backward needs to know of a view: m, the largest of its s_j,
+        c with ∂ℓ_s/∂s_j = c e^{(s_j − m)/τ}, and ∂ℓ_s/∂s_n.
+    """
+    shape = views.shape[:2]
+    similarity, unit_views, unit_weight, own = _conic_similarities(views, weight, target)
+    positive = (unit_views.flatten(0, 1) * unit_weight[own]).sum(1)  # s_n
+    negatives = similarity.scatter(1, own[:, None], -torch.inf)
+    rank = (negatives > positive[:, None]).sum(1)
+
+    # ℓ_s = log(1 + e^gap), in a form that keeps its digits when the positive dominates
+    gap = torch.logsumexp(negatives / temperature, 1) + math.log(compensation) - positive / temperature
+    classification = torch.logaddexp(gap, torch.zeros_like(gap)).view(shape)
+    consistency = _disagreement(unit_views).square().sum((0, 1))
+    loss = classification.sum(0) + consistency_weight * consistency
+
+    largest = negatives.amax(1)
+    largest = torch.where(largest == -torch.inf, positive, largest)  # the only row has no negatives
+    logit = (largest - positive) / temperature + math.log(compensation)
+    has_negatives = weight.shape[0] > 1
+    negative = has_negatives * (logit - classification.flatten()).exp() / temperature
+    statistics = torch.stack([largest, negative, -torch.sigmoid(gap) / temperature], 1)
+    return loss, classification, consistency, rank.view(shape), statistics.double().view(*shape, 3)
+
+
+def conic_backward(
+    grad_loss: Tensor,
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    temperature: float,
+    consistency_weight: float,
+    views_need_grad: bool,
+    weight_needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of Σ_b grad_loss_b L_b in the views (V, B, D) and in the weight (A, D), in their dtypes;
+    one that is not needed has no rows. `statistics` are those of `conic`."""
+    similarity, unit_views, unit_weight, own = _conic_similarities(views, weight, target)
+    largest, negative, positive = statistics.flatten(0, 1).to(similarity.dtype).split(1, 1)  # (V·B, 1) each
+    grad = negative * ((similarity - largest) / temperature).exp()  # ∂ℓ_s/∂s
+    grad.scatter_(1, own[:, None], positive)
+    grad *= grad_loss.repeat(len(views))[:, None]
+
+    grad_views, grad_weight = views.new_empty((0, *views.shape[1:])), weight.new_empty((0, weight.shape[1]))
+    if views_need_grad:
+        of_consistency = torch.einsum("ijb,jbd->ibd", -4 * _disagreement(unit_views), unit_views)
+        of_consistency *= consistency_weight * grad_loss[:, None]
+        of_unit = grad @ unit_weight + of_consistency.flatten(0, 1)
+        flat_views = views.flatten(0, 1).to(grad.dtype)
+        grad_views = _unit_backward(of_unit, flat_views, unit_views.flatten(0, 1)).view_as(views)
+    if weight_needs_grad:
+        of_unit = grad.T @ unit_views.flatten(0, 1)
+        grad_weight = _unit_backward(of_unit, weight.to(grad.dtype), unit_weight)
+    return grad_views.to(views.dtype), grad_weight.to(weight.dtype)
+
+
+def conic_backward_sgd_(
+    grad_loss: Tensor,
+    views: Tensor,
+    weight: Tensor,
+    momentum_buffer: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    temperature: float,
+    consistency_weight: float,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> Tensor:
+    """`conic_backward`, then `sgd_` with the weight's gradient; returns that of the views (V, B, D)."""
+    settings = (temperature, consistency_weight)
+    grad_views, grad_weight = conic_backward(
+        grad_loss, views, weight, target, statistics, *settings, True, True
+    )
+    sgd_(weight, momentum_buffer, grad_weight, lr, momentum, weight_decay, nesterov)
+    return grad_views
+
+
+def sgd_(
+    weight: Tensor,
+    momentum_buffer: Tensor,
+    grad: Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """One step of SGD in place, in the convention of torch.optim.SGD: g = grad + λ w, then
+
+    v ← m v + g        w ← w − η v,  or with `nesterov`  w ← w − η (g + m v)
+    """
+    grad = grad + weight_decay * weight
+    momentum_buffer.mul_(momentum).add_(grad)
+    weight.sub_(lr * (grad + momentum * momentum_buffer if nesterov else momentum_buffer))
+
+
+def exchange_rows_(
+    weight: Tensor,
+    momentum_buffer: Tensor,
+    slots: Tensor,
+    incoming: Tensor,
+    incoming_rows: Tensor,
+    coefficients: Tensor,
+    outgoing: Tensor,
+    outgoing_rows: Tensor,
+) -> None:
+    """Writes out the rows in `slots`, then fills these slots with others, caught up.
+
+    A record is [w; v]: outgoing[outgoing_rows[i]] ← that of slot i, slot i ← C_i incoming[incoming_rows[i]].
+
+    Args:
+        weight, momentum_buffer: (A, D). incoming, outgoing: (·, 2, D) of the same dtype; they may be the same
+            tensor where no row of it both comes and goes. slots, incoming_rows, outgoing_rows: (n,) int64
+            without repetition. coefficients: (n, 2, 2) float64, the C_i; computed in float64.
+    """
+    arriving = (coefficients @ incoming[incoming_rows].double()).to(weight.dtype)
+    outgoing[outgoing_rows] = torch.stack([weight[slots], momentum_buffer[slots]], 1)
+    weight[slots], momentum_buffer[slots] = arriving.unbind(1)
+
+
+def _conic_similarities(
+    views: Tensor, weight: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s (V·B, A), x̂ (V, B, D), ŵ (A, D), and the row of `weight` that each view owns (V·B,)."""
+    dtype = _computed_in(views)
+    unit_weight, unit_views = _unit(weight.to(dtype)), _unit(views.flatten(0, 1).to(dtype))
+    return unit_views @ unit_weight.T, unit_views.view(views.shape), unit_weight, target.repeat(len(views))
+
+
+def _disagreement(unit_views: Tensor) -> Tensor:
+    """1 − x̂^i·x̂^j of each instance's pairs of views, 0 where i = j: (V, V, B)."""
+    disagreement = 1 - torch.einsum("ibd,jbd->ijb", unit_views, unit_views)
+    disagreement.diagonal().zero_()
+    return disagreement
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _norm(x: Tensor) -> Tensor:
