@@ -6,6 +6,7 @@ installation goes on without, and says so: the package works on its other backen
 """
 
 import copy
+import glob
 import os
 import platform
 import sys
@@ -13,8 +14,8 @@ import sys
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/cpu/co2.cpp"]
-HEADERS = ["csrc/cpu/co2_panel.h", "csrc/cpu/product.h", "csrc/cpu/vector.h"]
+SOURCES = sorted(glob.glob("csrc/cpu/*.cpp"))
+HEADERS = sorted(glob.glob("csrc/cpu/*.h"))
 
 # Names and flags as ATen gives them to its own kernels.
 INSTRUCTION_SETS = {"default": []}

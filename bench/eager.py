@@ -1,10 +1,12 @@
-"""CO2 and InfoNCE as users write them: the code the fused losses replace.
+"""CO2, InfoNCE and ConIC as users write them: the code the fused losses replace.
 
 Every step is the torch function one reaches for first, so this is the peer of the benchmarks and, in float64,
 an oracle of the tests that shares nothing with the package.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -44,4 +46,34 @@ def eager_co2(
         divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True)
         divergence = divergence + F.kl_div(log_p, log_q, reduction="none", log_target=True)
         loss = loss + consistency_weight * 0.5 * divergence.sum(dim=1)
+    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
+
+
+def eager_conic(
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    num_instances: int | None = None,
+    temperature: float = 0.1,
+    consistency_weight: float = 2.5,
+    reduction: str = "mean",
+) -> Tensor:
+    """`contrastive_ops.conic_loss` in eager PyTorch, computed in the dtype of its input."""
+    views, weight = F.normalize(views, dim=2), F.normalize(weight, dim=1)
+    logits = views.flatten(0, 1) @ weight.T / temperature
+    own = target.repeat(len(views))
+    if num_instances is not None and len(weight) > 1:
+        # β multiplies the negatives: log β is added to every logit but the view's own
+        log_compensation = math.log((num_instances - 1) / (len(weight) - 1))
+        positive = logits.gather(1, own[:, None])
+        logits = (logits + log_compensation).scatter(1, own[:, None], positive)
+    classification = F.cross_entropy(logits, own, reduction="none").view(views.shape[:2]).sum(0)
+
+    consistency = torch.zeros_like(classification)
+    for i in range(len(views)):
+        for j in range(len(views)):
+            if i != j:
+                consistency = consistency + (1 - (views[i] * views[j]).sum(1)) ** 2
+    loss = classification + consistency_weight * consistency
     return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()

@@ -98,6 +98,50 @@ class Case:
         return dataclasses.replace(self, **changes)
 
 
+@dataclass(frozen=True)
+class ConICCase:
+    """Arguments of one call of `conic_loss`: views that resemble one another and their row of the weight."""
+
+    views: int = 2
+    batch: int = 8
+    rows: int = 50
+    dim: int = 16
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype | None = None  # None: the views'
+    layout: str = "rows"
+    weight_layout: str = "rows"
+    resemblance: float = 1.0  # how much of each view, and of its row of the weight, they have in common
+    view_scale: float = 1.0
+    weight_scale: float = 1.0
+    sampled: int = 1  # how many times more instances there are than rows
+    temperature: float = 0.1
+    consistency_weight: float = 2.5
+    seed: int = 0
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        target = torch.randint(self.rows, (self.batch,), generator=generator, device="cpu")
+        target = target.to(torch.get_default_device())
+        common = self.resemblance * rows(self.rows, self.dim, self.seed, torch.float64)
+        weight = common + rows(self.rows, self.dim, self.seed + 1, torch.float64)
+        views = rows(self.views * self.batch, self.dim, self.seed + 2, torch.float64)
+        views = self.view_scale * (views + common[target].repeat(self.views, 1))
+        views = lay_out(views.to(self.dtype), self.layout)
+        views = views.unflatten(0, (self.views, self.batch))
+        weight = (self.weight_scale * weight).to(self.weight_dtype or self.dtype)
+        return views, lay_out(weight, self.weight_layout), target
+
+    def settings(self) -> dict[str, float | int]:
+        return {
+            "num_instances": self.sampled * self.rows,
+            "temperature": self.temperature,
+            "consistency_weight": self.consistency_weight,
+        }
+
+    def replace(self, **changes: object) -> ConICCase:
+        return dataclasses.replace(self, **changes)
+
+
 # MoCo's and MoCo v2's settings in the CO2 paper.
 PAPERS = (
     {"temperature": 0.07, "consistency_temperature": 0.04, "consistency_weight": 10.0},
@@ -117,6 +161,19 @@ cases = st.builds(
     resemblance=st.sampled_from([0.0, 1.0, 5.0]),
     include_positive=st.booleans(),
     normalize=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+
+conic_cases = st.builds(
+    ConICCase,
+    views=st.integers(1, 4),
+    batch=sizes,
+    rows=st.one_of(sizes, st.sampled_from([300, 1000])),
+    dim=st.one_of(sizes, st.sampled_from([200, 1024])),
+    layout=st.sampled_from(LAYOUTS),
+    weight_layout=st.sampled_from(LAYOUTS),
+    resemblance=st.sampled_from([0.0, 1.0, 5.0]),
+    sampled=st.sampled_from([1, 20]),
     seed=st.integers(0, 1000),
 )
 

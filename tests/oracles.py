@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.eager import eager_co2
+from bench.eager import eager_co2, eager_conic
 from contrastive_ops import co2_loss
 
 
@@ -28,6 +28,24 @@ def oracle(query: Tensor, key: Tensor, queue: Tensor, **settings: Any) -> tuple[
 
 def fused(query: Tensor, key: Tensor, queue: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
     return loss_and_gradient(co2_loss, query, key, queue, **settings)
+
+
+def conic_loss_and_gradients(
+    function: Callable[..., Any], views: Tensor, weight: Tensor, target: Tensor, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of the instances (B,), and their gradients in views (V, B, D) and weight (A, D), in float64.
+    Each instance's loss has an incoming gradient of its own."""
+    views, weight = views.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = function(views, weight, target, reduction="none", **settings)
+    incoming = torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype, device=loss.device)
+    gradients = torch.autograd.grad(loss, (views, weight), incoming)
+    return loss.detach().double(), gradients[0].double(), gradients[1].double()
+
+
+def conic_oracle(
+    views: Tensor, weight: Tensor, target: Tensor, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return conic_loss_and_gradients(eager_conic, views.double(), weight.double(), target, **settings)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

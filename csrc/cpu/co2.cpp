@@ -14,22 +14,15 @@
 // that is 21.5 GFLOP, 46 ms on two cores of 234 GFLOP/s each, beside about 6 ms of exponentials and sums; a
 // tile is read from memory once a pass (64 MiB in all). docs/performance.md has what was measured.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/csrc/utils/pybind.h>
-
-#include <cmath>
 #include <numeric>
-#include <tuple>
-#include <vector>
 
-#include "co2_panel.h"
+#include "operators.h"
+#include "panel.h"
 #include "product.h"
 
 namespace contrastive_ops {
 namespace {
 
-constexpr double kNormEpsilon = 1e-12;
 constexpr int64_t kBlockPanels = 8;           // panels that share a loaded tile
 constexpr int64_t kPartialBytes = 16 << 20;   // at most this for gradients of separate key ranges
 constexpr int64_t kTaskOperations = 1 << 21;  // multiply-adds that are worth a thread
@@ -42,29 +35,28 @@ class CO2 {
 
  public:
   CO2(const Rows& query, const Rows& key, const Rows& queue, const Settings& settings)
-      : query_(query),
-        key_(key),
+      : query_(query, settings.normalize),
+        key_(key, settings.normalize),
+        positive_(query_, key_),
         queue_(queue),
         settings_(settings),
-        panels_(at::divup(query.count, kPanel<T>)),
+        panels_(query_.panels),
         rows_(panels_ * kPanel<T>),
         dim_(query.dim),
-        operand_(Product::padded_dim(query.dim) * kPanel<T>),
         tiles_(at::divup(queue.count, kTile)) {
     share_out();
   }
 
   // loss, instance loss, consistency loss, rank, gradient
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> operator()() {
-    prepare_rows();
-
+  LossTensors operator()() {
     statistics_.resize(ranges_ * panels_);
     for_each_tile([this](const Step& step) {
       step.product.load(step.keys, false);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         similarities(step, panel);
-        add_tile<kInstance, kConsistency>(step.s, step.y, step.keys.count, &threshold_[panel * kPanel<T>],
-                                          settings_, statistics_[step.range * panels_ + panel]);
+        add_tile<kInstance, kConsistency>(step.s, step.y, step.keys.count,
+                                          &positive_.threshold[panel * kPanel<T>], settings_,
+                                          statistics_[step.range * panels_ + panel]);
       }
     });
     finish_losses();
@@ -130,55 +122,8 @@ class CO2 {
   }
 
   void similarities(const Step& step, int64_t panel) const {
-    step.product.similarities(&packed_query_[panel * operand_], step.s);
-    if constexpr (kConsistency) step.product.similarities(&packed_key_[panel * operand_], step.y);
-  }
-
-  // Normalised rows as numbers (the last panel padded with zero rows) and as the product's operands; s_+.
-  void prepare_rows() {
-    unit_query_.resize(rows_ * dim_), unit_key_.resize(rows_ * dim_);
-    norm_.resize(rows_, 1), positive_.resize(rows_), threshold_.resize(rows_);
-    packed_query_.resize(panels_ * operand_), packed_key_.resize(kConsistency ? panels_ * operand_ : 0);
-
-    at::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
-      static_assert(kPanel<T> <= kTile);
-      std::vector<T> similarity(kPanel<T> * kPanel<T>);
-      std::vector<Operand> buffer(Product::tile_elements(dim_));
-      Product product(dim_, buffer.data());
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t first = panel * kPanel<T>, last = std::min(first + kPanel<T>, query_.count);
-        T *queries = &unit_query_[first * dim_], *keys = &unit_key_[first * dim_];
-        copy(query_.slice(first, last), queries, dim_, 1);
-        copy(key_.slice(first, last), keys, dim_, 1);
-        for (int64_t row = first; row < last; ++row) {
-          T *q = &unit_query_[row * dim_], *k = &unit_key_[row * dim_];
-          if (settings_.normalize) norm_[row] = normalize(q), normalize(k);
-          // In double: this error would be divided by tau, and no sum over keys averages it.
-          for (int64_t d = 0; d < dim_; ++d) positive_[row] += static_cast<double>(q[d]) * k[d];
-        }
-        Product::pack(queries, dim_, &packed_query_[panel * operand_]);
-        if constexpr (kConsistency) Product::pack(keys, dim_, &packed_key_[panel * operand_]);
-        // For the rank s_+ comes from the product that gives every s_j, so that a negative equal to the key
-        // ties.
-        product.load({keys, c10::CppTypeToScalarType<T>::value, kPanel<T>, dim_, dim_, 1}, false);
-        product.similarities(&packed_query_[panel * operand_], similarity.data());
-        for (int64_t row = 0; row < kPanel<T>; ++row)
-          threshold_[first + row] = similarity[row * kPanel<T> + row];
-      }
-    });
-  }
-
-  // x <- x / max(|x|, epsilon); returns |x|. The sum is in double, which no float overflows; for double
-  // itself x is scaled first.
-  double normalize(T* x) const {
-    double scale = 1, sum = 0;
-    if constexpr (std::is_same_v<T, double>) {
-      for (int64_t d = 0; d < dim_; ++d) scale = std::max(scale, std::abs(x[d]));
-    }
-    for (int64_t d = 0; d < dim_; ++d) sum += (x[d] / scale) * (x[d] / scale);
-    const double norm = scale * std::sqrt(sum), divisor = std::max(norm, kNormEpsilon);
-    for (int64_t d = 0; d < dim_; ++d) x[d] = static_cast<T>(x[d] / divisor);
-    return norm;
+    step.product.similarities(query_.packed(panel), step.s);
+    if constexpr (kConsistency) step.product.similarities(key_.packed(panel), step.y);
   }
 
   void finish_losses() {
@@ -190,8 +135,9 @@ class CO2 {
     coefficients_.resize(panels_), grad_positive_.resize(rows_);
     for (int64_t row = 0; row < query_.count; ++row) {
       const int64_t panel = row / kPanel<T>, lane = row % kPanel<T>;
-      const RowLosses losses = finish_row<kInstance, kConsistency>(
-          &statistics_[panel], ranges_, panels_, lane, positive_[row], settings_, coefficients_[panel]);
+      const RowLosses losses =
+          finish_row<kInstance, kConsistency>(&statistics_[panel], ranges_, panels_, lane,
+                                              positive_.similarity[row], settings_, coefficients_[panel]);
       int64_t rank = 0;
       for (int64_t range = 0; range < ranges_; ++range)
         rank += statistics_[range * panels_ + panel].rank[lane];
@@ -210,53 +156,45 @@ class CO2 {
       std::vector<double> grad(dim_);
       for (int64_t row = begin; row < end; ++row) {
         const int64_t panel = row / kPanel<T>, lane = row % kPanel<T>;
-        const T *q = &unit_query_[row * dim_], *k = &unit_key_[row * dim_];
-        double radial = 0;
         for (int64_t d = 0; d < dim_; ++d) {
-          grad[d] = grad_positive_[row] * k[d];
+          grad[d] = grad_positive_[row] * key_.unit(row)[d];
           for (int64_t range = 0; range < ranges_; ++range)
             grad[d] += partial_[((range * panels_ + panel) * dim_ + d) * kPanel<T> + lane];
-          radial += grad[d] * q[d];
         }
-        // A row below the epsilon was only scaled, so it has no projection.
-        if (!settings_.normalize || norm_[row] < kNormEpsilon) radial = 0;
-        const double divisor = settings_.normalize ? std::max(norm_[row], kNormEpsilon) : 1;
-        T* out = gradient_.mutable_data_ptr<T>() + row * dim_;
-        for (int64_t d = 0; d < dim_; ++d) out[d] = static_cast<T>((grad[d] - q[d] * radial) / divisor);
+        if (settings_.normalize) differentiate_norm(grad.data(), query_.unit(row), query_.norm[row], dim_);
+        std::copy(grad.begin(), grad.end(), gradient_.mutable_data_ptr<T>() + row * dim_);
       }
     });
   }
 
-  const Rows query_, key_, queue_;
+  const Panels<Product> query_, key_;
+  const Positives<T> positive_;
+  const Rows queue_;
   const Settings settings_;
   const int64_t panels_, rows_, dim_;  // rows_ counts the padding of the last panel
-  const int64_t operand_;              // elements of a packed panel
   const int64_t tiles_;
   int64_t block_panels_ = 0, blocks_ = 0, ranges_ = 0;
-  std::vector<T> unit_query_, unit_key_, threshold_, partial_;
-  std::vector<double> norm_, positive_, grad_positive_;
-  std::vector<Operand> packed_query_, packed_key_;
+  std::vector<T> partial_;
+  std::vector<double> grad_positive_;
   std::vector<PanelStatistics<T>> statistics_;      // (ranges, panels)
   std::vector<PanelCoefficients<T>> coefficients_;  // (panels)
   at::Tensor loss_, instance_loss_, consistency_loss_, rank_, gradient_;
 };
 
-Rows rows_of(const at::Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.scalar_type(), tensor.size(0),
-          tensor.size(1),          tensor.stride(0),     tensor.stride(1)};
-}
-
 template <typename Product>
-auto run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue, const Settings& settings) {
-  const Rows q = rows_of(query), k = rows_of(key), n = rows_of(queue);
+LossTensors run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue,
+                const Settings& settings) {
+  const Rows q = Rows::of(query), k = Rows::of(key), n = Rows::of(queue);
   if (settings.consistency_weight == 0) return CO2<Product, true, false>(q, k, n, settings)();
   if (settings.instance_weight == 0) return CO2<Product, false, true>(q, k, n, settings)();
   return CO2<Product, true, true>(q, k, n, settings)();
 }
 
-auto co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue, double temperature,
-         double consistency_temperature, double instance_weight, double consistency_weight,
-         bool include_positive, bool normalize, bool compute_gradient) {
+}  // namespace
+
+LossTensors co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue, double temperature,
+                double consistency_temperature, double instance_weight, double consistency_weight,
+                bool include_positive, bool normalize, bool compute_gradient) {
   for (const auto& tensor : {query, key, queue})
     TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.device().is_cpu() && tensor.size(1) == query.size(1) &&
                           tensor.numel() > 0,
@@ -266,20 +204,11 @@ auto co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue
   const Settings settings{temperature,        consistency_temperature, instance_weight,
                           consistency_weight, include_positive,        normalize,
                           compute_gradient};
-  const auto both = [&](at::ScalarType dtype) {
-    return query.scalar_type() == dtype && queue.scalar_type() == dtype;
-  };
-  if (query.scalar_type() == at::kDouble) return run<DirectProduct<double>>(query, key, queue, settings);
-  if (both(at::kBFloat16) && LibraryProduct<at::BFloat16>::available())
-    return run<LibraryProduct<at::BFloat16>>(query, key, queue, settings);
-  if (both(at::kHalf) && LibraryProduct<at::Half>::available())
-    return run<LibraryProduct<at::Half>>(query, key, queue, settings);
-  return run<DirectProduct<float>>(query, key, queue, settings);
+  // A queue of another dtype than half-precision queries' is multiplied in float.
+  const bool same = query.scalar_type() == queue.scalar_type();
+  return with_product(query.scalar_type(), same, [&](auto product) {
+    return run<typename decltype(product)::type>(query, key, queue, settings);
+  });
 }
 
-}  // namespace
 }  // namespace contrastive_ops
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("co2", &contrastive_ops::co2, pybind11::call_guard<pybind11::gil_scoped_release>());
-}

@@ -6,73 +6,25 @@
 //
 // An engine turns kPanel query rows into an `Operand` (pack), takes in a tile of keys (load), and then gives
 //
-//   similarities:  out (keys x panel)  = N (keys x D) . q^T (D x panel)
-//   accumulate:    grad (D x panel)   += N^T (D x keys) . g (keys x panel)
+//   similarities:     out (keys x panel)  = N (keys x D) . q^T (D x panel)
+//   accumulate:       grad (D x panel)   += N^T (D x keys) . g (keys x panel)
+//   accumulate_keys:  grad (keys x D)    += g (keys x panel) . q (panel x D), with q from pack_rows
 //
 // Keys come first in `out`, so the lanes of a vector are query rows: statistics of a row never cross lanes.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
-#include <algorithm>
-#include <type_traits>
+#include <vector>
 
-#include "vector.h"
+#include "rows.h"
 
 namespace contrastive_ops {
 
 // Keys per tile. With D = 128 a float tile is 48 KiB; the similarities of a panel to it, with query and key,
 // are 24 KiB and stay in the first-level cache.
 inline constexpr int64_t kTile = 96;
-
-// A matrix in memory, of any floating dtype and strides.
-struct Rows {
-  const void* data;
-  at::ScalarType dtype;
-  int64_t count, dim, row_stride, column_stride;
-
-  Rows slice(int64_t begin, int64_t end) const {
-    const auto offset = begin * row_stride * static_cast<int64_t>(c10::elementSize(dtype));
-    return {static_cast<const char*>(data) + offset, dtype, end - begin, dim, row_stride, column_stride};
-  }
-};
-
-template <typename Function>
-void with_dtype(at::ScalarType dtype, Function&& function) {
-  switch (dtype) {
-    case at::kFloat:
-      return function(float{});
-    case at::kDouble:
-      return function(double{});
-    case at::kBFloat16:
-      return function(at::BFloat16{});
-    case at::kHalf:
-      return function(at::Half{});
-    default:
-      TORCH_CHECK_TYPE(false, "expected a floating dtype, got ", dtype);
-  }
-}
-
-// Copies a matrix into the layout given by the strides of `out`, walking along whichever side is contiguous.
-template <typename T>
-void copy(const Rows& from, T* out, int64_t row_stride, int64_t column_stride) {
-  with_dtype(from.dtype, [&](auto element) {
-    using source_t = decltype(element);
-    const auto* in = static_cast<const source_t*>(from.data);
-    if (from.column_stride == 1 && column_stride == 1) {
-      for (int64_t i = 0; i < from.count; ++i)
-        at::vec::convert(in + i * from.row_stride, out + i * row_stride, from.dim);
-    } else if (from.row_stride == 1 && row_stride == 1) {
-      for (int64_t d = 0; d < from.dim; ++d)
-        at::vec::convert(in + d * from.column_stride, out + d * column_stride, from.count);
-    } else {
-      for (int64_t i = 0; i < from.count; ++i)
-        for (int64_t d = 0; d < from.dim; ++d)
-          out[i * row_stride + d * column_stride] =
-              static_cast<T>(in[i * from.row_stride + d * from.column_stride]);
-    }
-  });
-}
 
 // out (kRows x kPanel) = or += a (kRows x depth) . b (depth x kPanel), with the sums in registers.
 template <int kRows, bool kAdd, typename T>
@@ -130,6 +82,8 @@ class DirectProduct {
   using Operand = T;
   static int64_t padded_dim(int64_t dim) { return dim; }
   static int64_t tile_elements(int64_t dim) { return kTile * dim; }
+  static int64_t packed_rows_elements(int64_t dim) { return chunks(dim) * kPanel<T> * kPanel<T>; }
+  static int64_t keys_grad_elements(int64_t dim) { return chunks(dim) * kTile * kPanel<T>; }
 
   DirectProduct(int64_t dim, Operand* buffer) : dim_(dim), buffer_(buffer) {}
 
@@ -137,6 +91,16 @@ class DirectProduct {
   static void pack(const T* rows, int64_t dim, Operand* out) {
     for (int64_t d = 0; d < dim; ++d)
       for (int64_t r = 0; r < kPanel<T>; ++r) out[d * kPanel<T> + r] = rows[r * dim + d];
+  }
+
+  // rows (kPanel x dim) -> chunks of dimensions, (kPanel x kPanel) each, the last padded with zeros
+  static void pack_rows(const T* rows, int64_t dim, Operand* out) {
+    for (int64_t chunk = 0; chunk < chunks(dim); ++chunk)
+      for (int64_t r = 0; r < kPanel<T>; ++r)
+        for (int64_t i = 0; i < kPanel<T>; ++i) {
+          const int64_t d = chunk * kPanel<T> + i;
+          *out++ = d < dim ? rows[r * dim + d] : T(0);
+        }
   }
 
   void load(const Rows& keys, bool /*transposed_too*/) {
@@ -162,7 +126,21 @@ class DirectProduct {
     product<true>(dim_, count_, tile_, column_stride_, row_stride_, weights, grad);
   }
 
+  void accumulate_keys(const T* weights, const Operand* rows, T* grad) {
+    for (int64_t chunk = 0; chunk < chunks(dim_); ++chunk)
+      product<true>(count_, kPanel<T>, weights, kPanel<T>, 1, rows + chunk * kPanel<T> * kPanel<T>,
+                    grad + chunk * kTile * kPanel<T>);
+  }
+
+  // A key's row of what accumulate_keys has made.
+  void copy_key_grad(const T* grad, int64_t key, T* out) const {
+    for (int64_t d = 0; d < dim_; d += kPanel<T>)
+      std::copy_n(grad + (d * kTile) + key * kPanel<T>, std::min(kPanel<T>, dim_ - d), out + d);
+  }
+
  private:
+  static int64_t chunks(int64_t dim) { return at::divup(dim, kPanel<T>); }
+
   int64_t dim_, count_ = 0, row_stride_ = 0, column_stride_ = 0;
   Operand* buffer_;
   const T* tile_ = nullptr;
@@ -176,8 +154,10 @@ class LibraryProduct {
   using Operand = T;
   static constexpr int64_t kColumns = kPanel<float>;
   static int64_t padded_dim(int64_t dim) { return dim + dim % 2; }
-  // rows, their transpose, interleaved weights
+  // rows, their transpose, weights
   static int64_t tile_elements(int64_t dim) { return kTile * (2 * padded_dim(dim) + kColumns); }
+  static int64_t packed_rows_elements(int64_t dim) { return kColumns * dim; }
+  static int64_t keys_grad_elements(int64_t dim) { return kTile * dim; }
 
   LibraryProduct(int64_t dim, Operand* buffer)
       : dim_(dim),
@@ -214,6 +194,13 @@ class LibraryProduct {
     for (int64_t d = 0; d < padded_dim(dim); ++d)
       for (int64_t r = 0; r < kColumns; ++r)
         out[(d / 2 * kColumns + r) * 2 + d % 2] = d < dim ? static_cast<T>(rows[r * dim + d]) : T(0);
+  }
+
+  // rows (kPanel x dim) -> [kPanel / 2][dim][2]
+  static void pack_rows(const float* rows, int64_t dim, Operand* out) {
+    for (int64_t r = 0; r < kColumns; ++r)
+      for (int64_t d = 0; d < dim; ++d)
+        out[(r / 2 * dim + d) * 2 + r % 2] = static_cast<T>(rows[r * dim + d]);
   }
 
   // `transposed_too` must be set before `accumulate`.
@@ -260,6 +247,16 @@ class LibraryProduct {
                                 columns_, weights_, grad);
   }
 
+  void accumulate_keys(const float* weights, const Operand* rows, float* grad) {
+    at::vec::convert(weights, weights_, count_ * kColumns);
+    at::native::cpublas::brgemm(count_, dim_, kColumns, kColumns, dim_, dim_, true, weights_, rows, grad);
+  }
+
+  // A key's row of what accumulate_keys has made.
+  void copy_key_grad(const float* grad, int64_t key, float* out) const {
+    std::copy_n(grad + key * dim_, dim_, out);
+  }
+
  private:
   static void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows,
                         int64_t columns) {
@@ -290,6 +287,85 @@ class LibraryProduct {
   int64_t dim_, depth_, count_ = 0, tile_stride_ = 0;
   T *rows_, *columns_, *weights_;
   const T* tile_ = nullptr;
+};
+
+// Calls `function` with the engine that multiplies rows of a dtype; half precision in hardware if allowed.
+template <typename Function>
+auto with_product(at::ScalarType dtype, bool half_precision, const Function& function) {
+  if (dtype == at::kDouble) return function(std::type_identity<DirectProduct<double>>{});
+  if (half_precision && dtype == at::kBFloat16 && LibraryProduct<at::BFloat16>::available())
+    return function(std::type_identity<LibraryProduct<at::BFloat16>>{});
+  if (half_precision && dtype == at::kHalf && LibraryProduct<at::Half>::available())
+    return function(std::type_identity<LibraryProduct<at::Half>>{});
+  return function(std::type_identity<DirectProduct<float>>{});
+}
+
+// Rows as numbers, normalised if asked for (the last panel padded with zero rows), and as operands by panels.
+template <typename Product>
+class Panels {
+  using T = typename Product::Sum;
+  using Operand = typename Product::Operand;
+
+ public:
+  Panels(const Rows& rows, bool normalized)
+      : count(rows.count),
+        dim(rows.dim),
+        panels(at::divup(rows.count, kPanel<T>)),
+        norm(panels * kPanel<T>, 1),
+        operand_(Product::padded_dim(rows.dim) * kPanel<T>),
+        unit_(panels * kPanel<T> * dim),
+        packed_(panels * operand_) {
+    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t first = panel * kPanel<T>, last = std::min(first + kPanel<T>, count);
+        copy(rows.slice(first, last), &unit_[first * dim], dim, 1);
+        for (int64_t row = first; normalized && row < last; ++row)
+          norm[row] = contrastive_ops::normalize(&unit_[row * dim], dim);
+        Product::pack(&unit_[first * dim], dim, &packed_[panel * operand_]);
+      }
+    });
+  }
+
+  const T* unit(int64_t row) const { return &unit_[row * dim]; }
+  const Operand* packed(int64_t panel) const { return &packed_[panel * operand_]; }
+
+  const int64_t count, dim, panels;
+  std::vector<double> norm;
+
+ private:
+  const int64_t operand_;
+  std::vector<T> unit_;
+  std::vector<Operand> packed_;
+};
+
+// What each query row has in common with the key that is its positive.
+template <typename T>
+struct Positives {
+  std::vector<double> similarity;  // s_+
+  std::vector<T> threshold;        // the same from the product that gives every s_j, so that equal keys tie
+
+  // In double: this error would be divided by tau, and no sum over keys averages it.
+  template <typename Product>
+  Positives(const Panels<Product>& queries, const Panels<Product>& keys)
+      : similarity(queries.panels * kPanel<T>), threshold(similarity.size()) {
+    static_assert(kPanel<T> <= kTile);
+    const int64_t dim = queries.dim;
+    at::parallel_for(0, queries.panels, 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> similarities(kPanel<T> * kPanel<T>);
+      std::vector<typename Product::Operand> buffer(Product::tile_elements(dim));
+      Product product(dim, buffer.data());
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t first = panel * kPanel<T>;
+        product.load(Rows::of(keys.unit(first), kPanel<T>, dim), false);
+        product.similarities(queries.packed(panel), similarities.data());
+        for (int64_t lane = 0; lane < kPanel<T>; ++lane) {
+          const T *q = queries.unit(first + lane), *k = keys.unit(first + lane);
+          similarity[first + lane] = sum_of(dim, [&](int64_t d) { return static_cast<double>(q[d]) * k[d]; });
+          threshold[first + lane] = similarities[lane * kPanel<T> + lane];
+        }
+      }
+    });
+  }
 };
 
 }  // namespace contrastive_ops

@@ -1,6 +1,6 @@
-// The mathematics of CO2 on one panel of query rows: what a pass over a tile of keys adds up, and what the
-// losses and the gradient make of it. math in contrastive_ops/reference.py; here the sums are online,
-// relative to maxima that grow as tiles go by.
+// The mathematics of the losses on one panel of query rows: what a pass over a tile of keys adds up, and what
+// the losses and the gradient make of it. The formulas stand in contrastive_ops/reference.py; here the sums
+// are online, relative to maxima that grow as tiles go by.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,11 @@
 
 namespace contrastive_ops {
 
+// Those of CO2; ConIC's classification is the instance term with every negative counted `compensation` times.
 struct Settings {
-  double temperature, consistency_temperature, instance_weight, consistency_weight;
-  bool include_positive, normalize, compute_gradient;
+  double temperature = 1, consistency_temperature = 1, instance_weight = 1, consistency_weight = 0;
+  bool include_positive = false, normalize = true, compute_gradient = false;
+  double compensation = 1;
 };
 
 // Statistics of a panel's rows over the keys seen so far. With a = s - max_s, b = y - max_y and d = a - b:
@@ -182,7 +184,8 @@ RowLosses finish_row(const PanelStatistics<T>* parts, int64_t ranges, int64_t st
   out.max_s[lane] = static_cast<T>(max_s), out.max_y[lane] = static_cast<T>(max_y);
   if constexpr (kInstance) {
     // Relative to the largest logit, be it the positive's; log1p keeps a small loss's digits.
-    const double gap = (positive - max_s) / tau, to_top = std::exp(std::min(-gap, 0.));
+    const double gap = (positive - max_s) / tau,
+                 to_top = settings.compensation * std::exp(std::min(-gap, 0.));
     const double negatives = z_instance * to_top, sum = negatives + std::exp(std::min(gap, 0.));
     losses.instance = gap > 0 ? std::log1p(negatives) : std::log(sum) - gap;
     const double weight = settings.instance_weight / tau / sum;

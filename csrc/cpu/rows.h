@@ -1,0 +1,114 @@
+// Matrices as they lie in memory, copied, and their rows normalised.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "vector.h"
+
+namespace contrastive_ops {
+
+inline constexpr double kNormEpsilon = 1e-12;  // a row shorter than this is divided by this
+
+// A matrix in memory, of any floating dtype and strides.
+struct Rows {
+  const void* data;
+  at::ScalarType dtype;
+  int64_t count, dim, row_stride, column_stride;
+
+  static Rows of(const at::Tensor& matrix) {
+    return {matrix.const_data_ptr(), matrix.scalar_type(), matrix.size(0),
+            matrix.size(1),          matrix.stride(0),     matrix.stride(1)};
+  }
+
+  template <typename T>
+  static Rows of(const T* rows, int64_t count, int64_t dim) {
+    return {rows, c10::CppTypeToScalarType<T>::value, count, dim, dim, 1};
+  }
+
+  Rows slice(int64_t begin, int64_t end) const {
+    const auto offset = begin * row_stride * static_cast<int64_t>(c10::elementSize(dtype));
+    return {static_cast<const char*>(data) + offset, dtype, end - begin, dim, row_stride, column_stride};
+  }
+};
+
+template <typename Function>
+void with_dtype(at::ScalarType dtype, Function&& function) {
+  switch (dtype) {
+    case at::kFloat:
+      return function(float{});
+    case at::kDouble:
+      return function(double{});
+    case at::kBFloat16:
+      return function(at::BFloat16{});
+    case at::kHalf:
+      return function(at::Half{});
+    default:
+      TORCH_CHECK_TYPE(false, "expected a floating dtype, got ", dtype);
+  }
+}
+
+// Copies a matrix into the layout given by the strides of `out`, walking along whichever side is contiguous.
+template <typename T>
+void copy(const Rows& from, T* out, int64_t row_stride, int64_t column_stride) {
+  with_dtype(from.dtype, [&](auto element) {
+    using source_t = decltype(element);
+    const auto* in = static_cast<const source_t*>(from.data);
+    if (from.column_stride == 1 && column_stride == 1) {
+      for (int64_t i = 0; i < from.count; ++i)
+        at::vec::convert(in + i * from.row_stride, out + i * row_stride, from.dim);
+    } else if (from.row_stride == 1 && row_stride == 1) {
+      for (int64_t d = 0; d < from.dim; ++d)
+        at::vec::convert(in + d * from.column_stride, out + d * column_stride, from.count);
+    } else {
+      for (int64_t i = 0; i < from.count; ++i)
+        for (int64_t d = 0; d < from.dim; ++d)
+          out[i * row_stride + d * column_stride] =
+              static_cast<T>(in[i * from.row_stride + d * from.column_stride]);
+    }
+  });
+}
+
+// Sum of a function's values, in eight chains so that the compiler makes vectors of them.
+template <typename Function>
+double sum_of(int64_t count, const Function& value) {
+  constexpr int64_t kChains = 8;
+  double sums[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains)
+    for (int64_t chain = 0; chain < kChains; ++chain) sums[chain] += value(i + chain);
+  for (; i < count; ++i) sums[0] += value(i);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+// x <- x / max(|x|, epsilon); returns |x|. The sum is in double, which no float overflows; for double itself
+// x is scaled first.
+template <typename T>
+double normalize(T* x, int64_t dim) {
+  double norm;
+  if constexpr (std::is_same_v<T, double>) {
+    double scale = 1;
+    for (int64_t d = 0; d < dim; ++d) scale = std::max(scale, std::abs(x[d]));
+    norm = scale * std::sqrt(sum_of(dim, [&](int64_t d) { return (x[d] / scale) * (x[d] / scale); }));
+  } else {
+    norm = std::sqrt(sum_of(dim, [&](int64_t d) { return static_cast<double>(x[d]) * x[d]; }));
+  }
+  const double inverse = 1 / std::max(norm, kNormEpsilon);
+  for (int64_t d = 0; d < dim; ++d) x[d] = static_cast<T>(x[d] * inverse);
+  return norm;
+}
+
+// dx = (dx^ - x^ (x^.dx^)) / |x|, in place; a row below the epsilon was only scaled, so it has no projection.
+template <typename Grad, typename T>
+void differentiate_norm(Grad* grad, const T* unit, double norm, int64_t dim) {
+  const double radial = norm < kNormEpsilon
+                            ? 0
+                            : sum_of(dim, [&](int64_t d) { return static_cast<double>(grad[d]) * unit[d]; });
+  const double inverse = 1 / std::max(norm, kNormEpsilon);
+  for (int64_t d = 0; d < dim; ++d) grad[d] = static_cast<Grad>((grad[d] - unit[d] * radial) * inverse);
+}
+
+}  // namespace contrastive_ops

@@ -1,0 +1,57 @@
+// A step of SGD on rows of a weight, each touched once.
+#pragma once
+
+#include <type_traits>
+
+#include "rows.h"
+
+namespace contrastive_ops {
+
+// g = grad + lambda w;  v <- m v + g;  w <- w - eta v, or with nesterov w - eta (g + m v).
+class SGD {
+ public:
+  SGD(const at::Tensor& weight, const at::Tensor& momentum_buffer, double lr, double momentum,
+      double weight_decay, bool nesterov)
+      : weight_(weight),
+        buffer_(momentum_buffer),
+        lr_(lr),
+        momentum_(momentum),
+        weight_decay_(weight_decay),
+        nesterov_(nesterov) {
+    for (const auto& tensor : {weight, momentum_buffer})
+      TORCH_CHECK_VALUE(
+          tensor.device().is_cpu() && tensor.is_contiguous() && tensor.dim() == 2 &&
+              tensor.sizes() == weight.sizes() && tensor.scalar_type() == weight.scalar_type(),
+          "sgd_: weight and momentum_buffer must be contiguous CPU tensors (A, D) of one dtype, got ",
+          weight.sizes(), " ", weight.scalar_type(), " and ", momentum_buffer.sizes(), " ",
+          momentum_buffer.scalar_type());
+  }
+
+  // A row's step, given its gradient.
+  template <typename Grad>
+  void take(int64_t row, const Grad* grad) const {
+    with_dtype(weight_.scalar_type(), [&](auto element) {
+      using weight_t = decltype(element);
+      using T = std::conditional_t<std::is_same_v<weight_t, double>, double, float>;
+      const int64_t dim = weight_.size(1);
+      weight_t* w = weight_.mutable_data_ptr<weight_t>() + row * dim;
+      weight_t* v = buffer_.mutable_data_ptr<weight_t>() + row * dim;
+      const T lr = static_cast<T>(lr_), momentum = static_cast<T>(momentum_);
+      const T weight_decay = static_cast<T>(weight_decay_), ahead = nesterov_ ? momentum : T(1);
+      const T of_gradient = nesterov_ ? T(1) : T(0);
+      for (int64_t d = 0; d < dim; ++d) {
+        const T g = static_cast<T>(grad[d]) + weight_decay * static_cast<T>(w[d]);
+        const T moved = momentum * static_cast<T>(v[d]) + g;
+        v[d] = static_cast<weight_t>(moved);
+        w[d] = static_cast<weight_t>(static_cast<T>(w[d]) - lr * (of_gradient * g + ahead * moved));
+      }
+    });
+  }
+
+ private:
+  const at::Tensor weight_, buffer_;
+  const double lr_, momentum_, weight_decay_;
+  const bool nesterov_;
+};
+
+}  // namespace contrastive_ops
