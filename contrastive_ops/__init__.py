@@ -2,6 +2,7 @@
 
 from ._backends import BackendStatus, available_backends, use_backend
 from .functional import ConICMetrics, LossMetrics, co2_loss, conic_loss, consistency_loss, info_nce_loss
+from .instances import DelayedSGD, InstanceClassifier, MemoryBank
 from .modules import CO2Loss, ConICLoss, ConsistencyLoss, InfoNCELoss
 from .queue import KeyQueue
 
@@ -13,9 +14,12 @@ __all__ = [
     "ConICLoss",
     "ConICMetrics",
     "ConsistencyLoss",
+    "DelayedSGD",
     "InfoNCELoss",
+    "InstanceClassifier",
     "KeyQueue",
     "LossMetrics",
+    "MemoryBank",
     "available_backends",
     "co2_loss",
     "conic_loss",

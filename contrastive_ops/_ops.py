@@ -158,8 +158,9 @@ class _ConICWithUpdate(torch.autograd.Function):
             update.taken = True
             views, weight, target, statistics = ctx.saved_tensors
             grad_views = conic_backward_sgd_(
-                grad_loss, views, weight.detach(), update.momentum_buffer, target, statistics, ctx.temperature,
-                ctx.consistency_weight, update.lr, update.momentum, update.weight_decay, update.nesterov,
+                grad_loss, views, weight.detach(), update.momentum_buffer, target, statistics,
+                ctx.temperature, ctx.consistency_weight, update.lr, update.momentum,
+                update.weight_decay, update.nesterov,
                 ctx.backend,
             )  # fmt: skip
         return grad_views, *(None,) * 7

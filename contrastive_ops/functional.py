@@ -88,7 +88,7 @@ def co2_loss(
         >>> loss.backward()
         >>> top1 = (metrics.positive_rank == 0).float().mean()
     """
-    _check_number("consistency_weight", consistency_weight, minimum=0)
+    check_number("consistency_weight", consistency_weight, minimum=0)
     return _queue_loss(
         query, key, queue, temperature=temperature, consistency_temperature=consistency_temperature,
         instance_weight=1.0, consistency_weight=consistency_weight, include_positive=include_positive,
@@ -268,9 +268,9 @@ def conic_loss(
             raise TypeError(f"num_instances must be an integer or None, got {type(num_instances).__name__}")
         if num_instances < rows:
             raise ValueError(f"num_instances must be at least the {rows} rows of weight, got {num_instances}")
-    _check_number("temperature", temperature, above=0)
-    _check_number("consistency_weight", consistency_weight, minimum=0)
-    _check_flag("return_metrics", return_metrics)
+    check_number("temperature", temperature, above=0)
+    check_number("consistency_weight", consistency_weight, minimum=0)
+    check_flag("return_metrics", return_metrics)
     _check_reduction(reduction)
 
     compensation = 1.0
@@ -320,11 +320,11 @@ def _queue_loss(
             raise ValueError(
                 f"{name} gets no gradient from this loss, but requires one; pass {name}.detach()"
             )
-    _check_number("temperature", temperature, above=0)
-    _check_number(consistency_temperature_name, consistency_temperature, above=0)
-    _check_flag("include_positive", include_positive)
-    _check_flag("normalize", normalize)
-    _check_flag("return_metrics", return_metrics)
+    check_number("temperature", temperature, above=0)
+    check_number(consistency_temperature_name, consistency_temperature, above=0)
+    check_flag("include_positive", include_positive)
+    check_flag("normalize", normalize)
+    check_flag("return_metrics", return_metrics)
     _check_reduction(reduction)
 
     loss, *metrics, _gradient = _ops.co2(
@@ -363,7 +363,7 @@ def _check_rows(name: str, tensor: Any, wanted_shape: str = "(rows, D)") -> None
         raise ValueError(f"{name} must not be empty, got shape {_shape(tensor)}")
 
 
-def _check_number(name: str, value: Any, *, above: float | None = None, minimum: float = 0) -> None:
+def check_number(name: str, value: Any, *, above: float | None = None, minimum: float = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol.
@@ -375,7 +375,7 @@ def _check_number(name: str, value: Any, *, above: float | None = None, minimum:
         raise ValueError(f"{name} must be finite and {wanted}, got {value}")
 
 
-def _check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 

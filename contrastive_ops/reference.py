@@ -231,8 +231,11 @@ def exchange_rows_(
             tensor where no row of it both comes and goes. slots, incoming_rows, outgoing_rows: (n,) int64
             without repetition. coefficients: (n, 2, 2) float64, the C_i; computed in float64.
     """
-    arriving = (coefficients @ incoming[incoming_rows].double()).to(weight.dtype)
-    outgoing[outgoing_rows] = torch.stack([weight[slots], momentum_buffer[slots]], 1)
+    # The records may be in the host's memory while the slots are on a GPU.
+    arriving = incoming[incoming_rows.to(incoming.device)].to(weight.device)
+    arriving = (coefficients @ arriving.double()).to(weight.dtype)
+    leaving = torch.stack([weight[slots], momentum_buffer[slots]], 1)
+    outgoing[outgoing_rows.to(outgoing.device)] = leaving.to(outgoing.device)
     weight[slots], momentum_buffer[slots] = arriving.unbind(1)
 
 

@@ -1,0 +1,254 @@
+"""Where the rows of a classifier live while they are not active: in memory, or in files.
+
+A record is (2, D): a weight and its momentum. Every tier keeps with it how many steps of the optimiser it has
+taken. A row that was never kept is a random unit vector, a function of seed and instance, without momentum:
+it takes no space until then.
+
+Activation exchanges rows by one kernel that reads records at `fetch`'s rows and writes them at `room`'s; then
+`keep` says that they stay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._disk import DiskRows
+from ._rows import initial_rows
+
+Indices = NDArray[np.int64]
+
+
+class Storage(Protocol):
+    """What a tier does. Arrays are the host's."""
+
+    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
+        """Records (·, 2, D), which of them are the instances' (n,), and the steps that these have taken."""
+
+    def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
+        """A copy (n, 2, D) of the instances' records, and their steps; nothing is changed."""
+
+    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
+        """Records (·, 2, D) to be written, and which of them are the instances'."""
+
+    def keep(self, instances: Indices, step: int) -> None:
+        """What was written in their room is their record as of `step`."""
+
+    def prefetch(self, instances: Indices) -> None:
+        """These, distinct, will be fetched next."""
+
+    def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
+        """The classifier moves to a device; `function` brings a tensor there."""
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where `load_state_dict` would."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MemoryRows:
+    """Rows in one tensor: on the classifier's device, or in the host's memory, which a GPU reads through the
+    bus. There `prefetch` copies the rows of the next batch to the device, on a stream of its own.
+
+    Args:
+        num_instances, dim, dtype, seed: of the classifier.
+        on_host: whether the rows stay in the host's memory when the classifier moves.
+    """
+
+    def __init__(self, num_instances: int, dim: int, dtype: torch.dtype, seed: int, on_host: bool) -> None:
+        self._seed, self._on_host = seed, on_host
+        self._taken = np.zeros(num_instances, np.uint32)  # 1 + steps; 0 for a row that was never kept
+        # calloc: memory is taken when it is first written to.
+        self._records = torch.from_numpy(
+            np.zeros((num_instances, 2, dim), torch.empty(0, dtype=dtype).numpy().dtype)
+        )
+        self._written: torch.cuda.Event | None = None  # when the device has last written to the host's memory
+        self._staged: tuple[Indices, Tensor, torch.cuda.Event] | None = None
+        self._side: torch.cuda.Stream | None = None
+        self._device = torch.device("cpu")
+
+    def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
+        if not self._on_host:
+            self._records = function(self._records)
+        elif device.type == "cuda" and self._device.type != "cuda":
+            # Pinned in place: the caching allocator of pinned memory would round up to a power of two.
+            status = torch.cuda.cudart().cudaHostRegister(self._records.data_ptr(), self._records.nbytes, 0)
+            if int(status):
+                raise RuntimeError(f"the rows' {self._records.nbytes} bytes cannot be pinned: {status}")
+        self._device = device
+
+    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
+        new = instances[self._taken[instances] == 0]
+        if len(new):
+            weight = torch.empty(len(new), self._records.shape[2], dtype=self._records.dtype)
+            initial_rows(self._seed, new, weight.numpy())
+            self._records[torch.from_numpy(new).to(self._records.device), 0] = weight.to(self._records.device)
+            self._taken[new] = 1
+        steps = self._taken[instances].astype(np.int64) - 1
+        if self._staged is not None:
+            (staged, records, arrived), self._staged = self._staged, None
+            at = np.minimum(np.searchsorted(staged, instances), len(staged) - 1)
+            if np.array_equal(staged[at], instances):
+                torch.cuda.current_stream(self._device).wait_event(arrived)
+                records.record_stream(torch.cuda.current_stream(self._device))
+                return records, at, steps
+        return self._records, instances, steps
+
+    def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
+        self._wait()
+        records = self._records[torch.from_numpy(instances).to(self._records.device)]
+        taken = self._taken[instances].astype(np.int64)
+        if not taken.all():
+            new = torch.from_numpy(taken == 0)
+            weight = torch.empty(int(new.sum()), records.shape[2], dtype=records.dtype)
+            initial_rows(self._seed, instances[taken == 0], weight.numpy())
+            records[new.to(records.device), 0] = weight.to(records.device)
+        return records, np.maximum(taken - 1, 0)
+
+    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
+        return self._records, instances
+
+    def keep(self, instances: Indices, step: int) -> None:
+        self._taken[instances] = step + 1
+        if self._on_host and self._device.type == "cuda":
+            self._written = torch.cuda.current_stream(self._device).record_event()
+
+    def prefetch(self, instances: Indices) -> None:
+        if not (self._on_host and self._device.type == "cuda" and len(instances)):
+            return
+        records, _ = self.peek(instances)
+        with torch.cuda.device(self._device):
+            self._side = self._side or torch.cuda.Stream()
+            with torch.cuda.stream(self._side):
+                on_device = records.pin_memory().to(self._device, non_blocking=True)
+                order = np.argsort(instances)
+                on_device = on_device[torch.from_numpy(order).to(self._device)]
+                self._staged = instances[order], on_device, self._side.record_event()
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.synchronize()
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        if "records" not in state:
+            raise ValueError(
+                "this is a checkpoint of a classifier with storage='disk', whose rows are in its files"
+            )
+        if state["records"].shape != self._records.shape:
+            raise ValueError(
+                f"the checkpoint's rows must be {tuple(self._records.shape)}, "
+                f"got {tuple(state['records'].shape)}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        self._wait()
+        return {"records": self._records, "taken": torch.from_numpy(self._taken.astype(np.int64))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._wait()
+        self._staged = None
+        self._records.copy_(state["records"])
+        self._taken[:] = state["taken"].cpu().numpy()
+
+    def close(self) -> None:
+        pass
+
+
+class FileRows:
+    """Rows in files, each read and written through a buffer.
+
+    Args:
+        path: folder of the files.
+        num_instances, dim, dtype, seed: of the classifier.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], num_instances: int, dim: int, dtype: torch.dtype, seed: int
+    ) -> None:
+        self._rows = DiskRows(path, num_instances, dim, torch.empty(0, dtype=dtype).numpy().dtype, seed)
+        if self._rows.generations == [1] and self._rows.dirty:
+            self._rows.roll_back(1)  # a training that never came to a checkpoint starts over
+        self._used = self._rows.generation > 1 or self._rows.dirty
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-prefetch")
+        self._ahead: tuple[Indices, Future[tuple[np.ndarray, Indices]]] | None = None
+        self._room = torch.empty(0, 2, dim, dtype=dtype)
+        self._device = torch.device("cpu")
+
+    def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
+        self._device = device
+
+    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
+        records, steps = self._arrived(instances) or self.peek(instances)
+        if self._device.type == "cuda":
+            records = records.pin_memory()  # which the device reads by itself
+        return records, np.arange(len(instances)), steps
+
+    def _arrived(self, instances: Indices) -> tuple[Tensor, Indices] | None:
+        if self._ahead is None:
+            return None
+        (ahead, future), self._ahead = self._ahead, None
+        records, steps = future.result()
+        at = np.minimum(np.searchsorted(ahead, instances), len(ahead) - 1)
+        if not np.array_equal(ahead[at], instances):  # others were announced
+            return None
+        return torch.from_numpy(records[at]), steps[at]
+
+    def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
+        if self._used:
+            raise RuntimeError(
+                f"{self._rows.path} holds the rows of an earlier training: load its checkpoint first, "
+                "or choose another path for a new one"
+            )
+        records, steps = self._rows.fetch(instances)
+        return torch.from_numpy(records), steps
+
+    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
+        shape = (len(instances), *self._room.shape[1:])
+        self._room = torch.empty(shape, dtype=self._room.dtype, pin_memory=self._device.type == "cuda")
+        return self._room, np.arange(len(instances))
+
+    def keep(self, instances: Indices, step: int) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._rows.keep(instances, self._room.numpy(), step)
+
+    def prefetch(self, instances: Indices) -> None:
+        if len(instances) and not self._used:
+            instances = np.sort(instances)
+            self._ahead = instances, self._reader.submit(self._rows.fetch, instances)
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        if "generation" not in state:
+            raise ValueError(
+                "this is a checkpoint of a classifier with storage='device' or 'host', "
+                "which a classifier with storage='disk' cannot load"
+            )
+        if state["generation"] not in self._rows.generations:
+            raise ValueError(
+                f"{self._rows.path} can be brought back to the checkpoints of generations "
+                f"{self._rows.generations}, but this one is of {state['generation']}: "
+                "of a classifier on disk only the last two checkpoints can be loaded"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generation": self._rows.checkpoint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._ahead = None
+        self._rows.roll_back(state["generation"])
+        self._used = False
+
+    def close(self) -> None:
+        self._reader.shutdown()
+        self._rows.close()

@@ -1,0 +1,506 @@
+"""Classifiers with a row for every instance, and the optimiser that updates untouched rows late."""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from . import _ops
+from ._history import History, check_step
+from .functional import SGDStep, check_flag, check_number
+
+try:
+    from . import _rows
+    from ._storage import FileRows, MemoryRows, Storage
+except ImportError as error:  # the extension was not built: the losses work without it
+    _missing: ImportError | None = error
+else:
+    _missing = None
+
+
+class InstanceClassifier(nn.Module):
+    """The weight of a softmax over N instances, of which an active set of A rows is in the denominator.
+
+    The sampling of ConIC: the batch's instances take the place of those that were sampled earliest. Between
+    its activations a row costs nothing, and yet moves as dense SGD with momentum and weight decay would have
+    moved it: `DelayedSGD` remembers its steps, and a row is caught up when it is activated or read.
+
+    The active set is always full. It starts with instances drawn from the seed, and rows start as random unit
+    vectors, each a function of seed and instance.
+
+    Args:
+        num_instances: N.
+        dim: dimension D of a row.
+        active: A, at most N; of more, N are active: the full softmax.
+        storage: where the N rows live: "device" (with the weight), "host" (the host's memory, pinned if the
+            weight is on a GPU) or "disk" (files under `path`).
+        path: the folder of storage="disk", on a disk with room for 2·D numbers for each row that was ever
+            evicted. One process at a time has it open.
+        seed: of the first active set and of the rows' initial values, in [0, 2**64).
+        dtype: float32 or float64.
+        device: of the weight.
+
+    Attributes:
+        weight: (A, D) parameter, the active rows, not normalised.
+        momentum: (A, D) buffer, theirs.
+
+    A checkpoint is the ``state_dict()``, which holds all rows; with storage="disk" it holds the active ones,
+    and taking it makes the files a checkpoint that ``load_state_dict()`` brings them back to, in whatever way
+    the process ended. The last two such checkpoints can be loaded.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the folder holds something else.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss
+        >>> classifier = InstanceClassifier(num_instances=1_000_000, dim=16, active=64)
+        >>> optimizer = DelayedSGD(classifier, lr=0.06, momentum=0.9, weight_decay=1e-4)
+        >>> views = torch.randn(2, 4, 16)
+        >>> target = classifier.activate(torch.tensor([999_999, 3, 3, 500]))
+        >>> loss = conic_loss(views, classifier.weight, target, num_instances=classifier.num_instances)
+        >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
+        >>> weight, momentum = classifier.read(torch.tensor([7, 3]))  # rows as dense SGD would have them
+    """
+
+    weight: nn.Parameter
+    momentum: Tensor
+
+    def __init__(
+        self,
+        num_instances: int,
+        dim: int,
+        active: int = 65536,
+        storage: Literal["device", "host", "disk"] = "device",
+        path: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if _missing is not None:
+            raise RuntimeError(
+                f"InstanceClassifier needs the C++ extension contrastive_ops._rows ({_missing}); "
+                "install again from source with a C++20 compiler"
+            )
+        for name, value in (("num_instances", num_instances), ("dim", dim), ("active", active)):
+            _check_integer(name, value, 1)
+        _check_integer("seed", seed, 0)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        if storage not in ("device", "host", "disk"):
+            raise ValueError(f"storage must be 'device', 'host' or 'disk', got {storage!r}")
+        if (storage == "disk") != (path is not None):
+            raise ValueError(f"path is wanted with storage='disk' alone, got {path!r} with {storage!r}")
+        self.num_instances, self.dim, self.seed, self.storage = num_instances, dim, seed, storage
+        self.history = History()
+        self._active = _rows.ActiveSet(num_instances, min(active, num_instances), seed)
+        device = torch.empty(0, device=device).device
+        self._storage: Storage
+        if path is not None:
+            self._storage = FileRows(path, num_instances, dim, dtype, seed)
+        else:
+            self._storage = MemoryRows(num_instances, dim, dtype, seed, on_host=storage == "host")
+
+        rows = torch.empty(min(active, num_instances), dim, dtype=dtype)
+        _rows.initial_rows(seed, self._active.instances, rows.numpy())
+        self.weight = nn.Parameter(rows)
+        self.register_buffer("momentum", torch.zeros_like(rows))
+        _classifiers.add(self)
+        _watch_optimizers()
+        self.to(device)
+
+    @torch.no_grad()
+    def activate(self, indices: Tensor) -> Tensor:
+        """Make the instances `indices` (B,) active, caught up to now, and return the rows of `weight` that
+        they own: (B,) int64 on its device.
+
+        The batch may repeat instances. Rows that were activated since the optimiser's last step are never
+        evicted, so that gradients may be accumulated over several batches. Call it before the forward that
+        uses its rows, not between a forward and its backward.
+
+        Raises:
+            TypeError, ValueError: `indices` is not (B,) int64 in [0, N), or there are more distinct rows
+                since the optimiser's last step than fit.
+            OSError: the disk failed, or is full. Nothing is lost: the active set is as it was.
+        """
+        plan = self._active.plan(self._checked("indices", indices))
+        if len(plan.slots):
+            incoming, rows, steps = self._storage.fetch(plan.incoming)
+            room, leaving = self._storage.room(plan.evicted)
+            self._exchange(plan.slots, incoming, rows, self.history.coefficients(steps), room, leaving)
+            try:
+                self._storage.keep(plan.evicted, len(self.history))
+            except OSError:  # back into their slots, as they were
+                unchanged = np.tile(np.eye(2), (len(plan.slots), 1, 1))
+                self._exchange(plan.slots, room.clone(), leaving, unchanged, room, leaving)
+                raise
+        self._active.commit(plan)
+        return self._to_device(plan.target)
+
+    def prefetch(self, next_indices: Tensor) -> None:
+        """Start to bring the rows of the next batch near, while the current step computes.
+
+        Changes nothing but how long the next `activate` takes. Call it after this step's `activate`, with
+        what the next one is going to be called with.
+        """
+        indices = np.unique(self._checked("next_indices", next_indices))
+        self._storage.prefetch(indices[self._active.find(indices) < 0])
+
+    @torch.no_grad()
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and momentum of any instances (n,), caught up to now, without activating them: two (n, D)
+        tensors on the weight's device."""
+        instances = self._checked("indices", indices)
+        slots = self._active.find(instances)
+        at = self._to_device(np.maximum(slots, 0))
+        weight, momentum = self.weight.detach()[at], self.momentum[at]
+        (late,) = np.nonzero(slots < 0)
+        if len(late):
+            records, steps = self._storage.peek(instances[late])
+            records = records.to(weight.device)
+            every = torch.arange(len(late), device=weight.device)
+            _ops.exchange_rows_(
+                weight, momentum, self._to_device(late), records, every,
+                self._to_device(self.history.coefficients(steps)), torch.empty_like(records), every, None,
+            )  # fmt: skip
+        return weight, momentum
+
+    def export(self, rows: int = 65536) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All instances in order, `rows` at a time: their numbers (n,), and what `read` says of them."""
+        _check_integer("rows", rows, 1)
+        for first in range(0, self.num_instances, rows):
+            instances = torch.arange(first, min(first + rows, self.num_instances))
+            yield instances, *self.read(instances)
+
+    @property
+    def active_instances(self) -> Tensor:
+        """(A,) int64, on the host: the instance that owns each row of `weight`."""
+        return torch.from_numpy(self._active.instances)
+
+    def close(self) -> None:
+        """Close the files of storage="disk", so that another may open them."""
+        self._storage.close()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            **self._identity(),
+            "active": {name: torch.from_numpy(value) for name, value in self._active.state().items()},
+            "history": self.history.state_dict(),
+            "storage": self._storage.state_dict(),
+        }
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        self._storage.load_state_dict(state["storage"])
+        self._active.load({name: value.cpu().numpy() for name, value in state["active"].items()})
+        self.history.load_state_dict(state["history"])
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+        state = state_dict.get(f"{prefix}_extra_state")
+        if state is not None:  # before anything is overwritten
+            for name, here in self._identity().items():
+                if state[name] != here:
+                    raise ValueError(f"the checkpoint's {name} is {state[name]}, the classifier's {here}")
+            self._storage.check(state["storage"])
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _identity(self) -> dict[str, Any]:
+        rows, dim = self.weight.shape
+        return {
+            "num_instances": self.num_instances,
+            "dim": dim,
+            "active_rows": rows,
+            "seed": self.seed,
+            "dtype": str(self.weight.dtype),
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InstanceClassifier:
+        probe = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device))
+        if probe.dtype != self.weight.dtype:
+            raise TypeError(
+                f"rows stay in {self.weight.dtype}, in which they are updated, and cannot become "
+                f"{probe.dtype}; conic_loss multiplies them in the views' dtype"
+            )
+        super()._apply(fn, recurse)
+        self._storage.move(probe.device, fn)
+        return self
+
+    def _exchange(
+        self,
+        slots: NDArray[np.int64],
+        incoming: Tensor,
+        incoming_rows: NDArray[np.int64],
+        coefficients: NDArray[np.float64],
+        outgoing: Tensor,
+        outgoing_rows: NDArray[np.int64],
+    ) -> None:
+        arrays = map(self._to_device, (slots, incoming_rows, coefficients, outgoing_rows))
+        at, source, matrices, target = arrays
+        _ops.exchange_rows_(
+            self.weight, self.momentum, at, incoming, source, matrices, outgoing, target, None
+        )  # fmt: skip
+
+    def _checked(self, name: str, indices: Tensor) -> NDArray[np.int64]:
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(indices).__name__}")
+        if indices.dtype != torch.int64:
+            raise TypeError(f"{name} must be of dtype int64, got {indices.dtype}")
+        if indices.ndim != 1:
+            raise ValueError(f"{name} must be (B,), got shape {tuple(indices.shape)}")
+        array = indices.detach().cpu().contiguous().numpy()
+        for wrong in np.nonzero((array < 0) | (array >= self.num_instances))[0]:
+            raise ValueError(
+                f"{name} must be in [0, {self.num_instances}), got {array[wrong]} at position {wrong}"
+            )
+        return array
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.weight.device, non_blocking=True)
+
+    def _take_step(self, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
+        """The active rows have taken a step; the others will."""
+        self.history.append(lr, momentum, weight_decay, nesterov)
+        self._active.release()
+
+    def extra_repr(self) -> str:
+        rows, dim = self.weight.shape
+        return f"num_instances={self.num_instances}, dim={dim}, active={rows}, storage={self.storage!r}"
+
+
+class DelayedSGD(Optimizer):
+    """SGD with momentum and weight decay over all rows of an `InstanceClassifier`, at the cost of the active.
+
+    In the convention of torch.optim.SGD, with g = grad + λ w:
+
+        v ← m v + g        w ← w − η v,  or with `nesterov`  w ← w − η (g + m v)
+
+    Rows that are not active have no gradient, and their steps are taken late and exactly, all at once, when
+    they are activated or read. Learning rate, momentum, weight decay and nesterov may change with every step:
+    schedulers work. A step that a loss scaler skips is none.
+
+    Only an optimiser that moves each row linearly, whatever the others do, can be delayed. That rules out
+    LARS, LAMB, Adam and clipping the weight's norm; clipping gradients is fine.
+
+    Args:
+        classifier: whose `weight` is optimised. The momentum is the classifier's too, and in its checkpoints.
+        lr: η ≥ 0. The defaults are the ConIC paper's.
+        momentum: m in [0, 1).
+        weight_decay: λ ≥ 0.
+        nesterov: as in torch.optim.SGD.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; also in `step`, of a group's values as they are then.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import DelayedSGD, InstanceClassifier
+        >>> optimizer = DelayedSGD(InstanceClassifier(1000, 8, active=16), lr=0.06)
+        >>> schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+    """
+
+    def __init__(
+        self,
+        classifier: InstanceClassifier,
+        lr: float = 0.06,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        nesterov: bool = False,
+    ) -> None:
+        if not isinstance(classifier, InstanceClassifier):
+            raise TypeError(f"classifier must be an InstanceClassifier, got {type(classifier).__name__}")
+        self.classifier = classifier
+        self._in_backward: SGDStep | None = None
+        self._stepped = False  # whether the gradient there is was spent on a step
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        _check_settings(**defaults)
+        super().__init__([classifier.weight], defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise ValueError(
+                "DelayedSGD holds one classifier's weight; give other parameters another optimizer"
+            )
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step with the gradient there is; without one, none, as in torch.optim."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        weight, pending = self.classifier.weight, self._in_backward
+        if pending is not None and pending.taken:
+            if weight.grad is not None:
+                raise RuntimeError("weight has a gradient beside the step that backward has taken")
+            self._in_backward = None
+            self.classifier._take_step(pending.lr, pending.momentum, pending.weight_decay, pending.nesterov)
+        elif weight.grad is not None:
+            settings = self._settings()
+            _ops.sgd_(weight, self.classifier.momentum, weight.grad, *settings, None)
+            self.classifier._take_step(*settings)
+            self._stepped = True
+        return loss
+
+    def in_backward(self) -> SGDStep:
+        """The step to come, for ``conic_loss(…, update=optimizer.in_backward())`` to take in its backward,
+        where the weight's gradient is never stored. `step` then only closes it. One backward a step; not
+        with a loss scaler, nor with clipping.
+
+        Example:
+            >>> import torch
+            >>> from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss
+            >>> classifier = InstanceClassifier(1000, 8, active=16)
+            >>> optimizer = DelayedSGD(classifier)
+            >>> target = classifier.activate(torch.tensor([3, 999]))
+            >>> views = torch.randn(2, 2, 8, requires_grad=True)
+            >>> loss = conic_loss(views, classifier.weight, target, update=optimizer.in_backward())
+            >>> loss.backward(); optimizer.step()
+        """
+        if self._in_backward is not None and self._in_backward.taken:
+            raise RuntimeError("backward has taken a step already: call step() before the next in_backward()")
+        self._in_backward = SGDStep(self.classifier.momentum, *self._settings())
+        return self._in_backward
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim. Rows whose gradient is thrown away here, unspent, may be evicted again: a loss
+        scaler that skips many steps does not fill the active set."""
+        if self.classifier.weight.grad is not None and not self._stepped:
+            self.classifier._active.release()
+        self._stepped = False
+        super().zero_grad(set_to_none)
+
+    def _settings(self) -> tuple[float, float, float, bool]:
+        (group,) = self.param_groups
+        settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
+        return _check_settings(**settings)
+
+
+class MemoryBank(nn.Module):
+    """The classifier of InstDisc (Wu et al., CVPR 2018): each row the exponential average of past features.
+
+        w_n ← normalise(μ w_n + (1 − μ) x̂)
+
+    Rows get no gradient. Use it as `conic_loss`'s weight, with the instances' numbers as the target.
+
+    Args:
+        num_instances: N.
+        dim: dimension D.
+        momentum: μ in [0, 1].
+        seed: of the rows, random unit vectors at first.
+        dtype: of the rows, floating.
+        device: of the rows.
+
+    Attributes:
+        rows: (N, D) buffer of unit vectors.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import MemoryBank, conic_loss
+        >>> bank, indices = MemoryBank(num_instances=1000, dim=16), torch.tensor([7, 999])
+        >>> features = torch.randn(2, 16, requires_grad=True)
+        >>> loss = conic_loss(features[None], bank.rows, indices, temperature=0.07)
+        >>> loss.backward()
+        >>> bank.update(indices, features)
+    """
+
+    rows: Tensor
+
+    def __init__(
+        self,
+        num_instances: int,
+        dim: int,
+        momentum: float = 0.5,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_instances", num_instances), ("dim", dim)):
+            _check_integer(name, value, 1)
+        check_number("momentum", momentum, minimum=0)
+        if momentum > 1:
+            raise ValueError(f"momentum must be at most 1, got {momentum}")
+        self.momentum = momentum
+        generator = torch.Generator().manual_seed(seed)
+        rows = F.normalize(torch.randn(num_instances, dim, generator=generator), dim=1)
+        self.register_buffer("rows", rows.to(device, dtype))
+
+    @torch.no_grad()
+    def update(self, indices: Tensor, features: Tensor) -> None:
+        """Average the features of instances into their rows; call it after backward.
+
+        Args:
+            indices: (B,) int64. The features of an instance that repeats are averaged first.
+            features: (B, D), or (V, B, D) of V views; normalised here.
+        """
+        if features.shape[-2:] != (len(indices), self.rows.shape[1]) or features.ndim not in (2, 3):
+            raise ValueError(
+                f"features must be ({len(indices)}, {self.rows.shape[1]}) or (V, {len(indices)}, "
+                f"{self.rows.shape[1]}), got {tuple(features.shape)}"
+            )
+        unit = F.normalize(features.float(), dim=-1).reshape(-1, len(indices), self.rows.shape[1]).mean(0)
+        # Sorted, so that an instance's features are added in a fixed order: equal input gives equal bits.
+        instances, group = torch.unique(indices, return_inverse=True)
+        share = F.one_hot(group, len(instances)).T.to(unit.dtype)
+        mean = share @ unit / share.sum(1, keepdim=True)
+        rows = self.momentum * self.rows[instances] + (1 - self.momentum) * mean
+        self.rows[instances] = F.normalize(rows, dim=1).to(self.rows.dtype)
+
+    def extra_repr(self) -> str:
+        count, dim = self.rows.shape
+        return f"num_instances={count}, dim={dim}, momentum={self.momentum}"
+
+
+_classifiers: weakref.WeakSet[InstanceClassifier] = weakref.WeakSet()
+
+
+def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
+    """Runs before any optimiser's step, once there is a classifier whose rows are not all active."""
+    if isinstance(optimizer, DelayedSGD):
+        return
+    delayed = {id(c.weight) for c in _classifiers if len(c.weight) < c.num_instances}
+    if any(id(parameter) in delayed for group in optimizer.param_groups for parameter in group["params"]):
+        name = type(optimizer).__name__
+        raise TypeError(
+            f"{name} holds the weight of an InstanceClassifier: what it would do to the rows that are not "
+            "active cannot be done late. Leave that parameter to DelayedSGD"
+        )
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_refuse_other_optimizers)
+
+
+def _check_integer(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _check_settings(
+    lr: Any, momentum: Any, weight_decay: Any, nesterov: Any
+) -> tuple[float, float, float, bool]:
+    """Of a step, as numbers; a learning rate may be a tensor of one."""
+    lr = float(lr) if isinstance(lr, Tensor) else lr
+    check_number("lr", lr, minimum=0)
+    check_number("momentum", momentum, minimum=0)
+    check_number("weight_decay", weight_decay, minimum=0)
+    check_flag("nesterov", nesterov)
+    if momentum >= 1:
+        raise ValueError(f"momentum must be less than 1, got {momentum}")
+    settings = float(lr), float(momentum), float(weight_decay), nesterov
+    check_step(*settings)
+    return settings
