@@ -16,6 +16,8 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(glob.glob("csrc/cpu/*.cpp"))
 HEADERS = sorted(glob.glob("csrc/cpu/*.h"))
+ROWS_SOURCES = sorted(glob.glob("csrc/rows/*.cpp"))
+ROWS_HEADERS = sorted(glob.glob("csrc/rows/*.h"))
 
 # Names and flags as ATen gives them to its own kernels.
 INSTRUCTION_SETS = {"default": []}
@@ -68,6 +70,34 @@ def cpu_extensions():
     ]
 
 
+def rows_extensions():
+    """What instance classification needs outside PyTorch: built without torch, one for all machines."""
+    try:
+        import pybind11
+    except ImportError:
+        print("contrastive_ops: pybind11 is not installed here, so _rows is left out", file=sys.stderr)
+        return []
+    return [
+        Extension(
+            "contrastive_ops._rows",
+            ROWS_SOURCES,
+            depends=ROWS_HEADERS,
+            language="c++",
+            optional=True,
+            include_dirs=[pybind11.get_include()],
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-pthread",
+                "-fvisibility=hidden",
+                "-fno-math-errno",
+                "-Wall",
+            ],
+            extra_link_args=["-pthread"],
+        )
+    ]
+
+
 class BuildExtensions(build_ext):
     """Builds the extensions side by side, each in a folder of its own: they share sources, and would
     overwrite one another's objects."""
@@ -82,7 +112,8 @@ class BuildExtensions(build_ext):
         if absent:
             print(
                 f"contrastive_ops: {', '.join(absent)} could not be built: those C++ kernels are absent, "
-                "and where they would serve, the slow reference will",
+                "and where they would serve, the slow reference will; without _rows there is no instance "
+                "classification",
                 file=sys.stderr,
             )
 
@@ -96,6 +127,6 @@ setup(
     packages=["contrastive_ops", "contrastive_ops.kernels"],
     package_dir={"contrastive_ops": "contrastive_ops", "contrastive_ops.kernels": "kernels"},
     package_data={"contrastive_ops": ["py.typed"]},
-    ext_modules=cpu_extensions(),
+    ext_modules=cpu_extensions() + rows_extensions(),
     cmdclass={"build_ext": BuildExtensions},
 )

@@ -286,7 +286,8 @@ class DelayedSGD(Optimizer):
 
     Rows that are not active have no gradient, and their steps are taken late and exactly, all at once, when
     they are activated or read. Learning rate, momentum, weight decay and nesterov may change with every step:
-    schedulers work. A step that a loss scaler skips is none.
+    schedulers work. A step that a loss scaler skips is none. Without momentum v is g, as the formula says;
+    torch.optim.SGD then leaves its buffer alone, which tells only if momentum comes back later.
 
     Only an optimiser that moves each row linearly, whatever the others do, can be delayed. That rules out
     LARS, LAMB, Adam and clipping the weight's norm; clipping gradients is fine.
@@ -327,9 +328,7 @@ class DelayedSGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
-            raise ValueError(
-                "DelayedSGD holds one classifier's weight; give other parameters another optimizer"
-            )
+            raise ValueError("DelayedSGD holds one weight; other parameters want an optimizer of their own")
         super().add_param_group(param_group)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 
 import numpy as np
@@ -16,7 +17,7 @@ Step = tuple[float, float, float, bool]  # lr, momentum, weight_decay, nesterov
 
 
 def exact(row: tuple[float, float], steps: list[Step]) -> tuple[Fraction, Fraction]:
-    """SGD without a gradient, [w; v] after some steps; rounded to 60 digits a step, or fractions would grow."""
+    """[w; v] after steps without a gradient, rounded to 60 digits, without which fractions would grow."""
     w, v = Fraction(row[0]), Fraction(row[1])
     for lr, momentum, weight_decay, nesterov in steps:
         m, eta = Fraction(momentum), Fraction(lr)
@@ -29,6 +30,19 @@ def exact(row: tuple[float, float], steps: list[Step]) -> tuple[Fraction, Fracti
 
 def caught_up(history: History, row: tuple[float, float], since: int) -> np.ndarray:
     return history.coefficients(np.array([since]))[0] @ np.array(row)
+
+
+SCHEDULE = [
+    0.06 * min(1, (t + 1) / 1000) * 0.5 * (1 + float(np.cos(np.pi * t / 100_000))) for t in range(100_000)
+]
+
+
+@functools.cache
+def scheduled(momentum: float) -> History:
+    history = History()
+    for lr in SCHEDULE:
+        history.append(lr, momentum, 1e-4, False)
+    return history
 
 
 def distance(actual: np.ndarray, expected: tuple[Fraction, ...], scale: float) -> float:
@@ -67,16 +81,12 @@ class TestAgainstExactArithmetic:
     @pytest.mark.parametrize("gap", [1, 2, 10, 1000, 10_000, 100_000])
     @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
     def test_any_gap(self, gap: int, momentum: float) -> None:
-        """A cosine schedule with warm-up, in float64 steps for the oracle's sake: 1e-10 of them."""
-        lr = [0.06 * min(1, (t + 1) / 1000) * 0.5 * (1 + np.cos(np.pi * t / 100_000)) for t in range(100_000)]
-        history, start = History(), 100_000 - gap
+        """A cosine schedule with warm-up, against steps in extended precision."""
         w, v = np.longdouble(0.8), np.longdouble(-0.3)
-        for t, rate in enumerate(lr):
-            history.append(rate, momentum, 1e-4, False)
-            if t >= start:
-                v = momentum * v + np.longdouble(1e-4) * w
-                w = w - np.longdouble(rate) * v
-        actual = caught_up(history, (0.8, -0.3), start)
+        for lr in SCHEDULE[-gap:]:
+            v = momentum * v + np.longdouble(1e-4) * w
+            w = w - np.longdouble(lr) * v
+        actual = caught_up(scheduled(momentum), (0.8, -0.3), len(SCHEDULE) - gap)
         assert abs(actual[0] - w) <= 1e-11 * abs(w)
         assert abs(actual[1] - v) <= 1e-11 * abs(v) + 1e-15
 

@@ -1,0 +1,328 @@
+"""The extension for rows: random numbers, the active set, and files of records."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+if os.environ.get("CONTRASTIVE_OPS_TEST_WITHOUT_EXTENSION") == "1":
+    pytest.importorskip("contrastive_ops._rows")
+rows = importlib.import_module("contrastive_ops._rows")
+
+# From Random123's kat_vectors: counter, key, output.
+PHILOX = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def indices(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def initial(seed: int, instances: np.ndarray, dim: int, dtype: type = np.float64) -> np.ndarray:
+    out = np.full((len(instances), dim), np.nan, dtype)
+    rows.initial_rows(seed, instances, out)
+    return out
+
+
+@pytest.mark.parametrize(("counter", "key", "output"), PHILOX)
+def test_philox_equals_the_published_vectors(counter: str, key: str, output: str) -> None:
+    words = [tuple(int(word, 16) for word in text.split()) for text in (counter, key, output)]
+    assert rows.philox(words[0], words[1]) == words[2]
+
+
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    instances=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=8),
+    dim=st.integers(1, 13),
+)
+def test_an_initial_row_depends_on_nothing_but_seed_and_instance(
+    seed: int, instances: list[int], dim: int
+) -> None:
+    together = initial(seed, indices(*instances), dim)
+    alone = np.concatenate([initial(seed, indices(instance), dim) for instance in instances])
+    np.testing.assert_array_equal(together, alone)
+    np.testing.assert_array_equal(
+        initial(seed, indices(*instances), dim, np.float32), together.astype(np.float32)
+    )
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, rtol=1e-14)
+
+
+def test_initial_rows_fill_one_half_of_records() -> None:
+    records = np.full((5, 2, 7), np.nan, np.float32)
+    rows.initial_rows(3, np.arange(5), records[:, 0])
+    np.testing.assert_array_equal(records[:, 0], initial(3, np.arange(5), 7, np.float32))
+    assert np.isnan(records[:, 1]).all()
+
+
+def test_initial_rows_point_everywhere_alike() -> None:
+    """Mean 0 and covariance 1 / dim, each within five of its standard errors; no two rows are alike."""
+    count, dim = 50_000, 6
+    weight = initial(11, np.arange(count), dim) * np.sqrt(dim)
+    assert np.abs(weight.mean(0)).max() < 5 / np.sqrt(count)
+    assert np.abs(weight.T @ weight / count - np.eye(dim)).max() < 5 * np.sqrt(2 / count)
+    assert len(np.unique(weight[:, 0])) > count - 5  # 32 random bits behind each
+    assert not np.isin(weight[:, 0], initial(12, np.arange(count), dim)[:, 0] * np.sqrt(dim)).any()
+
+
+@pytest.mark.parametrize(
+    ("instances", "out", "error"),
+    [
+        (np.arange(2, dtype=np.int32), np.empty((2, 3)), TypeError),
+        (np.arange(4)[::2], np.empty((2, 3)), ValueError),
+        (np.arange(2), np.empty((3, 3)), ValueError),
+        (np.arange(2), np.empty((2, 6))[:, ::2], ValueError),
+        (np.arange(2), np.empty((2, 3), np.float16), TypeError),
+        (indices(0, -1), np.empty((2, 3)), ValueError),
+    ],
+)
+def test_initial_rows_refuse(instances: np.ndarray, out: np.ndarray, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"instances|out"):
+        rows.initial_rows(0, instances, out)
+
+
+class Model:
+    """The active set in the plainest way: a list of its slots, earliest sampled first."""
+
+    def __init__(self, active: rows.ActiveSet) -> None:
+        self.instances = active.instances.tolist()
+        self.order = list(range(len(self.instances)))
+        self.protected: set[int] = set()
+
+    def activate(self, batch: list[int]) -> dict[str, list[int]] | None:
+        distinct = list(dict.fromkeys(batch))
+        held = {self.instances[slot] for slot in self.protected}
+        if len(held.union(distinct)) > len(self.order):
+            return None
+        incoming = [i for i in distinct if i not in self.instances]
+        free = [s for s in self.order if s not in self.protected and self.instances[s] not in distinct]
+        slots = free[: len(incoming)]
+        evicted = [self.instances[slot] for slot in slots]
+        for slot, instance in zip(slots, incoming, strict=True):
+            self.instances[slot] = instance
+        target = [self.instances.index(i) for i in batch]
+        for slot in target:
+            self.order.remove(slot)
+            self.order.append(slot)
+        self.protected.update(target)
+        return {"target": target, "slots": slots, "incoming": incoming, "evicted": evicted}
+
+
+@given(data=st.data())
+def test_active_set_equals_its_model(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 25))
+    active = rows.ActiveSet(count, data.draw(st.integers(1, count)), seed=data.draw(st.integers(0, 9)))
+    model = Model(active)
+    batches = st.lists(st.integers(0, count - 1), max_size=10)
+    for action in data.draw(st.lists(st.one_of(batches, st.sampled_from(["release", "reload"])))):
+        if action == "release":
+            active.release()
+            model.protected.clear()
+        elif action == "reload":
+            state = active.state()
+            active = rows.ActiveSet(count, active.active, seed=10)
+            active.load(state)
+        else:
+            expected = model.activate(action)
+            if expected is None:
+                with pytest.raises(ValueError, match="optimiser step frees"):
+                    active.plan(indices(*action))
+            else:
+                before = active.state()
+                plan = active.plan(indices(*action))
+                assert {name: getattr(plan, name).tolist() for name in expected} == expected
+                for name, value in active.state().items():
+                    np.testing.assert_array_equal(value, before[name])
+                active.commit(plan)
+        state = active.state()
+        assert state["instances"].tolist() == active.instances.tolist() == model.instances
+        assert state["order"].tolist() == model.order
+        assert state["protected"] == len(model.protected)
+        slots = [model.instances.index(i) if i in model.instances else -1 for i in range(count)]
+        assert active.find(np.arange(count)).tolist() == slots
+
+
+def test_active_set_starts_full_and_at_random() -> None:
+    started = time.perf_counter()
+    first, again, other = (rows.ActiveSet(10**9, 65536, seed).instances for seed in (0, 0, 1))
+    assert time.perf_counter() - started < 1
+    np.testing.assert_array_equal(first, again)
+    assert len(np.unique(first)) == 65536
+    assert len(np.intersect1d(first, other)) < 50  # 4.3 expected
+    assert abs(first.mean() / 10**9 - 0.5) < 5 / np.sqrt(12 * 65536)
+
+
+def test_active_set_of_all_instances_is_in_their_order() -> None:
+    np.testing.assert_array_equal(rows.ActiveSet(1000, 1000, 5).instances, np.arange(1000))
+
+
+@pytest.mark.parametrize("active", [0, 11])
+def test_active_set_refuses_a_size(active: int) -> None:
+    with pytest.raises(ValueError, match=f"between 1 and num_instances .10., got {active}"):
+        rows.ActiveSet(10, active, 0)
+
+
+def test_too_many_rows_between_two_steps_are_counted() -> None:
+    active = rows.ActiveSet(100, 3, 0)
+    active.commit(active.plan(indices(7, 8)))
+    with pytest.raises(ValueError, match=r"^4 distinct rows .* only 3 fit .* optimiser step frees"):
+        active.plan(indices(9, 10, 7))
+    active.release()
+    active.commit(active.plan(indices(9, 10, 7)))
+    assert (active.find(indices(9, 10, 7, 8)) >= 0).tolist() == [True, True, True, False]
+
+
+def test_a_plan_holds_for_the_state_it_was_made_for() -> None:
+    active = rows.ActiveSet(10, 4, 0)
+    stale = active.plan(indices(1))
+    active.commit(active.plan(indices(2)))
+    with pytest.raises(RuntimeError, match="changed since this plan"):
+        active.commit(stale)
+    stale = active.plan(indices(1))
+    active.load(active.state())
+    with pytest.raises(RuntimeError, match="changed since this plan"):
+        active.commit(stale)
+    with pytest.raises(RuntimeError, match="another's"):
+        rows.ActiveSet(10, 4, 0).commit(active.plan(indices(1)))
+
+
+@pytest.mark.parametrize("call", ["find", "plan"])
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        (indices(0, 10), ValueError, r"\[0, 10\), got 10 at position 1"),
+        (indices(-1), ValueError, r"\[0, 10\), got -1 at position 0"),
+        (np.zeros(2, np.int32), TypeError, "indices must be int64, got int32"),
+        (np.zeros((2, 1), np.int64), ValueError, "one dimension"),
+        (np.arange(8)[::2], ValueError, "contiguous"),
+    ],
+)
+def test_active_set_refuses_indices(
+    call: str, batch: np.ndarray, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        getattr(rows.ActiveSet(10, 4, 0), call)(batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("instances", indices(0, 1, 1)),
+        ("instances", indices(0, 1, 10)),
+        ("instances", indices(0, 1)),
+        ("order", indices(0, 1, 3)),
+        ("order", indices(0, 2, 2)),
+        ("protected", indices(4)),
+        ("protected", None),
+    ],
+)
+def test_a_wrong_state_changes_nothing(name: str, value: np.ndarray | None) -> None:
+    active = rows.ActiveSet(10, 3, 0)
+    active.commit(active.plan(indices(5, 6)))
+    before = active.state()
+    with pytest.raises(ValueError, match=f"state.*{name}"):
+        active.load(before | {name: value})
+    for key, array in active.state().items():
+        np.testing.assert_array_equal(array, before[key])
+
+
+@given(
+    size=st.integers(1, 40),
+    batches=st.lists(st.lists(st.integers(0, 299), max_size=120, unique=True), max_size=6),
+    threads=st.integers(1, 4),
+)
+def test_records_equal_an_array(
+    tmp_path_factory: pytest.TempPathFactory, size: int, batches: list[list[int]], threads: int
+) -> None:
+    folder = tmp_path_factory.mktemp("records")
+    files = rows.RecordFiles(folder, "r", size, 300, threads)
+    model = np.zeros((300, size), np.uint8)
+    random = np.random.default_rng(0)
+    for batch in batches:
+        data = random.integers(0, 256, (len(batch), size), np.uint8)
+        files.write(indices(*batch), data)
+        model[batch] = data
+        order = random.integers(0, 300, 500)
+        found = np.full((500, size), 99, np.uint8)
+        files.read(order, found)
+        np.testing.assert_array_equal(found, model[order])
+    assert [path.name for path in folder.iterdir()] == (["r.00000"] if any(batches) else [])
+
+
+def test_records_are_shared_out_among_at_most_256_sparse_files(tmp_path: Path) -> None:
+    count = 2**40  # records of 8 bytes: 8 TiB
+    files = rows.RecordFiles(tmp_path, "r", 8, count)
+    where = indices(count - 1, 0, 2**32, 2**32 - 1, 3)
+    files.write(where, np.arange(1, 6))
+    found = np.empty(6, np.int64)
+    files.read(np.append(where, count // 2), found)
+    assert found.tolist() == [1, 2, 3, 4, 5, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.00000", "r.00001", "r.00255"]
+    assert (tmp_path / "r.00255").stat().st_size == 2**35
+    assert sum(path.stat().st_blocks for path in tmp_path.iterdir()) * 512 < 2**18
+
+
+def test_record_errors_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "full.00000").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"full\.00000") as caught:
+        rows.RecordFiles(tmp_path, "full", 8, 10).write(np.arange(3), np.arange(3))
+    assert caught.value.errno == errno.ENOSPC
+    (tmp_path / "folder.00000").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        rows.RecordFiles(tmp_path, "folder", 8, 10).read(np.arange(3), np.arange(3))
+    assert caught.value.filename == str(tmp_path / "folder.00000")
+
+
+def test_a_write_over_the_size_limit_is_an_error(tmp_path: Path) -> None:
+    files = rows.RecordFiles(tmp_path, "r", 4096, 1000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"r\.00000") as caught:
+            files.write(np.arange(100), np.ones((100, 4096), np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    files.write(np.arange(100), np.full((100, 4096), 2, np.uint8))
+    found = np.empty((100, 4096), np.uint8)
+    files.read(np.arange(100), found)
+    assert (found == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("where", "data", "error", "message"),
+    [
+        (indices(0, 0), np.zeros(2), ValueError, "distinct, got 0 twice"),
+        (indices(0, 10), np.zeros(2), ValueError, r"\[0, 10\), got 10 at position 1"),
+        (indices(0, 1), np.zeros(3), ValueError, "2 times 8 bytes"),
+        (indices(0, 1), np.zeros(4)[::2], ValueError, "contiguous"),
+        (np.zeros(1, np.int32), np.zeros(1), TypeError, "int64"),
+    ],
+)
+def test_records_refuse(
+    tmp_path: Path, where: np.ndarray, data: np.ndarray, error: type[Exception], message: str
+) -> None:
+    files = rows.RecordFiles(tmp_path, "r", 8, 10)
+    with pytest.raises(error, match=message):
+        files.write(where, data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_closed_files_refuse(tmp_path: Path) -> None:
+    files = rows.RecordFiles(tmp_path, "r", 8, 10)
+    files.write(np.arange(3), np.arange(3))
+    files.close()
+    files.close()
+    with pytest.raises(ValueError, match="closed"):
+        files.read(np.arange(3), np.arange(3))
