@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import gc
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import subprocess
 import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -24,10 +19,11 @@ import pytest
 import torch
 
 from bench import ceilings, report
-from bench.cases import GRIDS, PACKAGES, Case, grid
+from bench.cases import GRIDS, Case, grid
+from bench.machine import describe, result_file
 from bench.memory import peak_extra_mib
 
-QUICK = "B256 and not K262144 and not K1048576 and not compile"  # pytest -k
+QUICK = "(B256 or conic-B512) and not K262144 and not K1048576 and not compile"  # pytest -k
 
 
 def main() -> int:
@@ -44,7 +40,7 @@ def main() -> int:
     limits = ceilings.measure()
     status, timings = run_benchmarks(QUICK if arguments.quick else "")
     result = {
-        "machine": describe_machine(timings),
+        "machine": describe("cpu"),
         "ceilings": limits,
         "records": [record(benchmark, limits) for benchmark in timings["benchmarks"]],
     }
@@ -59,7 +55,7 @@ def measure_gpu(arguments: argparse.Namespace) -> int:
         raise SystemExit("there is no CUDA device here")
     from bench import gpu
 
-    machine = describe_gpu()
+    machine = describe("cuda")
     output = arguments.output or default_output(machine, arguments.quick)
     if output.exists():
         result = json.loads(output.read_text())
@@ -141,51 +137,9 @@ def record(benchmark: dict, limits: dict) -> dict:
     }
 
 
-def describe_machine(timings: dict) -> dict:
-    machine, commit = timings["machine_info"], timings["commit_info"]
-    processor = machine["cpu"]["brand_raw"]
-    return {
-        "device": processor,
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{machine['system']} {machine['machine']}",
-        "python": machine["python_version"],
-        **{package: version(package) for package in ("torch", "triton", "lightly")},
-        "date": timings["datetime"][:10],
-        "commit": commit["id"][:12] + ("-dirty" if commit["dirty"] else ""),
-    }
-
-
-def describe_gpu() -> dict:
-    properties = torch.cuda.get_device_properties(0)
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout
-    return {
-        "device": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "cuda": torch.version.cuda,
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "triton", *PACKAGES.values())},
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def default_output(machine: dict, quick: bool) -> Path:
-    if quick:  # not for keeping
-        return Path("build", "bench", "quick.json")
-    device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    return report.RESULTS / f"{machine['date']}-{device}.json"
+    # The quick one is not for keeping.
+    return Path("build", "bench", "quick.json") if quick else result_file(machine)
 
 
 def write(result: dict, output: Path) -> None:

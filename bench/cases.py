@@ -1,6 +1,7 @@
 """What is measured: sizes, inputs, and implementations of the same losses.
 
-A step is one forward and backward to the query, with the settings of MoCo in the CO2 paper.
+A step is one forward and backward to all that gets a gradient, with the papers' settings: those of MoCo in
+the CO2 paper, and those of ConIC with two views and a sampled classifier.
 """
 
 from __future__ import annotations
@@ -12,41 +13,74 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.eager import eager_co2
-from contrastive_ops import co2_loss
+from bench.eager import eager_co2, eager_conic
+from contrastive_ops import co2_loss, conic_loss
 
-HEADLINE_BATCH = 256  # MoCo's
+Inputs = tuple[Tensor, Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A loss as it is measured.
+
+    Attributes:
+        fused: the package's; its backend is the implementation.
+        eager: the same in eager PyTorch.
+        settings: keyword arguments of both.
+        inputs: makes them for a size.
+        products: matrix products of 2·B·K·D operations that a step needs. CO2 takes two passes over the
+            queue, each with the similarities of query and key, and the second with the gradient; InfoNCE
+            has no use for the key's; ConIC's second pass has gradients of views and weight.
+        exponentials: a pair of row and key, in all passes.
+        eager_matrices: B×K matrices that eager PyTorch holds at its peak, measured; other peers hold fewer or
+            about as many.
+        headline: B of the size that the README tells of.
+    """
+
+    fused: Callable[..., Any]
+    eager: Callable[..., Any]
+    settings: dict[str, Any]
+    inputs: Callable[[Case, str], Inputs]
+    products: int
+    exponentials: int
+    eager_matrices: int
+    headline: int
 
 
 @dataclass(frozen=True)
 class Grid:
     """The sizes that are measured on a kind of device, and what is measured there."""
 
-    batches: tuple[int, ...]
-    queues: tuple[int, ...]
+    sizes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # B and K by loss
     dims: dict[str, tuple[int, ...]]  # by dtype
     fused: tuple[str, ...]  # backends of the package
     peers: dict[str, tuple[str, ...]]  # by loss
-    longest_queue: int | None = None  # beyond `queues`, for what needs no logits
+    longest: int | None = None  # a K beyond `sizes`, for what needs no logits
 
 
+_QUEUES = ((32, 256, 1024), (4096, 65536, 262144))
+_GPU_QUEUES = ((256, 32, 1024, 4096), (65536, 16384, 1 << 20))
 GRIDS = {
     "cpu": Grid(
-        batches=(32, 256, 1024),
-        queues=(4096, 65536, 262144),
+        sizes={"co2": _QUEUES, "info_nce": _QUEUES, "conic": ((128, 512), (4096, 65536, 262144))},
         dims={"float32": (128,), "bfloat16": (128,)},
         fused=("cpu",),
-        peers={"co2": ("eager", "compile"), "info_nce": ("eager", "compile", "lightly")},
-        longest_queue=1 << 20,
+        peers={
+            "co2": ("eager", "compile"),
+            "info_nce": ("eager", "compile", "lightly"),
+            "conic": ("eager", "compile", "linear_cross_entropy"),
+        },
+        longest=1 << 20,
     ),
     "cuda": Grid(
-        batches=(256, 32, 1024, 4096),
-        queues=(65536, 16384, 1 << 20),
+        sizes={"co2": _GPU_QUEUES, "info_nce": _GPU_QUEUES, "conic": ((1024, 128), (65536, 16384, 1 << 20))},
         dims={"bfloat16": (128, 256), "float32": (128,)},
         fused=("triton",),
         peers={
@@ -55,29 +89,20 @@ GRIDS = {
                 "eager", "compile", "max-autotune",
                 "linear_cross_entropy", "liger", "cut_cross_entropy", "inf_cl",
             ),
+            "conic": (
+                "eager", "compile", "max-autotune", "linear_cross_entropy", "liger", "cut_cross_entropy",
+            ),
         },
     ),
 }  # fmt: skip
 
-SETTINGS = {
-    "co2": {"temperature": 0.07, "consistency_temperature": 0.04, "consistency_weight": 10.0},
-    "info_nce": {"temperature": 0.07, "consistency_weight": 0.0},
-}
-# Matrix products of 2·B·K·D operations that a step needs: CO2 takes two passes over the queue, each with the
-# similarities of query and key, and the second with the gradient; InfoNCE has no use for the key's.
-PRODUCTS = {"co2": 5, "info_nce": 3}
-
-EXPONENTIALS = {"co2": 6, "info_nce": 2}  # a pair of row and key, in the two passes
-
-# B×K matrices that eager PyTorch holds at its peak, measured; the other peers hold fewer or about as many.
-EAGER_MATRICES = {"co2": 12, "info_nce": 4}
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Case:
-    """One implementation of a loss at one size; the fields are those of a record in the results."""
+    """One implementation of a loss at one size; the fields are those of a record in the results.
+
+    B counts rows (ConIC's views times instances), K the rows they are compared with.
+    """
 
     loss: str
     impl: str
@@ -90,23 +115,28 @@ class Case:
         return f"{self.loss}-{self.impl}-{self.dtype}-B{self.B}-K{self.K}-D{self.D}"
 
     @property
+    def problem(self) -> Problem:
+        return PROBLEMS[self.loss]
+
+    @property
     def operations(self) -> int:
         """Floating-point operations of the matrix products of a step."""
-        return PRODUCTS[self.loss] * 2 * self.B * self.K * self.D
+        return self.problem.products * 2 * self.B * self.K * self.D
 
 
 def grid(device: str = "cpu") -> Iterator[Case]:
     """All cases that can run here, the implementations of a size one after the other."""
-    sizes = GRIDS[device]
-    for loss, (dtype, dims) in itertools.product(SETTINGS, sizes.dims.items()):
-        for dim, batch, keys in itertools.product(dims, sizes.batches, sizes.queues):
-            for impl in (*sizes.fused, *sizes.peers[loss]):
+    chosen = GRIDS[device]
+    by_loss, by_dtype = chosen.sizes.items(), chosen.dims.items()
+    for (loss, (batches, queues)), (dtype, dims) in itertools.product(by_loss, by_dtype):
+        for dim, batch, keys in itertools.product(dims, batches, queues):
+            for impl in (*chosen.fused, *chosen.peers[loss]):
                 case = Case(loss, impl, dtype, batch, keys, dim)
                 if _is_installed(case, device) and _fits(case, device):
                     yield case
-    if sizes.longest_queue:
-        for loss, dtype, impl in itertools.product(SETTINGS, sizes.dims, sizes.fused):
-            yield Case(loss, impl, dtype, HEADLINE_BATCH, sizes.longest_queue)
+    if chosen.longest:
+        for loss, dtype, impl in itertools.product(chosen.sizes, chosen.dims, chosen.fused):
+            yield Case(loss, impl, dtype, PROBLEMS[loss].headline, chosen.longest)
 
 
 PACKAGES = {
@@ -121,7 +151,7 @@ def _is_installed(case: Case, device: str) -> bool:
     if case.impl == "compile":
         return device != "cpu" or shutil.which("c++") is not None  # torch.compile makes C++ for CPUs
     if case.impl == "max-autotune":
-        return case.B == HEADLINE_BATCH  # compiling takes a minute a size
+        return case.problem.headline == case.B  # compiling takes a minute a size
     if case.impl == "linear_cross_entropy":
         return hasattr(F, "linear_cross_entropy")
     if case.impl == "cut_cross_entropy" and case.dtype == "float32":
@@ -134,7 +164,7 @@ def _fits(case: Case, device: str) -> bool:
     K = 262144."""
     if case.impl not in ("eager", "compile", "max-autotune", "lightly"):
         return True
-    matrices = EAGER_MATRICES[case.loss] * case.B * case.K * getattr(torch, case.dtype).itemsize
+    matrices = case.problem.eager_matrices * case.B * case.K * getattr(torch, case.dtype).itemsize
     if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
     else:
@@ -142,8 +172,13 @@ def _fits(case: Case, device: str) -> bool:
     return matrices <= 0.8 * memory
 
 
-def inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Query (B, D), which requires a gradient, key (B, D) that resembles it, normalised queue (K, D)."""
+def inputs(case: Case, device: str = "cpu") -> Inputs:
+    """The tensors of a case, of which those that get a gradient require one."""
+    return case.problem.inputs(case, device)
+
+
+def _queue_inputs(case: Case, device: str) -> Inputs:
+    """Query (B, D), key (B, D) that resembles it, normalised queue (K, D)."""
     generator = torch.Generator(device).manual_seed(0)
     rows = partial(torch.randn, generator=generator, device=device)
     query = rows(case.B, case.D)
@@ -153,25 +188,48 @@ def inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     return query.to(dtype).requires_grad_(), key.to(dtype), queue.to(dtype)
 
 
+def _classifier_inputs(case: Case, device: str) -> Inputs:
+    """Two views (2, B / 2, D) of instances, weight (K, D), target (B / 2,)."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows = partial(torch.randn, generator=generator, device=device)
+    weight = rows(case.K, case.D)
+    target = torch.randint(case.K, (case.B // 2,), generator=generator, device=device)
+    views = weight[target] + rows(2, case.B // 2, case.D)
+    dtype = getattr(torch, case.dtype)
+    return views.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target
+
+
+_MOCO = {"temperature": 0.07, "consistency_temperature": 0.04, "consistency_weight": 10.0}
+_CONIC = {"num_instances": 1_281_167, "temperature": 0.1, "consistency_weight": 2.5}
+PROBLEMS = {
+    "co2": Problem(co2_loss, eager_co2, _MOCO, _queue_inputs, 5, 6, 12, 256),
+    "info_nce": Problem(
+        co2_loss, eager_co2, _MOCO | {"consistency_weight": 0.0}, _queue_inputs, 3, 2, 4, 256
+    ),
+    "conic": Problem(conic_loss, eager_conic, _CONIC, _classifier_inputs, 4, 2, 6, 512),
+}
+
+
 def implementation(case: Case) -> Loss:
-    """``loss(query, key, queue)`` of the case; `impl` is a peer's name or a backend of the package."""
-    settings = SETTINGS[case.loss]
+    """The loss of a case's tensors; `impl` is a peer's name or a backend of the package."""
+    problem = case.problem
     if case.impl == "eager":
-        return partial(eager_co2, **settings)
+        return partial(problem.eager, **problem.settings)
     if case.impl in ("compile", "max-autotune"):
         # What was compiled for other sizes would count against the limit beyond which dynamo gives up.
         torch.compiler.reset()
         # Graphs are captured by who measures, of every implementation alike.
         mode = "max-autotune-no-cudagraphs" if case.impl == "max-autotune" else None
-        return partial(torch.compile(eager_co2, dynamic=False, mode=mode), **settings)
+        return partial(torch.compile(problem.eager, dynamic=False, mode=mode), **problem.settings)
     if case.impl == "lightly":
-        return _lightly_nt_xent(settings["temperature"])
+        return _lightly_nt_xent(problem.settings["temperature"])
     if case.impl in LANGUAGE_MODEL_LOSSES:
-        return partial(_as_classification, LANGUAGE_MODEL_LOSSES[case.impl](), settings["temperature"])
-    return partial(co2_loss, backend=case.impl, **settings)
+        as_peer = _classify_views if case.loss == "conic" else _classify_query
+        return partial(as_peer, LANGUAGE_MODEL_LOSSES[case.impl](), problem.settings["temperature"])
+    return partial(problem.fused, **problem.settings, backend=case.impl)
 
 
-def _as_classification(
+def _classify_query(
     cross_entropy: Loss, temperature: float, query: Tensor, key: Tensor, queue: Tensor
 ) -> Tensor:
     """InfoNCE by a fused linear cross entropy, as near as one comes: the classifier is [keys; queue], whose
@@ -179,6 +237,14 @@ def _as_classification(
     weight = torch.cat([F.normalize(key, dim=1).to(queue.dtype), queue])
     target = torch.arange(len(query), device=query.device)
     return cross_entropy(F.normalize(query, dim=1) / temperature, weight, target)
+
+
+def _classify_views(
+    cross_entropy: Loss, temperature: float, views: Tensor, weight: Tensor, target: Tensor
+) -> Tensor:
+    """ConIC's classification by a fused linear cross entropy: without β, and without consistency."""
+    rows = F.normalize(views.flatten(0, 1), dim=1) / temperature
+    return cross_entropy(rows, F.normalize(weight, dim=1), target.repeat(len(views)))
 
 
 def _linear_cross_entropy() -> Loss:
@@ -236,7 +302,8 @@ def _lightly_nt_xent(temperature: float) -> Loss:
     return loss
 
 
-def step(loss: Loss, query: Tensor, key: Tensor, queue: Tensor) -> None:
-    """Forward, and backward to the query."""
-    query.grad = None
-    loss(query, key, queue).backward()
+def step(loss: Loss, *tensors: Tensor) -> None:
+    """Forward, and backward to what requires a gradient."""
+    for tensor in tensors:
+        tensor.grad = None
+    loss(*tensors).backward()

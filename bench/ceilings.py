@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.benchmark import Timer
 
-from bench.cases import EXPONENTIALS, GRIDS, Case
+from bench.cases import GRIDS, Case
 
 MIB = 1 << 20
 # (rows, inner, columns) of products: square ones that caches like, and both shapes of a loss over a queue.
@@ -47,7 +47,7 @@ def floor_ms(case: Case, ceilings: dict) -> float:
         rates += [ceilings.get("fma_tflop_s") or 0, ceilings["matmul_tflop_s"].get("tf32", 0) / 3]
     seconds = [case.operations / (max(rates) * 1e12)]
     if "exponentials_t_s" in ceilings:
-        exponentials = EXPONENTIALS[case.loss] * case.B * case.K
+        exponentials = case.problem.exponentials * case.B * case.K
         queue = case.K * case.D * getattr(torch, case.dtype).itemsize
         seconds += [
             exponentials / (ceilings["exponentials_t_s"] * 1e12),

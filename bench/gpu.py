@@ -13,12 +13,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from bench.cases import SETTINGS, Case, Loss, implementation, inputs, step
-from bench.eager import eager_co2
+from bench.cases import Case, Inputs, Loss, implementation, inputs, step
 
-Inputs = tuple[Tensor, Tensor, Tensor]
 MOST_SETS = 32
 
 
@@ -32,8 +29,8 @@ def measure(case: Case) -> dict:
     wall_ms = None
     if case.impl == "max-autotune":  # as its users call it, with graphs of its own
         torch.compiler.reset()
-        own_graphs = torch.compile(eager_co2, dynamic=False, mode="max-autotune")
-        wall_ms = wall_time_ms(partial(own_graphs, **SETTINGS[case.loss]), first)
+        own_graphs = torch.compile(case.problem.eager, dynamic=False, mode="max-autotune")
+        wall_ms = wall_time_ms(partial(own_graphs, **case.problem.settings), first)
     loss = implementation(case)
     for _ in range(3):  # compiles, and fills the allocator's pools
         step(loss, *first)
@@ -60,13 +57,18 @@ def sets_beyond_cache(one: Inputs) -> int:
 
 
 def copied(one: Inputs) -> Inputs:
-    query, key, queue = (x.detach().clone() for x in one)
-    return query.requires_grad_(), key, queue
+    first, second, third = (x.detach().clone().requires_grad_(x.requires_grad) for x in one)
+    return first, second, third
+
+
+def forget_gradients(one: Inputs) -> None:
+    for tensor in one:
+        tensor.grad = None
 
 
 def peak_extra_mib(loss: Loss, one: Inputs) -> float:
     """What a step allocates at its peak, beyond what was there before it, its gradient included."""
-    one[0].grad = None
+    forget_gradients(one)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -112,8 +114,8 @@ def graph_times_ms(loss: Loss, sets: Sequence[Inputs], seconds: float = 0.3) -> 
     torch.cuda.empty_cache()
     try:
         graph = torch.cuda.CUDAGraph()
-        for query, *_ in sets:
-            query.grad = None  # it is to be allocated within the graph
+        for one in sets:
+            forget_gradients(one)  # they are to be allocated within the graph
         with torch.cuda.graph(graph):
             run()
         replay = graph.replay

@@ -6,6 +6,7 @@ Resident memory is what the kernel counts (Linux only), so that no allocator and
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,16 +28,16 @@ def peak_extra_mib(case: Case) -> float:
 
 
 def _measure(case: Case) -> float:
-    loss = implementation(case)
-    query, key, queue = inputs(case)
+    loss, tensors = implementation(case), inputs(case)
     # A small step first, which loads libraries and starts threads. What torch.compile makes serves one size
     # only, and compiling is not part of a step: there it is a whole one.
-    step(loss, query, key, queue if case.impl == "compile" else queue[:200])
-    query.grad = None
+    step(loss, *(tensors if case.impl == "compile" else inputs(dataclasses.replace(case, K=200))))
+    for tensor in tensors:
+        tensor.grad = None
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds back could serve the step unseen
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _resident_mib("VmRSS")
-    step(loss, query, key, queue)
+    step(loss, *tensors)
     return _resident_mib("VmHWM") - before
 
 

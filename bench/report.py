@@ -16,14 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from bench.cases import PROBLEMS
+from bench.machine import RESULTS
 from bench.markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
-LOSSES = {"co2": "CO2", "info_nce": "InfoNCE"}
+LOSSES = {"co2": "CO2", "info_nce": "InfoNCE", "conic": "ConIC"}
 PEERS = {
     "eager": "eager PyTorch",
     "compile": "torch.compile",
@@ -44,7 +45,7 @@ PEER_COLORS = dict(
 FUSED_COLORS = ("#d1495b", "#e08e45", "#2a9d6f")
 
 PLOTTED = {"loss": "co2", "B": 256, "D": 128}
-HEADLINE = {"B": 256, "K": 65536, "D": 128}  # the size that the README tells of
+HEADLINE = {"K": 65536, "D": 128}  # the size that the README tells of; B is the loss's
 
 Records = dict[str, dict]  # of one size, by implementation
 
@@ -118,10 +119,11 @@ MEASURED = {
 
 def report(result: Result) -> str:
     parts = [
-        f"# Losses over a queue on {result.machine['device']}",
+        f"# The losses on {result.machine['device']}",
         f"{result.caption}; commit {result.machine['commit']}.",
-        f"A step is forward and backward to the query. {MEASURED[result.on_gpu]} Speed-ups are those of the "
-        "fastest fused implementation.",
+        "A step is forward and backward to all that gets a gradient. ConIC counts both views of an instance "
+        "among its B rows, and its memory has the gradient of its weight in it. "
+        f"{MEASURED[result.on_gpu]} Speed-ups are those of the fastest fused implementation.",
         f"![Time against keys]({result.beside('-time.png').name})",
         f"![Memory against keys]({result.beside('-memory.png').name})",
         ceilings_table(result),
@@ -185,20 +187,21 @@ def readme_section(result: Result) -> str:
     impls = result.impls(**HEADLINE)
     rows = []
     for loss in result.values("loss", **HEADLINE):
-        for dtype in result.values("dtype", loss=loss, **HEADLINE):
-            (records,) = result.sizes(loss=loss, dtype=dtype, **HEADLINE).values()
+        where = {"loss": loss, "B": PROBLEMS[loss].headline, **HEADLINE}
+        for dtype in result.values("dtype", **where):
+            (records,) = result.sizes(dtype=dtype, **where).values()
             cells = (
                 f"{cell(records, impl, 'ms')} ms, {cell(records, impl, 'peak_mib')} MiB"
                 if impl in records
                 else "–"
                 for impl in impls
             )
-            rows.append((f"{LOSSES[loss]}, {dtype}", *cells, speed_up(records, "eager")))
+            rows.append((f"{LOSSES[loss]}, B = {where['B']}, {dtype}", *cells, speed_up(records, "eager")))
     image = os.path.relpath(result.beside("-time.png"), ROOT)
     return "\n\n".join(
         (
             table(("", *map(label, impls), "speed-up over eager"), rows),
-            f"Forward and backward at B = {HEADLINE['B']}, K = {HEADLINE['K']:,}, D = {HEADLINE['D']}: "
+            f"Forward and backward of B rows against K = {HEADLINE['K']:,}, D = {HEADLINE['D']}: "
             f"median time, and peak memory beyond the input. {result.caption}.",
             f"![Time of a step against the number of keys]({image})",
         )

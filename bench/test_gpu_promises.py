@@ -40,6 +40,20 @@ def test_at_the_size_of_moco(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_conic_with_a_sampled_classifier(backend: str) -> None:
+    """bfloat16, 1024 × 65536 × 128: 8 times eager, 2.5 times the floor at most, ahead of fused peers."""
+    case = Case("conic", backend, "bfloat16", B=1024, K=65536)
+    fused, floor = gpu.measure(case), ceilings.floor_ms(case, ceilings.measure("cuda"))
+    print(f"\n{case}: {fused['ms']:.4f} ms, {fused['ms'] / floor:.2f} × the floor")
+    here = {each.impl for each in grid("cuda") if each.loss == "conic" and each.dtype == "bfloat16"}
+    for name in here & {"eager", "linear_cross_entropy", "liger", "cut_cross_entropy"}:
+        peer = gpu.measure(dataclasses.replace(case, impl=name))
+        print(f"  {peer['ms'] / fused['ms']:.2f} × faster than {name} ({peer['ms']:.4f} ms)")
+        assert peer["ms"] >= (8 if name == "eager" else 1) * fused["ms"]
+    assert fused["ms"] <= 2.5 * floor
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_memory_of_a_million_keys(backend: str) -> None:
     """B = 4096, K = 1,048,576 in less than a GiB, where one matrix of logits takes 8."""
     case = Case("co2", backend, "bfloat16", B=4096, K=1 << 20)

@@ -10,6 +10,8 @@ Activation exchanges rows by one kernel that reads records at `fetch`'s rows and
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,10 +71,7 @@ class MemoryRows:
     def __init__(self, num_instances: int, dim: int, dtype: torch.dtype, seed: int, on_host: bool) -> None:
         self._seed, self._on_host = seed, on_host
         self._taken = np.zeros(num_instances, np.uint32)  # 1 + steps; 0 for a row that was never kept
-        # calloc: memory is taken when it is first written to.
-        self._records = torch.from_numpy(
-            np.zeros((num_instances, 2, dim), torch.empty(0, dtype=dtype).numpy().dtype)
-        )
+        self._records = _untouched_zeros((num_instances, 2, dim), dtype)
         self._written: torch.cuda.Event | None = None  # when the device has last written to the host's memory
         self._staged: tuple[Indices, Tensor, torch.cuda.Event] | None = None
         self._side: torch.cuda.Stream | None = None
@@ -163,6 +162,15 @@ class MemoryRows:
 
     def close(self) -> None:
         pass
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory when they are first written to, and no more than a small page at a time: in huge
+    pages, a batch of rows from all over would have to clear a gigabyte."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class FileRows:

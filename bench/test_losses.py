@@ -1,0 +1,118 @@
+"""Times of the losses, and the ratios that are promised of them.
+
+python -m pytest bench                 all cases, a quarter of an hour on two cores
+python -m pytest bench -k "K4096"      some of them
+python -m bench                        all cases, with memory, ceilings and a report
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import cpuinfo
+import pytest
+import torch
+
+from bench.cases import GRIDS, PROBLEMS, Case, grid, implementation, inputs, step
+
+
+def rounds(case: Case) -> int:
+    """Twenty for what takes milliseconds, three for what takes ten seconds."""
+    return max(3, min(20, 2**27 // (case.B * case.K)))
+
+
+@pytest.mark.parametrize("case", list(grid()), ids=str)
+def test_step(benchmark, case: Case) -> None:
+    benchmark.group = f"{case.loss} {case.dtype} B={case.B} K={case.K} D={case.D}"
+    benchmark.extra_info.update(dataclasses.asdict(case))
+    arguments = (implementation(case), *inputs(case))
+    benchmark.pedantic(step, args=arguments, rounds=rounds(case), warmup_rounds=1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in grid()
+        if case.dtype == "float32" and case.K == 4096 and case.problem.headline == case.B
+    ],
+    ids=str,
+)
+def test_implementations_compute_the_same(case: Case) -> None:
+    """Gradients like eager's; a language model's loss is ConIC without compensation and consistency."""
+    tensors = inputs(case)
+    step(implementation(case), *tensors)
+    expected = tuple(
+        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in tensors
+    )
+    eager = implementation(dataclasses.replace(case, impl="eager"))
+    if case.impl == "linear_cross_entropy":
+        plain = partial(case.problem.eager, temperature=0.1, consistency_weight=0.0)
+
+        def eager(*tensors: torch.Tensor) -> torch.Tensor:
+            return plain(*tensors) / len(tensors[0])  # of the mean over views, not their sum
+
+    step(eager, *expected)
+    for of_case, of_eager in zip(tensors, expected, strict=True):
+        if of_case.requires_grad:
+            torch.testing.assert_close(of_case.grad.double(), of_eager.grad, rtol=1e-3, atol=1e-6)
+
+
+AT_ONCE = {
+    "co2": (5, 8, 1.25),  # times faster than eager in float32, in bfloat16; of its matrix products alone
+    "conic": (2.2, 4, 1.25),
+}
+
+
+@pytest.mark.parametrize("loss", AT_ONCE)
+@pytest.mark.parametrize("backend", GRIDS["cpu"].fused)
+def test_ratios_at_full_size(loss: str, backend: str, capsys: pytest.CaptureFixture) -> None:
+    """In float32 and, where the processor multiplies that, in bfloat16 beside eager float32."""
+    case = Case(loss, backend, "float32", B=PROBLEMS[loss].headline, K=65536)
+    half = dataclasses.replace(case, dtype="bfloat16")
+    eager = dataclasses.replace(case, impl="eager")
+    fused_s, half_s, eager_s, products_s = interleaved(
+        *(partial(step, implementation(each), *inputs(each)) for each in (case, half, eager)),
+        products(case),
+    )
+    with capsys.disabled():
+        print(
+            f"\n{case}: {fused_s * 1e3:.0f} ms, {eager_s / fused_s:.2f} × faster than eager, "
+            f"{fused_s / products_s:.2f} × the time of its matrix products; "
+            f"bfloat16: {half_s * 1e3:.0f} ms, {eager_s / half_s:.2f} × faster than float32 eager"
+        )
+    faster, half_faster, of_products = AT_ONCE[loss]
+    assert eager_s / fused_s >= faster
+    assert fused_s / products_s <= of_products
+    if {"avx512_bf16", "amx_bf16"} & set(cpuinfo.get_cpu_info()["flags"]):
+        assert eager_s / half_s >= half_faster
+
+
+def products(case: Case) -> Callable[[], None]:
+    """The matrix products of a step and nothing else, into memory that is there already."""
+    rows, keys = torch.randn(case.B, case.D), torch.randn(case.K, case.D)
+    logits, of_rows, of_keys = torch.empty(case.B, case.K), torch.empty_like(rows), torch.empty_like(keys)
+
+    def run() -> None:
+        if case.loss == "conic":
+            torch.mm(logits.T, rows, out=of_keys)
+        for _ in range(case.problem.products - (2 if case.loss == "conic" else 1)):
+            torch.mm(rows, keys.T, out=logits)
+        torch.mm(logits, keys, out=of_rows)
+
+    return run
+
+
+def interleaved(*runs: Callable[[], None], rounds: int = 7) -> list[float]:
+    """Median seconds of each, taken in turns so that a machine that slows down slows all of them."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(1 + rounds):
+        for run, times in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times[1:]) for times in seconds]  # the first of each warms up
