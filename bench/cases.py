@@ -206,7 +206,7 @@ PROBLEMS = {
     "info_nce": Problem(
         co2_loss, eager_co2, _MOCO | {"consistency_weight": 0.0}, _queue_inputs, 3, 2, 4, 256
     ),
-    "conic": Problem(conic_loss, eager_conic, _CONIC, _classifier_inputs, 4, 2, 6, 512),
+    "conic": Problem(conic_loss, eager_conic, _CONIC, _classifier_inputs, 4, 2, 5, 512),
 }
 
 

@@ -170,13 +170,14 @@ def report(result: dict[str, Any]) -> str:
     alone = [(r["what"], f"{r['ms']:.2f}", f"{r['floor_ms']:.2f}") for r in records if "floor_ms" in r]
     parts = [
         f"# A classifier of many instances on {machine['device']}",
-        f"torch {machine['torch']}, Python {machine['python']}; {machine['date']}; commit {machine['commit']}. "
-        f"D = {DIM}, {ACTIVE:,} active rows, float32; medians.",
-        f"A training step on {BATCH} views: activation, loss, backward, update. Beside it the update alone of "
-        "torch.optim.SGD, if all rows were parameters.",
+        f"torch {machine['torch']}, Python {machine['python']}; {machine['date']}; "
+        f"commit {machine['commit']}. D = {DIM}, {ACTIVE:,} active rows, float32; medians.",
+        f"A training step on {BATCH} views: activation, loss, backward, update. Beside it the update alone "
+        "of torch.optim.SGD, if all rows were parameters.",
         table(("storage", "instances", "step, ms", "dense update alone, ms"), rows),
-        f"Activation of {BATCH} rows that are not active, of {result['activated_of']:,} instances: new rows "
-        "have their initial value, old ones were evicted and are caught up. Files are in the system's cache.",
+        f"Activation of {BATCH} rows that are not active, of {result['activated_of']:,} instances: new "
+        "rows have their initial value, old ones were evicted and are caught up. Files are in the system's "
+        "cache.",
         table(("storage", "rows", "ms", "rows a second"), active),
         "The kernels alone, and what copying as many bytes takes:",
         table(("kernel", "ms", "copy, ms"), alone),

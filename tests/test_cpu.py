@@ -51,7 +51,17 @@ def test_older_instruction_sets_pass_the_same_tests(capability: str) -> None:
     # Without fused multiply-adds each term rounds twice. Eager's library has them: it is no measure then.
     selection = "cpu and not adversarial" if capability == "default" else "cpu"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_co2.py", "-k", selection],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "tests/test_co2.py",
+            "tests/test_conic.py",
+            "-k",
+            selection,
+        ],
         env=environment,
         capture_output=True,
         text=True,

@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-MODULES = ("functional", "modules", "queue", "_backends")
+MODULES = ("functional", "modules", "queue", "instances", "_backends", "_history")
 
 
 @pytest.mark.parametrize("name", MODULES)

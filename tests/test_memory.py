@@ -14,6 +14,14 @@ def extra_mib(keys: int, backend: str, dtype: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_conic_needs_its_weights_gradient_and_little_else(dtype: str) -> None:
+    """At most 64 MiB beside it, where the logits of 512 × 65536 alone take 128."""
+    of_weight = 65536 * 128 * {"float32": 4, "bfloat16": 2}[dtype] / 2**20
+    assert peak_extra_mib(Case("conic", "cpu", dtype, B=512, K=65536)) <= of_weight + 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("keys", [65536, 1 << 20])
 def test_a_fused_call_needs_no_logits(keys: int, dtype: str) -> None:
     """At most 32 MiB beyond the input, where the logits of 256 × 1,048,576 alone would take a GiB."""
