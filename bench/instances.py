@@ -24,7 +24,7 @@ import torch
 
 from bench import ceilings
 from bench.machine import describe, result_file
-from bench.markdown import table
+from bench.markdown import replace_in_readme, table
 from contrastive_ops import DelayedSGD, InstanceClassifier, _ops, conic_loss
 from contrastive_ops._history import History
 
@@ -185,12 +185,32 @@ def report(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def readme_section(result: dict[str, Any]) -> str:
+    """A step against the number of instances."""
+    records, machine = result["records"], result["machine"]
+    steps = {r["N"]: r["ms"] for r in records if r["what"] == "step" and r["tier"] == "device"}
+    dense = {r["N"]: r["ms"] for r in records if r["what"] == "dense update"}
+    rows = [(f"{n:,}", f"{steps[n]:.0f} ms", f"{dense[n]:,.0f} ms") for n in steps]
+    return "\n\n".join(
+        (
+            table(("instances", "training step", "update alone of torch.optim.SGD on all rows"), rows),
+            f"Activation, loss, backward and update for {BATCH} views, {ACTIVE:,} active rows of {DIM} "
+            f"dimensions in float32. {machine['device']}, {machine['threads']} threads; torch "
+            f"{machine['torch']}, Python {machine['python']}; {machine['date']}.",
+        )
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.instances", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, help="JSON file (default: bench/results/…)")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="put its table into README.md, and stop")
     arguments = parser.parse_args()
+    if arguments.readme:
+        replace_in_readme("classifier", readme_section(json.loads(arguments.readme.read_text())))
+        return
     device, rounds = arguments.device, arguments.rounds
     machine = describe(device)
     copy_gb_s = ceilings.copy_gb_s(device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -18,11 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.cases import PROBLEMS
 from bench.machine import RESULTS
-from bench.markdown import table
-
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+from bench.markdown import README, replace_in_readme, table
 
 LOSSES = {"co2": "CO2", "info_nce": "InfoNCE", "conic": "ConIC"}
 PEERS = {
@@ -197,7 +192,7 @@ def readme_section(result: Result) -> str:
                 for impl in impls
             )
             rows.append((f"{LOSSES[loss]}, B = {where['B']}, {dtype}", *cells, speed_up(records, "eager")))
-    image = os.path.relpath(result.beside("-time.png"), ROOT)
+    image = os.path.relpath(result.beside("-time.png"), README.parent)
     return "\n\n".join(
         (
             table(("", *map(label, impls), "speed-up over eager"), rows),
@@ -291,27 +286,19 @@ def reference(axes: Axes, values: dict[int, float], name: str) -> None:
     axes.annotate(name, points[len(points) // 2], color="0.35", size=9, **below)
 
 
-def replace_in_readme(results: Sequence[Result]) -> None:
-    before, begin, rest = README.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{README} lacks the markers {BEGIN} and {END}")
-    sections = "\n\n".join(map(readme_section, results))
-    README.write_text(f"{before}{begin}\n{sections}\n{end}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results in JSON")
     parser.add_argument("--readme", action="store_true", help="put their tables into README.md")
     arguments = parser.parse_args()
-    files = arguments.files or sorted(RESULTS.glob("*.json"))[-1:]  # names begin with the date
+    of_losses = [file for file in RESULTS.glob("*.json") if not file.stem.endswith("-instances")]
+    files = arguments.files or sorted(of_losses)[-1:]  # names begin with the date
     if not files:
         raise SystemExit(f"there are no results in {RESULTS}; `python -m bench` makes some")
     for path in files:
         write(path)
     if arguments.readme:
-        replace_in_readme([Result(path) for path in files])
+        replace_in_readme("benchmark", "\n\n".join(readme_section(Result(path)) for path in files))
 
 
 if __name__ == "__main__":
