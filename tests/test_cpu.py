@@ -49,7 +49,9 @@ def test_older_instruction_sets_pass_the_same_tests(capability: str) -> None:
     )
     assert f"contrastive_ops._cpu_{capability}" in loaded.stdout
     # Without fused multiply-adds each term rounds twice. Eager's library has them: it is no measure then.
-    selection = "cpu and not adversarial" if capability == "default" else "cpu"
+    selection = "cpu and not compiles"  # torch.compile's own code does not always build for them
+    if capability == "default":
+        selection += " and not adversarial"
     result = subprocess.run(
         [
             sys.executable,
