@@ -4,6 +4,8 @@ Every entry of the table of tiles is compiled for its architecture. The compiler
 bytes and shared memory, from which follows how many programs a multiprocessor holds. The machine code of the
 loop over the keys tells how many instructions, and how many exponentials, a pair of row and key costs. Beside
 what tensor cores need for the products, that says what bounds a kernel: at best all three go on at once.
+
+ConIC's rows are the views, and its keys the rows of the weight, in float32 whatever the views are.
 """
 
 from __future__ import annotations
@@ -13,13 +15,22 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
-from contrastive_ops.kernels import _co2
-from contrastive_ops.kernels._tiles import OTHER, TABLES, Table, Tiles, select_tiles
+from contrastive_ops.kernels import _co2, _conic, _rows, _walk
+from contrastive_ops.kernels._tiles import (
+    CONIC_OTHER,
+    CONIC_TABLES,
+    OTHER,
+    TABLES,
+    Tiles,
+    select_conic_tiles,
+    select_tiles,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,16 +44,35 @@ REGISTERS = 65536  # of a multiprocessor
 ISSUED, EXPONENTIALS = 128, 16
 OPERATIONS = {(8, 0): 2048, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
 UNITS = ("instructions", "exponentials", "products")
+UNSPECIALIZED = ("batch", "keys", "ranges", "count", "views_count", "rows", "padded_rows")
 SLOWER = {"half": 1, "tf32": 2, "tf32x3": 6}
 CHIPS = {(8, 0): ("A100", 108, 1.41), (9, 0): ("H200", 132, 1.98)}  # multiprocessors, highest clock in GHz
-KERNELS = ("statistics", "gradient")  # that walk the keys; "merge" and "finish" are small
+
+MODULES = {"co2": _co2, "conic": _conic, "rows": _rows}
+# The kernels that walk: how many products of D operations a pair takes for similarities, and for a gradient.
+WALKING = {
+    "co2.statistics": (2, 0),
+    "co2.gradient": (2, 1),
+    "conic.statistics": (1, 0),
+    "conic.weight": (1, 1),
+    "conic.views": (1, 1),
+}
+SMALL = ("co2.merge", "co2.finish", "conic.prepare", "conic.merge", "conic.norms", "conic.finish")
+EXPONENTIALS_A_PAIR = {"co2": 3, "conic": 1}
+ROWS = {"co2": 256, "conic": 1024}  # with 65536 keys
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 
-# What `_co2.co2` passes, by name: Triton may take integers to be multiples of 16.
+# What the launchers pass, by name: Triton may take integers to be multiples of 16.
 TYPES = {
     "partial": "*fp32", "merged": "*fp64", "parts": "*fp32", "gradient": "*fp32", "positive_rank": "*i64",
     "loss": "*fp32", "instance_loss": "*fp32", "consistency_loss": "*fp32", "scale": "fp32", "ratio": "fp32",
     "tau": "fp64", "tau_c": "fp64", "instance_weight": "fp64", "consistency_weight": "fp64",
+    "record": "*fp32", "inverse": "*fp32", "norm": "*fp64", "positive": "*fp64", "statistics": "*fp64",
+    "target": "*i64", "grad_loss": "*fp32", "classification_loss": "*fp32", "momentum_buffer": "*fp32",
+    "log_compensation": "fp64", "lr": "fp32", "momentum": "fp32", "weight_decay": "fp32", "grad": "*fp32",
+    "slots": "*i64", "incoming": "*fp32", "incoming_rows": "*i64", "coefficients": "*fp64",
+    "outgoing": "*fp32", "outgoing_rows": "*i64",
 }  # fmt: skip
 
 
@@ -62,20 +92,27 @@ class Resources:
         return min(by_registers, shared_kib * 1024 // (self.shared_bytes + 1024))  # 1 KiB is the system's
 
 
+def tiles_of(name: str, capability: tuple[int, int], precision: str, dim: int) -> Tiles:
+    loss, kernel = name.split(".")
+    if loss == "co2":
+        return select_tiles(capability, precision, dim)[kernel == "gradient"]
+    tiles: Tiles = getattr(select_conic_tiles(capability, precision, dim), kernel)
+    return tiles
+
+
 def clocks(
     made: Resources, name: str, capability: tuple[int, int], precision: str, dim: int
 ) -> dict[str, float]:
     """Clocks of a multiprocessor that a pair of row and key takes of each of its units."""
-    chunks, products = 1, 2
-    if name == "gradient":
-        options = _co2._walk(select_tiles(capability, precision, dim)[1], 256, 65536, dim, 132).options
-        chunks = -(-dim // options["WIDTH"])
-        products = 2 * chunks + 1
+    tiles = tiles_of(name, capability, precision, dim)
+    chunks = -(-dim // _walk.tile_options(tiles, dim).get("WIDTH", dim))
+    of_similarities, of_gradient = WALKING[name]
+    products = of_similarities * chunks + of_gradient
     taken = {
         "exponentials": chunks * made.loop.get("MUFU", 0) / EXPONENTIALS,
         "products": products * 2 * dim * SLOWER[precision] / OPERATIONS[capability],
     }
-    if dim <= select_tiles(capability, precision, dim)[name == "gradient"].depth:
+    if dim <= tiles.depth:
         # Rows that go through in chunks have a loop within the loop, which the code holds once.
         taken["instructions"] = sum(made.loop.values()) / ISSUED
     return taken
@@ -90,35 +127,68 @@ def compile_kernel(
     tiles: Tiles | None = None,
     columns: bool = False,
     dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype = torch.float32,
     keys: int = 65536,
     consistency: bool = True,
+    step: bool = True,
 ) -> Resources:
-    """One of the four kernels as it is launched for 256 rows on a chip of 132 multiprocessors; `columns` is
-    MoCo's (D, K) order of the queue; without `consistency` it is InfoNCE."""
-    kernel = getattr(_co2, f"_{name}_kernel")
-    dtype = dtype or DTYPES[precision]
-    launch = getattr(_co2._plan(256, keys, dim, dtype, precision, (capability, 132)), name)
-    options = dict(launch.options)
-    if tiles:
-        options |= _co2._walk(tiles, 256, keys, dim, 132).options
+    """One of the kernels, such as "co2.merge", as it is launched for a batch of `ROWS` on a chip of 132
+    multiprocessors; `columns` is the (D, K) order of keys; without `consistency` CO2 is InfoNCE; without
+    `step` ConIC stores the weight's gradient; `tiles` stand in for the table's."""
+    loss, name = name.split(".")
+    module, dtype = MODULES[loss], dtype or DTYPES[precision]
+    kernel = getattr(module, f"_{name}_kernel")
+    constants: dict[str, object] = {}
+    options: dict[str, object] = {}
+    if loss == "co2":
+        launch = getattr(_co2._plan(256, keys, dim, dtype, precision, (capability, 132)), name)
+        options = dict(launch.options)
+        if tiles:
+            options |= _walk.walk(tiles, 256, keys, dim, 132).options
+        constants = {
+            "INSTANCE": True, "CONSISTENCY": consistency, "INCLUDE_POSITIVE": True, "NORMALIZE": True,
+            "query_column": 1, "key_column": 1, "queue_row" if columns else "queue_column": 1,
+        }  # fmt: skip
+    elif loss == "conic":
+        launch = getattr(_conic._plan(2, 512, keys, dim, dtype, precision, (capability, 132)), name)
+        options = dict(launch.options)
+        if tiles:
+            options |= _walk.tile_options(tiles, dim) | {"WHOLE_KEYS": True}
+            held, walked = ("BLOCK_B", "BLOCK_K") if name == "views" else ("BLOCK_K", "BLOCK_B")
+            options |= {held: tiles.rows, walked: tiles.keys}
+        step = step and options.get("WHOLE_ROWS", True)
+        constants = {
+            "BACKWARD": not step, "STEP": step, "NESTEROV": False,
+            "view_column": 1, "momentum_column": 1, "weight_row" if columns else "weight_column": 1,
+        }  # fmt: skip
+        if name == "prepare":
+            constants |= dict.fromkeys(("statistics", "grad_loss") if step else ("positive",))
+        if name == "weight":
+            constants["gradient" if step else "momentum_buffer"] = None
+    else:
+        options = {"BLOCK": 128 if name == "exchange" else _rows._BLOCK}
+        constants = {"NESTEROV": False, "CONTIGUOUS": True} | {
+            f"{of}_column": 1 for of in ("weight", "buffer", "grad", "incoming", "outgoing")
+        }
     warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
-    constants = options | {
-        "INSTANCE": True, "CONSISTENCY": consistency, "INCLUDE_POSITIVE": True, "NORMALIZE": True,
-        "query_column": 1, "key_column": 1,
-        "queue_row" if columns else "queue_column": 1,
-    }  # fmt: skip
-    rows = f"*{options['DTYPE'].name}" if "DTYPE" in options else "*bf16"
-    types = TYPES | dict.fromkeys(("query", "key", "queue"), rows)
+    constants |= options
+    rows = _POINTERS[dtype]
+    types = TYPES | dict.fromkeys(("query", "key", "queue", "views", "unit"), rows)
+    types["weight"] = types["momentum_buffer"] = _POINTERS[weight_dtype]
+    if loss == "conic" and name == "finish":
+        types["gradient"] = rows
+    if name == "merge":
+        types["scale"] = "fp64" if loss == "conic" else "fp32"
 
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         signature[argument] = "constexpr" if argument in constants else types.get(argument, "i32")
-        if signature[argument][0] in "*i" and argument not in ("batch", "keys", "ranges"):
+        if signature[argument][0] in "*i" and argument not in UNSPECIALIZED:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         kernel,
         signature,
-        {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in signature},
+        {(kernel.arg_names.index(key),): value for key, value in constants.items() if key in signature},
         attributes,
     )
     major, minor = capability
@@ -127,8 +197,8 @@ def compile_kernel(
     registers, spilled, code = assemble(compiled.asm["ptx"], major)
     loop = loop_instructions(code)
     pairs = options.get("BLOCK_B", 1) * options.get("BLOCK_K", 1) / (32 * warps)
-    # The loop may be unrolled: a pair takes three exponentials, and a fraction for its lane.
-    pairs *= max(1, loop["MUFU"] // (3 * pairs))
+    # The loop may be unrolled: a pair takes so many exponentials, and a fraction for its lane.
+    pairs *= max(1, loop["MUFU"] // (EXPONENTIALS_A_PAIR.get(loss, 1) * pairs))
     per_pair = {instruction: count / pairs for instruction, count in loop.items()}
     return Resources(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"], per_pair)
 
@@ -157,25 +227,30 @@ def assemble(ptx: str, major: int) -> tuple[int, int, str]:
 
 
 def loop_instructions(code: str) -> Counter[str]:
-    """Instructions of the loop over the keys, which has the most exponentials; none without machine code."""
+    """Instructions of the loop that walks, the innermost with the exponentials; none without machine code."""
     labels, instructions = {}, []
     for line in map(str.strip, code.splitlines()):
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             instructions.append(instruction[1])
-    loops = []
+    loops: list[list[str]] = []
     for end, instruction in enumerate(instructions):
         target = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
         if target and labels.get(target[1], end + 1) <= end:
             body = instructions[labels[target[1]] : end + 1]
-            loops.append(Counter(re.sub(r"^@!?U?P\w+\s+", "", x).split()[0].split(".")[0] for x in body))
-    return max(loops, key=lambda loop: loop["MUFU"], default=Counter())
+            loops.append([re.sub(r"^@!?U?P\w+\s+", "", x).split()[0] for x in body])
+    most = max((loop.count("MUFU.EX2") for loop in loops), default=0)
+    walks = [loop for loop in loops if loop.count("MUFU.EX2") >= max(1, most / 2)]
+    return Counter(instruction.split(".")[0] for instruction in min(walks, key=len, default=[]))
 
 
-def entries(table: Table) -> list[tuple[str, int]]:
-    """Precision and the D at which each entry of a table is asked for."""
-    return [(precision, 128 if precision != "half" else largest) for precision, largest in table]
+def entries(loss: str, capability: tuple[int, int]) -> list[tuple[str, int]]:
+    """Precision and the D at which each entry of a loss's table is asked for."""
+    keys: Iterable[tuple[str, int]] = TABLES.get(capability, OTHER)
+    if loss == "conic":
+        keys = CONIC_TABLES.get(capability, CONIC_OTHER)
+    return [(precision, 128 if precision != "half" else largest) for precision, largest in keys]
 
 
 def report(capability: tuple[int, int]) -> str:
@@ -188,9 +263,10 @@ def report(capability: tuple[int, int]) -> str:
     if chip:
         header.append(f"µs at least, {chip}")
     rows = []
-    for precision, dim in entries(TABLES.get(capability, OTHER)):
-        for name in KERNELS:
-            tiles = select_tiles(capability, precision, dim)[name == "gradient"]
+    for name in WALKING:
+        loss = name.split(".")[0]
+        for precision, dim in entries(loss, capability):
+            tiles = tiles_of(name, capability, precision, dim)
             made = compile_kernel(name, capability, precision, dim)
             taken = clocks(made, name, capability, precision, dim)
             unchunked = "instructions" in taken
@@ -201,7 +277,8 @@ def report(capability: tuple[int, int]) -> str:
                 *(f"{taken[unit]:.3f}" if unit in taken else "–" for unit in UNITS),
             ]  # fmt: skip
             if chip:
-                row.append(f"{max(taken.values()) * 256 * 65536 / multiprocessors / gigahertz / 1e3:.1f}")
+                pairs = ROWS[loss] * 65536
+                row.append(f"{max(taken.values()) * pairs / multiprocessors / gigahertz / 1e3:.1f}")
             rows.append(row)
     title = f"## Compute capability {capability[0]}.{capability[1]}"
     return f"{title}\n\n{table(header, rows)}"
@@ -215,8 +292,9 @@ def main() -> None:
     print(
         f"# The Triton kernels as Triton {triton.__version__} compiles them\n\n"
         "Instructions, exponentials and clocks of a multiprocessor are those of a pair of row and key. The\n"
-        "last column is 256 × 65536 pairs at the highest clock, were the busiest unit never idle: a bound\n"
-        "worked out from the compiler's output and the vendor's rates, not a measurement."
+        "last column is for 65536 keys, and 256 rows of CO2 or 1024 of ConIC, at the highest clock, were\n"
+        "the busiest unit never idle: a bound worked out from the compiler's output and the vendor's rates,\n"
+        "not a measurement."
     )
     for text in parser.parse_args().capabilities:
         major, minor = map(int, text.split("."))

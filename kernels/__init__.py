@@ -3,8 +3,19 @@
 import torch
 
 from ._co2 import co2
+from ._conic import conic, conic_backward, conic_backward_sgd_
+from ._rows import exchange_rows_, sgd_
 
-__all__ = ["DTYPES", "MAX_DIM", "co2"]
+__all__ = [
+    "DTYPES",
+    "MAX_DIM",
+    "co2",
+    "conic",
+    "conic_backward",
+    "conic_backward_sgd_",
+    "exchange_rows_",
+    "sgd_",
+]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the query; the queue may have any
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of query and views; queue and weight may have any
 MAX_DIM = 1024

@@ -42,7 +42,7 @@ What was tried, by what the compiler made of it (Hopper, D = 128, bfloat16; inst
   is 0.207 clocks where 0.211 were; the gradient is bound by its products all the same.
 - One pass with four accumulators: 6 products, 3 exponentials and no statistics would be 0.375 clocks where
   two passes are 0.399, but 4 × 64 registers of sums for each thread are all there are.
-- Triton's own "tf32x3" spends 57 instructions where _product spends 44, and cuts operands off where _product
+- Triton's own "tf32x3" spends 57 instructions where product spends 44, and cuts operands off where product
   rounds them: in a simulation of tensor cores that truncate, losses were off by 1.2e-6, and are by 2e-7.
 """
 
@@ -52,17 +52,15 @@ import contextlib
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import Tiles, select_tiles
+from ._tiles import select_tiles
+from ._walk import LOWEST, NORM_EPSILON, Chip, Launch, chip_of, load, move, precision_of, product, walk
 
-_NORM_EPSILON = tl.constexpr(1e-12)  # a row shorter than this is divided by this, as in reference.py
-_LOWEST = tl.constexpr(-1e38)  # below every logit, yet finite: a difference of two is no NaN
 _LN_2 = tl.constexpr(math.log(2))
 
 # `do_not_specialize`: the last batch of an epoch, or a queue that is still filling, compiles nothing anew.
@@ -74,21 +72,6 @@ _MAX_S, _MAX_Y, _Z_INSTANCE, _Z_QUERY, _Z_KEY, _D_QUERY, _D_KEY, _RANK = (tl.con
 _MERGED = tl.constexpr(11)
 _NORM_Q, _NORM_K, _POSITIVE, _TOP_S, _TOP_Y, _MEAN = (tl.constexpr(i) for i in range(6))
 _INSTANCE, _QUERY, _KEY, _LARGEST, _GRAD_POSITIVE = (tl.constexpr(i) for i in range(6, 11))
-
-
-@triton.jit
-def _load(
-    matrix, rows, columns, count, dim, row_stride, column_stride,
-    WHOLE_ROWS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A (rows, columns) tile of a matrix of any strides; zeros outside, unless it is known to be inside."""
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    if WHOLE_ROWS and WHOLE_COLUMNS:
-        return tl.load(matrix + offsets)
-    inside = (columns < dim)[None, :]
-    if not WHOLE_ROWS:
-        inside = (rows < count)[:, None] & inside
-    return tl.load(matrix + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -114,15 +97,15 @@ def _measure_rows(
     qq, kk, qk = zero, zero, zero
     for first in tl.range(0, dim, DEPTH, loop_unroll_factor=4):
         columns = first + tl.arange(0, DEPTH)
-        q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
-        k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
+        q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
+        k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
         q, k = q.to(tl.float32).to(tl.float64), k.to(tl.float32).to(tl.float64)
         qq += tl.sum(q * q, axis=1)
         kk += tl.sum(k * k, axis=1)
         qk += tl.sum(q * k, axis=1)
     norm_q, norm_k = zero + 1.0, zero + 1.0
     if NORMALIZE:
-        norm_q, norm_k = tl.maximum(tl.sqrt(qq), _NORM_EPSILON), tl.maximum(tl.sqrt(kk), _NORM_EPSILON)
+        norm_q, norm_k = tl.maximum(tl.sqrt(qq), NORM_EPSILON), tl.maximum(tl.sqrt(kk), NORM_EPSILON)
     return norm_q, norm_k, qk / norm_k
 
 
@@ -130,26 +113,6 @@ def _measure_rows(
 def _scales(scale, norm_q, norm_k):
     """λ/‖q‖ and λ/‖k‖, which make logits of products of stored rows; every kernel rounds them alike."""
     return (scale / norm_q).to(tl.float32), (scale / norm_k).to(tl.float32)
-
-
-@triton.jit
-def _round_to_tf32(x):
-    """To nearest. A NaN whose bits are all ones, as GPUs make them, comes out as 0."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _product(a, b, sum, PRECISION: tl.constexpr):
-    """sum + a b. "tf32x3" is as exact as float32: of a = high + low, both TF32, only low·low is lost."""
-    if PRECISION == "tf32x3":
-        a_high, b_high = _round_to_tf32(a), _round_to_tf32(b)
-        small = tl.dot(a - a_high, b_high, input_precision="tf32")  # the low part of a NaN is one
-        small = tl.dot(a_high, b - b_high, small, input_precision="tf32")
-        # Tensor cores cut off what their sum cannot hold, so a long sum shrinks. This addition rounds.
-        return sum + tl.dot(a_high, b_high, small, input_precision="tf32")
-    if PRECISION == "tf32":  # as they are, tensor cores would cut the operands off, not round them
-        a, b = tl.where(a == a, _round_to_tf32(a), a), tl.where(b == b, _round_to_tf32(b), b)
-    return tl.dot(a, b, sum, input_precision="tf32")
 
 
 @triton.jit
@@ -167,40 +130,34 @@ def _similarities(
         tile = columns  # stands for none, which Triton cannot return
         for first in range(0, dim, DEPTH):
             these = first + columns
-            keys_chunk = _load(
+            keys_chunk = load(
                 queue, tile_rows, these, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
             )  # fmt: skip
             keys_chunk = tl.trans(keys_chunk.to(DTYPE))
-            q_chunk = _load(query, rows, these, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
-            s = _product(q_chunk.to(DTYPE), keys_chunk, s, PRECISION)
+            q_chunk = load(query, rows, these, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
+            s = product(q_chunk.to(DTYPE), keys_chunk, s, PRECISION)
             if CONSISTENCY:
-                k_chunk = _load(key, rows, these, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
-                y = _product(k_chunk.to(DTYPE), keys_chunk, y, PRECISION)
+                k_chunk = load(key, rows, these, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
+                y = product(k_chunk.to(DTYPE), keys_chunk, y, PRECISION)
     else:
-        tile = _load(queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS)
+        tile = load(queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS)
         tile = tile.to(DTYPE)
-        s = _product(q, tl.trans(tile), s, PRECISION)
+        s = product(q, tl.trans(tile), s, PRECISION)
         if CONSISTENCY:
-            y = _product(k, tl.trans(tile), y, PRECISION)
+            y = product(k, tl.trans(tile), y, PRECISION)
     return s, y, tile
 
 
 @triton.jit
 def _relative(s, top, scale, valid, WHOLE_KEYS: tl.constexpr):
-    """A tile's logits relative to the highest similarity yet, and that one. Masked keys are _LOWEST."""
+    """A tile's logits relative to the highest similarity yet, and that one. Masked keys are LOWEST."""
     if not WHOLE_KEYS:
         s = tl.where(valid, s, float("-inf"))
     top = tl.maximum(top, tl.max(s, axis=1))
     a = (s - top[:, None, :]) * scale[:, :, None]  # in this order it loses nothing near the maximum
     if not WHOLE_KEYS:
-        a = tl.where(valid, a, _LOWEST)
+        a = tl.where(valid, a, LOWEST)
     return a, top
-
-
-@triton.jit
-def _move(old, new, scale):
-    """λ (old − new) of two maxima, of which the older may be _LOWEST."""
-    return tl.maximum((old - new) * scale, _LOWEST)
 
 
 @triton.jit
@@ -209,8 +166,8 @@ def _merge(
 ):  # fmt: skip
     """Sums taken relative to different maxima, as one relative to the highest of them."""
     max_s, max_y = tl.max(top_s, axis=AXIS), tl.max(top_y, axis=AXIS)
-    moved_s = _move(top_s, tl.expand_dims(max_s, AXIS), scale_q)
-    moved_y = _move(top_y, tl.expand_dims(max_y, AXIS), scale_k)
+    moved_s = move(top_s, tl.expand_dims(max_s, AXIS), scale_q)
+    moved_y = move(top_y, tl.expand_dims(max_y, AXIS), scale_k)
     z_instance = tl.sum(z_instance * tl.exp2(moved_s * ratio), axis=AXIS)
     factor_query, factor_key = tl.exp2(moved_s), tl.exp2(moved_y)
     shift = moved_s - moved_y  # of every d
@@ -250,12 +207,12 @@ def _statistics_kernel(
 
     q, k = None, None
     if not CHUNKED:
-        q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
-        k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
+        q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
+        k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
 
     lanes: tl.constexpr = [BLOCK_B, LANES]
     tile_shape: tl.constexpr = [BLOCK_B, BLOCK_K // LANES, LANES]
-    top_s, top_y = tl.full(lanes, _LOWEST, tl.float32), tl.full(lanes, _LOWEST, tl.float32)
+    top_s, top_y = tl.full(lanes, LOWEST, tl.float32), tl.full(lanes, LOWEST, tl.float32)
     zero = tl.zeros(lanes, tl.float32)
     z_instance, z_query, z_key, d_query, d_key = zero, zero, zero, zero, zero
     rank = tl.zeros(lanes, tl.int32)
@@ -275,12 +232,12 @@ def _statistics_kernel(
             above = above & valid
         rank += tl.sum(above.to(tl.int32), axis=1)
         a, new_s = _relative(s, top_s, scale_q, valid, WHOLE_KEYS)
-        moved_s = _move(top_s, new_s, scale_q)  # what older sums are to be moved by
+        moved_s = move(top_s, new_s, scale_q)  # what older sums are to be moved by
         if INSTANCE:
             z_instance = z_instance * tl.exp2(moved_s * ratio) + tl.sum(tl.exp2(a * ratio), axis=1)
         if CONSISTENCY:
             b, new_y = _relative(tl.reshape(y, tile_shape), top_y, scale_k, valid, WHOLE_KEYS)
-            moved_y = _move(top_y, new_y, scale_k)
+            moved_y = move(top_y, new_y, scale_k)
             e_query, e_key, d = tl.exp2(a), tl.exp2(b), a - b
             moved_query, moved_key, shift = tl.exp2(moved_s), tl.exp2(moved_y), moved_s - moved_y
             d_query = (d_query + shift * z_query) * moved_query + tl.sum(e_query * d, axis=1)
@@ -332,7 +289,7 @@ def _merge_kernel(
     scale_q, scale_k = scale_q.to(tl.float64), scale_k.to(tl.float64)
 
     top_s, top_y, z_instance, z_query, z_key, d_query, d_key = _merge(
-        _load_all(record + _MAX_S, there, _LOWEST), _load_all(record + _MAX_Y, there, _LOWEST),
+        _load_all(record + _MAX_S, there, LOWEST), _load_all(record + _MAX_Y, there, LOWEST),
         _load_all(record + _Z_INSTANCE, there, 0.0),
         _load_all(record + _Z_QUERY, there, 0.0), _load_all(record + _Z_KEY, there, 0.0),
         _load_all(record + _D_QUERY, there, 0.0), _load_all(record + _D_KEY, there, 0.0),
@@ -430,8 +387,8 @@ def _gradient_kernel(
 
     q, k = None, None
     if not CHUNKED:
-        q = _load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
-        k = _load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
+        q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
+        k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
     grad = tl.zeros([BLOCK_B, WIDTH], tl.float32)
     begin = part * keys_a_range
     for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
@@ -458,10 +415,10 @@ def _gradient_kernel(
         if tl.float16 == DTYPE:
             g = tl.clamp(g, -65504.0, 65504.0)
         if CHUNKED:
-            tile = _load(
+            tile = load(
                 queue, tile_rows, out_columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
             ).to(DTYPE)  # fmt: skip
-        grad = _product(g.to(DTYPE), tile, grad, PRECISION)
+        grad = product(g.to(DTYPE), tile, grad, PRECISION)
     grad *= _of_row(merged, _LARGEST, rows, batch).to(tl.float32)
     to = parts + (part * batch + rows)[:, None] * dim + out_columns[None, :]
     tl.store(to, grad, mask=(rows < batch)[:, None] & (out_columns < dim)[None, :])
@@ -493,33 +450,17 @@ def _finish_kernel(
     grad += k * tl.load(record + _GRAD_POSITIVE).to(tl.float32)
     if NORMALIZE:
         # dq = (dq̂ − q̂ (q̂·dq̂)) / ‖q‖; a row below the epsilon was only scaled, so it has no projection
-        radial = tl.where(norm_q > _NORM_EPSILON, tl.sum(q * grad, axis=0), 0.0)
+        radial = tl.where(norm_q > NORM_EPSILON, tl.sum(q * grad, axis=0), 0.0)
         grad = (grad - q * radial) / norm_q
     tl.store(gradient + row * dim + columns, grad, mask=inside)
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """Grid and compile-time arguments of a kernel."""
-
-    grid: tuple[int, ...]
-    options: dict[str, Any]
-    keys_a_range: int = 0
-
-    @property
-    def ranges(self) -> int:
-        return self.grid[1]
-
-
-@dataclass(frozen=True)
 class _Plan:
-    statistics: _Launch
-    merge: _Launch
-    gradient: _Launch
-    finish: _Launch
-
-
-Chip = tuple[tuple[int, int], int]  # compute capability, multiprocessors
+    statistics: Launch
+    merge: Launch
+    gradient: Launch
+    finish: Launch
 
 
 @functools.lru_cache(maxsize=1024)
@@ -527,60 +468,17 @@ def _plan(batch: int, keys: int, dim: int, dtype: torch.dtype, precision: str, c
     """How the four kernels are started for a problem's size. Made once: a call has no time for it."""
     capability, multiprocessors = chip
     tiles = select_tiles(capability, precision, dim)
-    statistics, gradient = (_walk(each, batch, keys, dim, multiprocessors) for each in tiles)
+    statistics, gradient = (walk(each, batch, keys, dim, multiprocessors) for each in tiles)
     numbers = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "PRECISION": precision}
     statistics.options.update(numbers, LANES=_lanes(capability))
     gradient.options.update(numbers)
 
     ranges = triton.next_power_of_2(statistics.ranges)
     rows = max(1, min(8, 512 // ranges))
-    merge = _Launch((triton.cdiv(batch, rows),), {"BLOCK_B": rows, "RANGES": ranges})
+    merge = Launch((triton.cdiv(batch, rows),), {"BLOCK_B": rows, "RANGES": ranges})
     columns = triton.next_power_of_2(dim)
     ranges = min(triton.next_power_of_2(gradient.ranges), max(1, 4096 // columns))
-    return _Plan(statistics, merge, gradient, _Launch((batch,), {"RANGES": ranges, "BLOCK_D": columns}))
-
-
-def _walk(tiles: Tiles, batch: int, keys: int, dim: int, multiprocessors: int) -> _Launch:
-    """Of a kernel that walks the keys: row blocks × ranges of keys × chunks of the gradient's dimensions."""
-    padded_dim = max(16, triton.next_power_of_2(dim))
-    depth = min(tiles.depth, padded_dim)
-    options = {"CHUNKED": dim > depth, "BLOCK_B": tiles.rows, "BLOCK_K": tiles.keys, "DEPTH": depth}
-    width = dim
-    if tiles.width:  # the gradient's
-        width = min(tiles.width, padded_dim) if dim > depth else depth
-        options["WIDTH"] = width
-    options["WHOLE_KEYS"] = keys % tiles.keys == 0
-    options["WHOLE_COLUMNS"] = dim % depth == 0 and dim % width == 0
-    options |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
-
-    blocks, chunks, steps = (
-        triton.cdiv(batch, tiles.rows),
-        triton.cdiv(dim, width),
-        triton.cdiv(keys, tiles.keys),
-    )
-    steps_a_range = _steps_a_range(steps, blocks * chunks, tiles.programs * multiprocessors)
-    grid = (blocks, triton.cdiv(steps, steps_a_range), chunks)
-    return _Launch(grid, options, steps_a_range * tiles.keys)
-
-
-def _steps_a_range(steps: int, blocks: int, slots: int) -> int:
-    """How many tiles of keys make a range, so that `blocks` programs for each range, of which `slots` run at
-    a time, are done first. Beginning and end of a program cost about as much as two tiles."""
-
-    def time(steps_a_range: int) -> int:
-        return triton.cdiv(blocks * triton.cdiv(steps, steps_a_range), slots) * (steps_a_range + 2)
-
-    most_ranges = min(steps, max(1, 4 * slots // blocks))
-    candidates = {triton.cdiv(steps, ranges) for ranges in range(1, most_ranges + 1)}
-    return min(sorted(candidates, reverse=True), key=time)
-
-
-@functools.cache
-def _chip(device: torch.device) -> Chip:
-    if device.type != "cuda":
-        return (0, 0), 1  # the interpreter
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    return _Plan(statistics, merge, gradient, Launch((batch,), {"RANGES": ranges, "BLOCK_D": columns}))
 
 
 def co2(
@@ -598,8 +496,8 @@ def co2(
     """See `reference.co2`; float16, bfloat16 and float32, D up to 1024."""
     (batch, dim), keys, device = query.shape, len(queue), query.device
     dtype = query.dtype if query.dtype == queue.dtype else torch.float32
-    precision = _precision(dtype)
-    plan = _plan(batch, keys, dim, dtype, precision, _chip(device))
+    precision = precision_of(dtype)
+    plan = _plan(batch, keys, dim, dtype, precision, chip_of(device))
 
     base = consistency_temperature if consistency_weight else temperature
     scale, ratio = math.log2(math.e) / base, base / temperature
@@ -635,13 +533,6 @@ def co2(
                 NORMALIZE=normalize, **plan.finish.options,
             )  # fmt: skip
     return loss, instance_loss, consistency_loss, rank, gradient
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How rows are multiplied: as they are in half precision; float32 exactly, or in TF32 if PyTorch may."""
-    if dtype != torch.float32:
-        return "half"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _lanes(capability: tuple[int, int]) -> int:

@@ -5,7 +5,9 @@ Nothing in it spills registers, and all of it fits the architecture's shared mem
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 
 @dataclass(frozen=True)
@@ -77,5 +79,101 @@ def select_tiles(capability: tuple[int, int], precision: str, dim: int) -> tuple
         precision: how rows are multiplied, "half", "tf32" or "tf32x3".
         dim: D.
     """
-    table = TABLES.get(capability, OTHER)
+    return _entry(TABLES.get(capability, OTHER), precision, dim)
+
+
+class ConICTiles(NamedTuple):
+    """Those of ConIC's kernels that walk. Its keys are the rows of the weight. A program of the first two
+    holds keys and walks the views: their `rows` are of keys, and their `keys` of views."""
+
+    statistics: Tiles
+    weight: Tiles
+    views: Tiles
+
+
+ConICTable = dict[tuple[str, int], ConICTiles]
+
+CONIC_AMPERE: ConICTable = {
+    ("half", 128): ConICTiles(
+        Tiles(128, 64, 128, 4, 2, 2), Tiles(64, 32, 128, 4, 2, 2, 128), Tiles(64, 64, 128, 8, 2, 1, 128)
+    ),
+    ("half", 256): ConICTiles(
+        Tiles(128, 64, 256, 8, 2, 1), Tiles(32, 64, 256, 8, 2, 1, 256), Tiles(64, 64, 256, 8, 2, 1, 256)
+    ),
+    ("half", 1024): ConICTiles(
+        Tiles(64, 64, 32, 4, 3, 2), Tiles(32, 64, 64, 4, 2, 2, 256), Tiles(32, 32, 64, 4, 2, 2, 256)
+    ),
+    ("tf32", 1024): ConICTiles(
+        Tiles(64, 32, 32, 4, 2, 2), Tiles(64, 32, 32, 8, 2, 1, 128), Tiles(64, 32, 32, 8, 2, 1, 128)
+    ),
+    ("tf32x3", 1024): ConICTiles(
+        Tiles(64, 32, 16, 4, 2, 2), Tiles(64, 32, 16, 8, 2, 1, 128), Tiles(64, 32, 16, 8, 2, 1, 128)
+    ),
+}
+CONIC_HOPPER: ConICTable = {
+    ("half", 128): ConICTiles(
+        Tiles(128, 64, 128, 4, 3, 2), Tiles(64, 64, 128, 4, 3, 2, 128), Tiles(128, 64, 128, 8, 3, 1, 128)
+    ),
+    ("half", 256): ConICTiles(
+        Tiles(128, 64, 256, 8, 2, 1), Tiles(64, 64, 256, 8, 3, 1, 256), Tiles(64, 64, 256, 8, 2, 1, 256)
+    ),
+    ("half", 1024): ConICTiles(
+        Tiles(64, 64, 64, 4, 3, 2), Tiles(64, 64, 64, 8, 2, 1, 256), Tiles(64, 32, 64, 8, 2, 1, 512)
+    ),
+    ("tf32", 1024): ConICTiles(
+        Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 64, 32, 8, 2, 1, 128), Tiles(64, 32, 32, 4, 2, 2, 128)
+    ),
+    ("tf32x3", 1024): ConICTiles(
+        Tiles(64, 64, 16, 4, 2, 2), Tiles(64, 64, 16, 8, 2, 1, 128), Tiles(64, 32, 16, 4, 2, 2, 128)
+    ),
+}
+CONIC_BLACKWELL: ConICTable = {
+    ("half", 128): ConICTiles(
+        Tiles(128, 64, 128, 4, 2, 2), Tiles(64, 64, 128, 4, 2, 2, 128), Tiles(64, 64, 128, 4, 2, 2, 128)
+    ),
+    ("half", 256): ConICTiles(
+        Tiles(64, 64, 256, 8, 2, 1), Tiles(64, 64, 256, 8, 2, 1, 256), Tiles(64, 64, 256, 8, 2, 1, 256)
+    ),
+    ("half", 1024): ConICTiles(
+        Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 64, 64, 8, 2, 1, 256), Tiles(64, 64, 64, 8, 2, 1, 256)
+    ),
+    ("tf32", 1024): ConICTiles(
+        Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 32, 32, 8, 2, 1, 128), Tiles(64, 32, 32, 4, 2, 2, 128)
+    ),
+    ("tf32x3", 1024): ConICTiles(
+        Tiles(64, 64, 16, 4, 2, 2), Tiles(64, 32, 32, 4, 2, 2, 128), Tiles(64, 32, 32, 4, 2, 2, 128)
+    ),
+}
+CONIC_OTHER: ConICTable = CONIC_AMPERE | {
+    ("half", 128): ConICTiles(
+        Tiles(128, 64, 128, 4, 2, 2), Tiles(64, 64, 128, 8, 2, 1, 128), Tiles(64, 64, 128, 4, 2, 1, 128)
+    ),
+    ("half", 256): ConICTiles(
+        Tiles(64, 64, 256, 8, 2, 1), Tiles(32, 64, 256, 8, 2, 1, 256), Tiles(32, 64, 256, 8, 2, 1, 256)
+    ),
+    ("tf32x3", 1024): ConICTiles(
+        Tiles(64, 32, 16, 4, 1, 2), Tiles(64, 32, 16, 8, 2, 1, 128), Tiles(64, 32, 16, 4, 2, 2, 128)
+    ),
+}
+CONIC_INTERPRETER: ConICTable = {
+    (precision, 1024): ConICTiles(
+        Tiles(256, 64, 128, 4, 1, 1), Tiles(256, 64, 128, 4, 1, 1, 256), Tiles(64, 256, 128, 4, 1, 1, 256)
+    )
+    for precision in ("half", "tf32", "tf32x3")
+}
+CONIC_TABLES = {
+    (0, 0): CONIC_INTERPRETER, (8, 0): CONIC_AMPERE, (9, 0): CONIC_HOPPER, (10, 0): CONIC_BLACKWELL,
+    (10, 3): CONIC_BLACKWELL,
+}  # fmt: skip
+
+
+def select_conic_tiles(capability: tuple[int, int], precision: str, dim: int) -> ConICTiles:
+    """The tiles of ConIC's kernels; arguments as of `select_tiles`."""
+    return _entry(CONIC_TABLES.get(capability, CONIC_OTHER), precision, dim)
+
+
+T = TypeVar("T")
+
+
+def _entry(table: Mapping[tuple[str, int], T], precision: str, dim: int) -> T:
     return table[precision, min(largest for of, largest in table if of == precision and dim <= largest)]

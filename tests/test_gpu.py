@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_ops import available_backends, co2_loss, info_nce_loss, reference
-from tests.cases import INTERPRETED, Case
-from tests.oracles import distance, fused, oracle
+from bench.eager import eager_conic
+from contrastive_ops import available_backends, co2_loss, conic_loss, info_nce_loss, reference
+from contrastive_ops.functional import SGDStep
+from tests.cases import INTERPRETED, Case, ConICCase
+from tests.oracles import conic_loss_and_gradients, conic_oracle, distance, fused, oracle
 
 SERVING = [name for name in ("triton", "cuda") if available_backends()[name] and not INTERPRETED]
 
@@ -26,9 +28,9 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def on_gpu(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, queue = (x.cuda() for x in case.tensors())
-    return query, key, queue
+def on_gpu(case: Case | ConICCase) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (x.cuda() for x in case.tensors())
+    return first, second, third
 
 
 def test_serves_gpu_tensors_unasked() -> None:
@@ -223,12 +225,19 @@ def test_memory_does_not_grow_with_the_queue(gpu_backend: str) -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(gpu_backend: str, tool: str) -> None:
     program = (
-        "import torch; from contrastive_ops import co2_loss\n"
+        "import torch; from contrastive_ops import co2_loss, conic_loss\n"
+        "from contrastive_ops.functional import SGDStep\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
         "    for batch, keys, dim in ((70, 333, 40), (5, 100, 300)):\n"
         "        q, k = (torch.randn(batch, dim, device='cuda', dtype=dtype) for _ in range(2))\n"
         "        n = torch.randn(keys, dim, device='cuda', dtype=dtype)\n"
         f"        co2_loss(q.requires_grad_(), k, n, backend={gpu_backend!r}).backward()\n"
+        "        x = torch.randn(2, batch, dim, device='cuda', dtype=dtype, requires_grad=True)\n"
+        "        w = torch.randn(keys, dim, device='cuda', requires_grad=True)\n"
+        "        own = torch.randint(-9, keys + 9, (batch,), device='cuda')\n"
+        f"        conic_loss(x, w, own, backend={gpu_backend!r}).backward()\n"
+        "        step = SGDStep(torch.zeros_like(w), 0.1, 0.9, 1e-4, False)\n"
+        f"        conic_loss(x, w, own, update=step, backend={gpu_backend!r}).backward()\n"
         "torch.cuda.synchronize()\n"
     )
     result = subprocess.run(
@@ -247,3 +256,225 @@ def test_reference_serves_what_triton_does_not() -> None:
     expected = reference.co2(query, key, queue, 0.07, 0.04, 1.0, 10.0, False, True, False)[0]
     actual = co2_loss(query, key, queue, **Case().settings(), reduction="none")
     torch.testing.assert_close(actual, expected)
+
+
+class TestConIC:
+    @pytest.mark.parametrize("columns", [False, True])
+    def test_offsets_beyond_32_bits(self, gpu_backend: str, columns: bool) -> None:
+        """A = 16,777,216 at D = 256 is 2³² elements. Only the last row resembles a view, and is its own."""
+        keys, dim = 1 << 24, 256
+        views = F.normalize(torch.randn(1, 4, dim, device="cuda"), dim=2).bfloat16()
+        shape = (dim, keys) if columns else (keys, dim)
+        weight = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+        weight = weight.T if columns else weight
+        weight[-1] = views[0, 0]
+        before, buffer = weight[-1].double(), torch.zeros_like(weight)
+        target = torch.full((4,), keys - 1, device="cuda")
+        unit = F.normalize(views.double(), dim=2)[0]
+        s = unit @ F.normalize(before, dim=0)
+        expected = torch.log((s / 0.1).exp() + (keys - 1)) - s / 0.1
+
+        views.requires_grad_(), weight.requires_grad_()
+        step = SGDStep(buffer, lr=1.0, momentum=0.0, weight_decay=0.0, nesterov=False)
+        loss, metrics = conic_loss(
+            views, weight, target, consistency_weight=0, reduction="none", return_metrics=True,
+            update=step, backend=gpu_backend,
+        )  # fmt: skip
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+        assert metrics.positive_rank[0].tolist() == [0 if x > 0 else keys - 1 for x in s.tolist()]
+        loss.sum().backward()
+        assert views.grad is not None
+        assert torch.isfinite(views.grad).all()
+        pull = (1 - (-expected).exp())[:, None] / 0.1
+        of_own = -(pull * (unit - s[:, None] * F.normalize(before, dim=0))).sum(0) / before.norm()
+        assert distance(buffer[-1].double(), of_own) <= 1e-2 * of_own.norm()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_graph_capture_and_replay(self, gpu_backend: str, dtype: torch.dtype) -> None:
+        case = ConICCase(batch=40, rows=3000, dim=64, dtype=dtype, weight_dtype=torch.float32)
+        views, weight, target = on_gpu(case)
+        views.requires_grad_(), weight.requires_grad_()
+
+        def step() -> tuple[Tensor, ...]:
+            loss = conic_loss(views, weight, target, backend=gpu_backend)
+            return loss.detach(), *torch.autograd.grad(loss, (views, weight))
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        for seed in (5, 6):
+            with torch.no_grad():
+                for x, y in zip((views, weight, target), on_gpu(case.replace(seed=seed)), strict=True):
+                    x.copy_(y)
+            graph.replay()
+            for result, expected in zip(results, step(), strict=True):
+                assert torch.equal(result, expected)
+
+    def test_nothing_waits_for_the_gpu(self, gpu_backend: str) -> None:
+        views, weight, target = on_gpu(ConICCase())
+        views.requires_grad_(), weight.requires_grad_()
+        conic_loss(views, weight, target, backend=gpu_backend).backward()
+        step = SGDStep(torch.zeros_like(weight), 0.1, 0.9, 1e-4, nesterov=False)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss, _ = conic_loss(views, weight, target, return_metrics=True, backend=gpu_backend)
+            loss.backward()
+            conic_loss(views, weight, target, update=step, backend=gpu_backend).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_two_streams(self, gpu_backend: str) -> None:
+        cases = [
+            ConICCase(batch=300, rows=20000, dim=128, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)
+        ]
+        tensors = [on_gpu(case) for case in cases]
+        expected = [conic_loss_and_gradients(conic_loss, *each, backend=gpu_backend) for each in tensors]
+        streams = [torch.cuda.Stream() for _ in tensors]
+        torch.cuda.synchronize()
+        for _ in range(20):
+            results = []
+            for stream, each in zip(streams, tensors, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(conic_loss_and_gradients(conic_loss, *each, backend=gpu_backend))
+            torch.cuda.synchronize()
+            for result, of_one in zip(results, expected, strict=True):
+                for a, b in zip(result, of_one, strict=True):
+                    assert torch.equal(a, b)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU only")
+    def test_another_device_than_the_current_one(self, gpu_backend: str) -> None:
+        tensors = on_gpu(ConICCase())
+        expected = conic_loss_and_gradients(conic_loss, *tensors, backend=gpu_backend)
+        there = (x.to("cuda:1") for x in tensors)
+        actual = conic_loss_and_gradients(conic_loss, *there, backend=gpu_backend)
+        assert torch.cuda.current_device() == 0
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a.cpu(), b.cpu())
+
+    @pytest.mark.parametrize("outside", [-1, 50, 1 << 40, -(1 << 62)])
+    def test_a_target_outside_the_weight_makes_its_loss_nan(self, gpu_backend: str, outside: int) -> None:
+        views, weight, target = on_gpu(ConICCase(views=3))
+        expected = conic_loss(views, weight, target, reduction="none", backend=gpu_backend)
+        target[2] = outside
+        loss = conic_loss(views, weight, target, reduction="none", backend=gpu_backend)
+        assert loss[2].isnan()
+        others = torch.arange(len(loss), device="cuda") != 2
+        assert torch.equal(loss[others], expected[others])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dim", [128, 256, 512, 1000])
+    @pytest.mark.parametrize(("views", "batch"), [(1, 1), (2, 16), (3, 333)])
+    def test_every_tile_of_the_table(
+        self,
+        gpu_backend: str,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        dim: int,
+        views: int,
+        batch: int,
+    ) -> None:
+        case = ConICCase(
+            views=views, batch=batch, rows=10007, dim=dim, dtype=dtype, weight_dtype=weight_dtype
+        )
+        tensors = on_gpu(case)
+        expected = conic_oracle(*tensors, **case.settings())
+        actual = conic_loss_and_gradients(conic_loss, *tensors, **case.settings(), backend=gpu_backend)
+        of_loss, of_views, of_weight = (1e-6, 1e-5, 1e-5) if dtype == torch.float32 else (1e-3, 1e-2, 1e-2)
+        if weight_dtype != torch.float32:
+            of_weight = 1e-2  # it is stored so
+        for a, e, rounding in zip(actual, expected, (of_loss, of_views, of_weight), strict=True):
+            assert distance(a, e) <= rounding * e.norm()
+
+    def test_bfloat16_is_no_worse_than_eager(self, gpu_backend: str) -> None:
+        """At full size, where the interpreter cannot go."""
+        case = ConICCase(
+            batch=512, rows=65536, dim=128, dtype=torch.bfloat16, weight_dtype=torch.float32, sampled=20
+        )
+        views, weight, target = on_gpu(case)
+        expected = conic_oracle(views, weight, target, **case.settings())
+        eager = conic_loss_and_gradients(eager_conic, views, weight.bfloat16(), target, **case.settings())
+        actual = conic_loss_and_gradients(
+            conic_loss, views, weight, target, **case.settings(), backend=gpu_backend
+        )
+        for a, b, e in zip(actual, eager, expected, strict=True):
+            assert distance(a, e) <= distance(b, e)
+
+    @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+    def test_float32_follows_the_matmul_precision(self, gpu_backend: str, precision: str) -> None:
+        case = ConICCase(batch=64, rows=5000, dim=128)
+        tensors = on_gpu(case)
+        expected = conic_oracle(*tensors, **case.settings())
+        torch.set_float32_matmul_precision(precision)
+        try:
+            actual = conic_loss_and_gradients(conic_loss, *tensors, **case.settings(), backend=gpu_backend)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        allowed = 1e-6 if precision == "highest" else 1e-3
+        for a, e, relative in zip(actual, expected, (allowed, 10 * allowed, 10 * allowed), strict=True):
+            assert distance(a, e) <= relative * e.norm()
+
+    @pytest.mark.parametrize("precision", ["highest", "high"])
+    def test_a_nan_made_on_the_gpu_stays_one(self, gpu_backend: str, precision: str) -> None:
+        views, weight, target = on_gpu(ConICCase(batch=40, rows=3000, dim=64))
+        weight[1234, 5] = torch.zeros((), device="cuda") / torch.zeros((), device="cuda")
+        torch.set_float32_matmul_precision(precision)
+        try:
+            results = conic_loss_and_gradients(conic_loss, views, weight, target, backend=gpu_backend)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        for result in results:
+            assert result.isnan().any(-1).all()
+
+    def test_memory_does_not_grow_with_the_classifier(self, gpu_backend: str) -> None:
+        """Where backward takes the step of SGD, but for the norms of its rows."""
+
+        def extra(rows: int) -> int:
+            views = torch.randn(2, 256, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            weight = torch.randn(rows, 128, device="cuda", requires_grad=True)
+            buffer, target = torch.zeros_like(weight), torch.randint(rows, (256,), device="cuda")
+            step = [SGDStep(buffer, 0.1, 0.9, 1e-4, nesterov=False) for _ in range(2)]
+            conic_loss(views, weight, target, update=step[0], backend=gpu_backend).backward()
+            views.grad = None
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            conic_loss(views, weight, target, update=step[1], backend=gpu_backend).backward()
+            return torch.cuda.max_memory_allocated() - before
+
+        small, large = extra(1 << 16), extra(1 << 20)
+        assert large - 4 * (1 << 20) <= 1.1 * small + (1 << 20)
+        assert large <= 64 << 20
+
+
+class TestRows:
+    @pytest.mark.parametrize("host", ["", "incoming", "outgoing", "both"])
+    def test_rows_come_from_and_go_to_pinned_memory(self, gpu_backend: str, host: str) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        weight, buffer = (torch.randn(50, 33, device="cuda", generator=generator) for _ in range(2))
+        records = torch.randn(80, 2, 33, device="cuda", generator=generator)
+        slots, incoming_rows, outgoing_rows = (
+            torch.randperm(count, device="cuda", generator=generator)[:20] for count in (50, 40, 40)
+        )
+        coefficients = torch.randn(20, 2, 2, device="cuda", dtype=torch.float64, generator=generator)
+        expected = (weight.clone(), buffer.clone(), records.clone())
+        reference.exchange_rows_(
+            *expected[:2], slots, expected[2], incoming_rows, coefficients, expected[2], 40 + outgoing_rows
+        )
+        incoming, outgoing = records, records
+        if host:
+            incoming = records.cpu().pin_memory() if host != "outgoing" else records
+            outgoing = incoming if host == "both" else records
+            if host == "outgoing":
+                outgoing = records.cpu().pin_memory()
+        torch.ops.contrastive_ops.exchange_rows_(
+            weight, buffer, slots, incoming, incoming_rows, coefficients, outgoing, 40 + outgoing_rows,
+            gpu_backend,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        for actual, of_reference in zip((weight, buffer, outgoing), expected, strict=True):
+            torch.testing.assert_close(actual.cuda(), of_reference)

@@ -16,15 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contrastive_ops import _backends
-from tests.cases import INTERPRETED
+from tests.cases import INTERPRETED, Case, ConICCase
+from tests.oracles import conic_loss_and_gradients, conic_oracle, distance, fused, oracle
 
 triton = pytest.importorskip("triton")
 
 # ruff: noqa: E402
-from contrastive_ops.kernels._co2 import _plan, _steps_a_range
-from contrastive_ops.kernels._tiles import OTHER, TABLES, select_tiles
+from contrastive_ops.kernels import _co2, _conic
+from contrastive_ops.kernels._walk import steps_a_range
 
 from bench import resources
+from contrastive_ops import conic_loss
 
 
 def version(module: ModuleType) -> tuple[int, int]:
@@ -43,7 +45,8 @@ TUNED_FOR_THIS_COMPILER = version(triton) >= (3, 8)
 def test_the_interpreter_passes_the_same_tests() -> None:
     """The kernels' own code, tile by tile on the CPU, held to the harness of all backends."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": "few"}
-    tests = ["tests/test_co2.py", "tests/test_ops.py", "tests/test_backends.py"]
+    tests = [f"tests/test_{of}.py" for of in ("co2", "conic", "rows_ops", "ops", "backends")]
+    tests += [f"tests/test_triton.py::{test.__name__}" for test in (test_ranges_of_co2, test_ranges_of_conic)]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *tests, "-k", "triton"],
         env=environment,
@@ -54,13 +57,36 @@ def test_the_interpreter_passes_the_same_tests() -> None:
     assert " passed" in result.stdout
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, all tests have several ranges")
+def test_ranges_of_co2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys in twelve ranges, as on a chip of many multiprocessors; the interpreter's own is of one."""
+    monkeypatch.setattr(_co2, "chip_of", lambda device: ((0, 0), 12))
+    case = Case(batch=5, keys=1500)
+    for actual, expected in zip(
+        fused(*case.tensors(), backend="triton"), oracle(*case.tensors()), strict=True
+    ):
+        assert distance(actual, expected) <= 1e-5 * expected.norm()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, all tests have several ranges")
+@pytest.mark.parametrize(("batch", "rows"), [(70, 1500), (200, 30)])
+def test_ranges_of_conic(monkeypatch: pytest.MonkeyPatch, batch: int, rows: int) -> None:
+    """Many rows of the weight in ranges of several tiles; few of them, and ranges of views."""
+    monkeypatch.setattr(_conic, "chip_of", lambda device: ((0, 0), 3))
+    case = ConICCase(batch=batch, rows=rows)
+    actual = conic_loss_and_gradients(conic_loss, *case.tensors(), **case.settings(), backend="triton")
+    for a, e in zip(actual, conic_oracle(*case.tensors(), **case.settings()), strict=True):
+        assert distance(a, e) <= 1e-5 * e.norm()
+
+
 # What each architecture multiplies matrices with.
 TENSOR_CORES = {(8, 0): "mma.sync", (8, 9): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
+VARIANTS: list[dict[str, Any]] = [{"columns": True, "dtype": torch.float16}, {"keys": 65535}]
 COMPILED = [
     (capability, name, precision, dim)
     for capability in TENSOR_CORES
-    for precision, dim in resources.entries(TABLES.get(capability, OTHER))
-    for name in resources.KERNELS
+    for name in resources.WALKING
+    for precision, dim in resources.entries(name.split(".")[0], capability)
 ]
 
 
@@ -70,7 +96,7 @@ def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: s
     """Every entry multiplies on tensor cores, spills no register, fits in shared memory, and lets a
     multiprocessor hold as many programs as the grid is made for."""
     made = resources.compile_kernel(name, capability, precision, dim)
-    tiles = select_tiles(capability, precision, dim)[name == "gradient"]
+    tiles = resources.tiles_of(name, capability, precision, dim)
     assert TENSOR_CORES[capability] in made.ptx
     assert made.spilled_bytes <= (0 if TUNED_FOR_THIS_COMPILER else 32)
     assert made.shared_bytes <= resources.SHARED_KIB[capability] * 1024
@@ -79,14 +105,20 @@ def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: s
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
 @pytest.mark.parametrize("capability", TENSOR_CORES)
-@pytest.mark.parametrize("name", resources.KERNELS)
 @pytest.mark.parametrize(
-    "variant", [{"columns": True, "dtype": torch.float16}, {"keys": 65535}, {"consistency": False}]
+    ("name", "variant"),
+    [
+        *((name, variant) for name in resources.WALKING for variant in VARIANTS),
+        *((f"co2.{name}", {"consistency": False}) for name in ("statistics", "gradient")),
+        *((f"conic.{name}", {"weight_dtype": torch.bfloat16}) for name in ("statistics", "weight", "views")),
+        ("conic.weight", {"step": False}),
+    ],
 )
 def test_other_calls_spill_nothing_in_the_loop(
     capability: tuple[int, int], name: str, variant: dict[str, Any]
 ) -> None:
-    """MoCo's (D, K) order, a ragged queue and InfoNCE alone, on the same matrix instructions."""
+    """The (D, K) order of keys, a ragged number of them, InfoNCE alone, a classifier in half precision, and a
+    backward that only stores its gradient, on the same matrix instructions."""
     made = resources.compile_kernel(name, capability, "half", 128, **variant)
     assert TENSOR_CORES[capability] in made.ptx
     if TUNED_FOR_THIS_COMPILER:
@@ -95,16 +127,18 @@ def test_other_calls_spill_nothing_in_the_loop(
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
 @pytest.mark.parametrize("capability", TENSOR_CORES)
-@pytest.mark.parametrize("name", ["merge", "finish"])
+@pytest.mark.parametrize("name", resources.SMALL)
 @pytest.mark.parametrize("dim", [128, 1024])
 def test_the_small_kernels_spill_nothing(capability: tuple[int, int], name: str, dim: int) -> None:
     assert resources.compile_kernel(name, capability, "half", dim).spilled_bytes == 0
+    if name == "conic.prepare":  # backward's
+        assert resources.compile_kernel(name, capability, "half", dim, step=False).spilled_bytes == 0
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
 def test_statistics_need_no_exchange_between_threads() -> None:
     """A row's sums stay in the threads that made them: no shuffle in the loop over the keys, on Hopper."""
-    loop = resources.compile_kernel("statistics", (9, 0), "half", 128).loop
+    loop = resources.compile_kernel("co2.statistics", (9, 0), "half", 128).loop
     if not loop:
         pytest.skip("there is no disassembler")
     assert "MUFU" in loop
@@ -114,7 +148,7 @@ def test_statistics_need_no_exchange_between_threads() -> None:
 @given(steps=st.integers(1, 5000), blocks=st.integers(1, 2000), slots=st.integers(1, 600))
 def test_ranges_fill_the_chip(steps: int, blocks: int, slots: int) -> None:
     """Every key is in a range, none is empty, and the chip is done no later than with a single range."""
-    size = _steps_a_range(steps, blocks, slots)
+    size = steps_a_range(steps, blocks, slots)
     ranges = math.ceil(steps / size)
     assert (ranges - 1) * size < steps <= ranges * size
     assert math.ceil(blocks * ranges / slots) * (size + 2) <= math.ceil(blocks / slots) * (steps + 2)
@@ -159,8 +193,24 @@ def test_refuses_what_it_does_not_serve(
 def test_memory_is_bounded_whatever_the_queue(multiprocessors: int, keys: int, dim: int) -> None:
     """The ranges' numbers and parts: a few times B·D, or 160 MiB; less than 16 MiB at MoCo's size."""
     for batch in (1, 256, 4096, 100_000):
-        plan = _plan(batch, keys, dim, torch.bfloat16, "half", ((9, 0), multiprocessors))
+        plan = _co2._plan(batch, keys, dim, torch.bfloat16, "half", ((9, 0), multiprocessors))
         statistics, parts = plan.statistics.ranges * batch * 8 * 4, plan.gradient.ranges * batch * dim * 4
         assert statistics + parts <= max(160 << 20, 4 * batch * (dim + 8) * 4)
         if (batch, dim) == (256, 128):
             assert statistics + parts <= 16 << 20
+
+
+@pytest.mark.parametrize("multiprocessors", [4, 108, 132])
+@pytest.mark.parametrize("keys", [1, 65536, 1 << 20, 1 << 24])
+@pytest.mark.parametrize("dim", [16, 128, 256, 1024])
+def test_memory_of_conic_is_bounded_whatever_the_classifier(
+    multiprocessors: int, keys: int, dim: int
+) -> None:
+    """The same, of its views; and of the classifier one number a row, its norm."""
+    for batch in (1, 512, 8192, 100_000):
+        plan = _conic._plan(2, batch, keys, dim, torch.bfloat16, "half", ((9, 0), multiprocessors))
+        partial = plan.statistics.grid[0] * plan.padded_rows * 3 * 4
+        parts = plan.views.ranges * plan.padded_rows * plan.padded_dim * 4
+        assert max(partial, parts) <= max(160 << 20, 4 * plan.padded_rows * (plan.padded_dim + 3) * 4)
+        if (batch, dim) == (512, 128):
+            assert max(partial, parts) <= 24 << 20
