@@ -1,24 +1,32 @@
-"""The command line: ``python -m train_ref fit --config train_ref/recipes/<name>.yaml``."""
+"""The command line: ``python -m train_ref fit --config train_ref/recipes/<name>.yaml``, and ``sampling``."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
-from argparse import SUPPRESS, ArgumentError
+from argparse import SUPPRESS, ArgumentError, ArgumentParser
+from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+import jsonargparse
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from .callbacks import Curves, Evaluation
 from .checkpoints import AtomicCheckpointIO, LastCheckpoint
+from .conic import ConIC
 from .data import Views
 from .errors import UsageError
 from .moco import MoCo
 from .runs import run_directory
+from .sampling import study
+
+METHODS = {"moco": MoCo, "conic": ConIC}
 
 # What the help says of Lightning's own options. Those of the trainer that are not here work too, unmentioned.
 HELP = {
@@ -43,6 +51,9 @@ class ReferenceCLI(LightningCLI):
         return {"fit": LightningCLI.subcommands()["fit"] | {"weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--method", choices=METHODS, default="moco", help="what is trained; --model has its options"
+        )
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
 
@@ -67,17 +78,52 @@ class ReferenceCLI(LightningCLI):
         print(f"Training; everything is kept in {run_directory(self.trainer)}", flush=True)
 
 
-def main(args: ArgsType = None) -> None:
+def method_of(args: list[str]) -> str:
+    """What --method or the recipes say, which decides the options that can be parsed at all."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", "-c", action="append", default=[])
+    parser.add_argument("--method")
+    known, _ = parser.parse_known_args(args)
+    said = [known.method]
+    for recipe in reversed(known.config):
+        with contextlib.suppress(
+            OSError, ValueError, yaml.YAMLError, AttributeError
+        ):  # which parsing will complain of
+            said.append(yaml.safe_load(Path(recipe).read_text(encoding="utf-8")).get("method"))
+    return next((method for method in said if method in METHODS), "moco")
+
+
+def run_study(args: list[str]) -> None:
+    """``python -m train_ref sampling``: the function's arguments are the options."""
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m train_ref sampling",
+        description="What sampling the classifier does to ConIC's loss: figure 5 of the paper, on digits.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_function_arguments(study, skip={"quick"})
+    parser.add_argument(
+        "--quick", action="store_true", help="two seeds of two short epochs, to see that it works"
+    )
+    study(**parser.parse_args(args).as_dict())
+
+
+def main(args: list[str] | None = None) -> None:
+    given = sys.argv[1:] if args is None else args
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no news of absent devices
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
     try:
+        if given[:1] == ["sampling"]:
+            run_study(given[1:])
+            return
         ReferenceCLI(
-            MoCo,
+            METHODS[method_of(given)],
             Views,
             trainer_defaults={"callbacks": [Curves()], "devices": 1, "enable_model_summary": False},
             auto_configure_optimizers=False,
             parser_kwargs={
-                "description": "Trains a network by contrast of augmented views, and evaluates its features.",
+                "description": "Trains a network by contrast of augmented views, and evaluates its features. "
+                "A command of its own, sampling, repeats a figure of the ConIC paper: see sampling --help.",
                 "exit_on_error": False,
                 "fit": {
                     "exit_on_error": False,

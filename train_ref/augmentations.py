@@ -1,4 +1,4 @@
-"""Where two views of an image come from: the augmentations of MoCo v1 and v2, and their like for digits."""
+"""Where two views of an image come from: MoCo's augmentations and ConIC's, and their like for digits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-Augmentation = Literal["moco_v1", "moco_v2", "digits_v1", "digits_v2"]
+Augmentation = Literal["moco_v1", "moco_v2", "conic", "digits_v1", "digits_v2"]
 
 # ImageNet's, for every set: batch norm makes up for the rest.
 _TO_NORMALIZED_TENSOR = (
@@ -40,6 +40,14 @@ def augmentation(name: Augmentation, size: int) -> v2.Transform:
             ),  # 13 pixels: 3 σ and more
             v2.RandomHorizontalFlip(),
         ),
+        # SimCLR's colours and blur, in the order of ConIC's section 4, which gives no strengths.
+        "conic": (
+            v2.RandomResizedCrop(size, scale=(0.15, 1.0)),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+        ),
         # Digits are gray and a few pixels wide, and their mirror images are no digits: no colours, no flips,
         # a gentler crop, and the slant and turn of handwriting instead.
         "digits_v1": (*_handwriting(size), v2.ColorJitter(0.4, 0.4)),
@@ -67,7 +75,7 @@ def plain(size: int, *, crop: bool) -> v2.Transform:
 
 
 class TwoViews:
-    """An image to two independent draws of a random transform: the query's view and the key's."""
+    """An image to two independent draws of a random transform; in MoCo the query's view and the key's."""
 
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:
         self.transform = transform

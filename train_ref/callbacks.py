@@ -36,7 +36,7 @@ class Curves(Callback):
         figure = Figure(figsize=(10, 4), layout="constrained")
         losses, accuracy = figure.subplots(1, 2)
         for axes, names in (
-            (losses, ("loss", "instance_loss", "consistency_loss")),
+            (losses, [name for name in self.history[0] if name.endswith("loss")]),
             (accuracy, ("top1", "top5")),
         ):
             for name in names:

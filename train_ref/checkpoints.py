@@ -38,8 +38,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` in the run's directory, as training was at the end of an epoch.
 
-    An interrupt itself saves nothing: in the middle of a step, the query encoder, the key encoder and the
-    queue do not belong together.
+    An interrupt itself saves nothing: in the middle of a step, networks and their queue or classifier do not
+    belong together.
 
     Args:
         every_n_epochs: how often it is written; the end of training always is.

@@ -75,6 +75,19 @@ class SyntheticImages(Dataset):
         return torch.from_numpy(image.clip(0, 255).astype(np.uint8))
 
 
+class Numbered(Dataset):
+    """The items of another set, each with its index at its end: which instance it is."""
+
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return *self.images[index], index
+
+
 class EndlessSampler(Sampler[int]):
     """Never the same index twice: epoch e takes e·length … (e + 1)·length − 1. Lightning sets the epoch."""
 
@@ -98,7 +111,7 @@ class Views(LightningDataModule):
         dataset: "digits" (bundled with scikit-learn), "folder" (``root/train/<class>/<image>`` and
             ``root/val/<class>/<image>``) or "synthetic" (endless).
         root: the folder of images.
-        augmentation: what makes a view of an image: MoCo v1's or v2's own, or their like for digits.
+        augmentation: what makes a view of an image: a paper's own, or the like of MoCo's for digits.
         image_size: height and width of a view.
         batch_size: images a step; the last, incomplete batch of an epoch is dropped.
         num_workers: processes that load and augment images; 0 does it between the steps.
@@ -135,11 +148,23 @@ class Views(LightningDataModule):
         if count < batch:
             raise UsageError(f"data.batch_size is {batch}, but there are only {count} training images")
 
+    @property
+    def num_instances(self) -> int:
+        """How many images there are to train on. Raises UsageError where there is no end of them."""
+        if isinstance(self.train_images, SyntheticImages):
+            raise UsageError(
+                "data.dataset is synthetic, which is endless: to count instances, it must be digits or folder"
+            )
+        return len(self.train_images)
+
     def train_dataloader(self) -> DataLoader:
-        """Batches of ([query views (B, 3, H, W), key views (B, 3, H, W)], labels (B,))."""
+        """Batches of ([views (B, 3, H, W), other views (B, 3, H, W)], labels (B,), instances (B,)).
+
+        An instance is an image's index in the set.
+        """
         endless = isinstance(self.train_images, SyntheticImages)
         return self._loader(
-            self.train_images,
+            Numbered(self.train_images),
             sampler=EndlessSampler(len(self.train_images)) if endless else None,
             shuffle=None if endless else True,
             drop_last=True,

@@ -15,6 +15,7 @@ from contrastive_ops import KeyQueue, co2_loss
 
 from .errors import UsageError
 from .networks import FEATURES, Architecture, Head, Stem, projection_head, resnet
+from .runs import log_values
 
 
 class MoCo(LightningModule):
@@ -79,8 +80,8 @@ class MoCo(LightningModule):
         for key, query in zip(self.key_encoder.parameters(), self.query_encoder.parameters(), strict=True):
             key.lerp_(query, 1 - self.hparams.momentum)
 
-    def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
-        (query_view, key_view), _ = batch  # 2 × (B, 3, H, W), and labels that only the evaluation looks at
+    def training_step(self, batch: tuple[list[Tensor], Tensor, Tensor], batch_idx: int) -> Tensor:
+        (query_view, key_view), *_ = batch  # 2 × (B, 3, H, W), and what only others look at
 
         query = self.query_encoder(query_view)  # (B, D)
         with torch.no_grad():
@@ -100,7 +101,8 @@ class MoCo(LightningModule):
         )  # (), each metric (B,)
         self.queue.enqueue(F.normalize(key.to(self.queue.keys.dtype), dim=1))
 
-        self._log(
+        log_values(
+            self,
             loss=loss.detach(),
             instance_loss=metrics.instance_loss.mean(),
             consistency_loss=metrics.consistency_loss.mean(),
@@ -109,12 +111,6 @@ class MoCo(LightningModule):
             top5=(metrics.positive_rank < 5).float().mean(),
         )
         return loss
-
-    def _log(self, **values: Tensor) -> None:
-        """Log the values of the step and, as ``epoch/<name>``, their means over the epoch."""
-        for name, value in values.items():
-            self.log(name, value, prog_bar=not name.endswith("_loss"))
-            self.log(f"epoch/{name}", value, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.SGD(

@@ -1,4 +1,4 @@
-"""Torchvision's ResNets without their classifier, and the projection heads of MoCo v1 and v2."""
+"""Torchvision's ResNets without their classifier, and the projection heads of MoCo v1, MoCo v2 and ConIC."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 Architecture = Literal["resnet18", "resnet50"]
 Stem = Literal["imagenet", "small"]
-Head = Literal["linear", "mlp"]
+Head = Literal["linear", "mlp", "mlp_bn"]
 
 FEATURES = {"resnet18": 512, "resnet50": 2048}
 
@@ -29,7 +29,16 @@ def resnet(arch: Architecture, stem: Stem = "imagenet") -> nn.Module:
 
 
 def projection_head(kind: Head, in_features: int, dim: int) -> nn.Module:
-    """(B, in_features) to (B, dim): MoCo v1's linear layer, or MoCo v2's two layers with a ReLU between."""
+    """(B, in_features) to (B, dim): MoCo v1's linear layer, MoCo v2's two layers with a ReLU between, or
+    ConIC's, which are SimCLR's: batch-normalised, and so without biases."""
+    if kind == "mlp_bn":
+        return nn.Sequential(
+            nn.Linear(in_features, in_features, bias=False),
+            nn.BatchNorm1d(in_features),
+            nn.ReLU(),
+            nn.Linear(in_features, dim, bias=False),
+            nn.BatchNorm1d(dim),
+        )
     last = nn.Linear(in_features, dim)
     if kind == "linear":
         return last

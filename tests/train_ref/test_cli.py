@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from train_ref import __main__ as command_line
+from train_ref.conic import ConIC
 
 RECIPES = Path(command_line.__file__).parent / "recipes"
 SYNTHETIC = ["--config", str(RECIPES / "synthetic.yaml")]
@@ -84,6 +85,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
         (["fit", *SYNTHETIC, "--model.temperature=0"], "temperature"),
         (["fit", *SYNTHETIC, "--model.arch=resnet34"], "resnet34"),
         (["fit", *SYNTHETIC, "--ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        (["fit", *SYNTHETIC, "--method=simclr"], "simclr"),
+        (["fit", "--config"], "--config"),
         (["fit", *SYNTHETIC, "--data.batch_size=200"], "batch_size is 200, but there are only 160"),
         (["fit", *SYNTHETIC, "--data.dataset=folder"], "data.root must name the folder"),
         (["fit", *SYNTHETIC, "--data.dataset=folder", "--data.root=nowhere"], "no folder nowhere/train"),
@@ -114,6 +117,13 @@ def test_every_recipe_can_be_built(train_ref, monkeypatch, recipe):
     (cli,) = built
     assert recipe.read_text().startswith("# ")
     assert cli.trainer.log_dir == f"runs/{recipe.stem}/version_0"
+    if "conic" in recipe.stem:
+        assert isinstance(cli.model, ConIC)
+        assert cli.model.hparams.temperature == 0.1
+        assert cli.model.hparams.consistency_weight == 2.5
+        assert (cli.model.hparams.active is None) == ("sampled" not in recipe.stem)
+        assert cli.datamodule.hparams.augmentation == ("conic" if "imagenet" in recipe.stem else "digits_v2")
+        return
     version = "v1" if "_v1" in recipe.stem else "v2"
     assert cli.model.hparams.head == {"v1": "linear", "v2": "mlp"}[version]
     assert cli.model.hparams.temperature == {"v1": 0.07, "v2": 0.2}[version]
@@ -126,7 +136,7 @@ def test_every_recipe_can_be_built(train_ref, monkeypatch, recipe):
         assert cli.model.hparams.consistency_weight == 0
 
 
-@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["sampling", "--help"]])
 def test_help_fits_a_few_screens(train_ref, capsys, args):
     with pytest.raises(SystemExit):
         train_ref(*args)

@@ -84,9 +84,9 @@ def test_every_dataset_gives_two_views_to_train_and_plain_images_to_evaluate(
 ):
     views = make_views(dataset=dataset, root=str(folder), image_size=12)
     views.setup()
-    (query, key), labels = next(iter(views.train_dataloader()))
+    (query, key), labels, instances = next(iter(views.train_dataloader()))
     assert query.shape == key.shape == (8, 3, 12, 12)
-    assert labels.shape == (8,)
+    assert labels.shape == instances.shape == (8,)
     assert not torch.equal(query, key)
 
     train, test = views.evaluation_dataloaders()
@@ -97,6 +97,19 @@ def test_every_dataset_gives_two_views_to_train_and_plain_images_to_evaluate(
     assert torch.equal(images, same_images)
     assert torch.equal(labels, same_labels)
     assert not torch.equal(images, next(iter(test))[0])
+
+
+def test_a_batch_says_which_instances_it_has(make_views, folder):
+    views = make_views(dataset="folder", root=str(folder), batch_size=12)
+    views.setup()
+    views.train_images.transform = lambda image: (torch.tensor(image.size), torch.tensor(image.size))
+    assert views.num_instances == 12
+    (sizes, _), labels, instances = next(iter(views.train_dataloader()))
+    assert sorted(instances.tolist()) == list(range(12))
+    for size, label, instance in zip(sizes.tolist(), labels.tolist(), instances.tolist(), strict=True):
+        path, target = views.train_images.samples[instance]
+        assert tuple(size) == Image.open(path).size
+        assert label == target
 
 
 def test_a_capped_evaluation_still_sees_every_class(make_views, folder):

@@ -21,8 +21,15 @@ def test_the_small_stem_keeps_every_pixel(stem, stride):
     assert seen == [(2, 64, 16 // stride, 16 // stride)]
 
 
-def test_the_heads_are_those_of_moco_v1_and_v2():
+def test_the_heads_are_those_of_moco_v1_moco_v2_and_conic():
     assert isinstance(projection_head("linear", 512, 128), nn.Linear)
     assert [type(layer) for layer in projection_head("mlp", 512, 128)] == [nn.Linear, nn.ReLU, nn.Linear]
-    for kind in ("linear", "mlp"):
+    assert [type(layer) for layer in projection_head("mlp_bn", 512, 128)] == [
+        nn.Linear,
+        nn.BatchNorm1d,
+        nn.ReLU,
+        nn.Linear,
+        nn.BatchNorm1d,
+    ]
+    for kind in ("linear", "mlp", "mlp_bn"):
         assert projection_head(kind, 512, 128)(torch.randn(3, 512)).shape == (3, 128)

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from torch.utils.data import DataLoader
+
+from train_ref import __main__ as command_line
+from train_ref.callbacks import Curves, Evaluation
+from train_ref.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from train_ref.conic import ConIC
+from train_ref.data import Views
+from train_ref.errors import UsageError
+from train_ref.sampling import COMPENSATED, FULL, PLAIN, SmallConIC, full_softmax_loss, study
+
+N = 1437  # digits to train on
+
+
+class FewDigits(Views):
+    """Three batches an epoch, which the epoch's number decides: what a run sees does not tell its past."""
+
+    def train_dataloader(self) -> DataLoader:
+        torch.manual_seed(self.trainer.current_epoch if self.trainer else 0)
+        loader = iter(super().train_dataloader())
+        return DataLoader([next(loader) for _ in range(3)], batch_size=None)
+
+
+@pytest.fixture
+def make_conic():
+    """A ConIC whose three convolutions take a hundredth of a second a step."""
+
+    def make(**settings) -> ConIC:
+        seed_everything(0, verbose=False)
+        return SmallConIC(**{"dim": 16, **settings})
+
+    return make
+
+
+@pytest.fixture
+def fit(make_conic, make_trainer):
+    """Train a fresh ConIC on digits, as the command line would."""
+
+    def run(epochs: int = 1, ckpt_path: Path | None = None, callbacks=(), batch_size: int = 8, **settings):
+        conic = make_conic(**settings)
+        trainer = make_trainer(
+            max_epochs=epochs,
+            enable_checkpointing=True,
+            plugins=[AtomicCheckpointIO()],
+            callbacks=[Curves(), LastCheckpoint(), *callbacks],
+            reload_dataloaders_every_n_epochs=1,
+        )
+        trainer.fit(conic, FewDigits(batch_size=batch_size), ckpt_path=ckpt_path)
+        return conic
+
+    return run
+
+
+def checkpoint_of(conic: LightningModule) -> Path:
+    return Path(conic.trainer.log_dir) / "last.ckpt"
+
+
+def rows_of(conic: ConIC) -> list[torch.Tensor]:
+    """Weight and momentum of every instance, caught up."""
+    return [torch.cat(parts) for parts in list(zip(*conic.classifier.export(), strict=True))[1:]]
+
+
+@pytest.mark.parametrize("active", [None, 64])
+def test_the_loss_falls_on_digits(fit, active):
+    conic = fit(epochs=6, batch_size=32, active=active, dim=32)
+    (curves,) = (callback for callback in conic.trainer.callbacks if isinstance(callback, Curves))
+    losses = [epoch["loss"] for epoch in curves.history]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_with_all_rows_and_no_consistency_it_is_cross_entropy_over_instances(make_conic, make_views):
+    conic = make_conic(consistency_weight=0.0)
+    conic._make_classifier(N)
+    conic.log = lambda *args, **kwargs: None
+    features = []
+    conic.encoder.register_forward_hook(lambda module, inputs, output: features.append(output))
+    views = make_views(dataset="digits", augmentation="digits_v2")
+    views.setup()
+    batch = next(iter(views.train_dataloader()))
+    loss = conic.training_step(batch, 0)
+
+    where = {int(instance): row for row, instance in enumerate(conic.classifier.active_instances)}
+    target = torch.tensor([where[int(instance)] for instance in batch[2]])
+    logits = F.normalize(features[0]) @ F.normalize(conic.classifier.weight).T / 0.1  # (2 B, N)
+    expected = F.cross_entropy(logits, target.repeat(2), reduction="sum") / len(target)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_compensation_counts_the_rows_that_are_not_active(make_conic, make_views):
+    losses = {}
+    views = make_views(dataset="digits", augmentation="digits_v2")
+    views.setup()
+    torch.manual_seed(0)
+    batch = next(iter(views.train_dataloader()))
+    for compensation in (True, False):
+        conic = make_conic(active=40, compensation=compensation, consistency_weight=0.0)
+        conic._make_classifier(N)
+        conic.log = lambda *args, **kwargs: None
+        losses[compensation] = conic.training_step(batch, 0).item()
+    # Exactly that, were a view's own row nothing beside the others. Untrained, it is little.
+    assert losses[True] - losses[False] == pytest.approx(2 * math.log((N - 1) / 39), rel=0.1)
+
+
+def test_both_optimizers_follow_one_cosine(fit):
+    class Rates(Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_train_batch_end(self, trainer, module, *args):
+            self.rates.append(module.classifier_optimizer.param_groups[0]["lr"])
+
+    rates = Rates()
+    conic = fit(epochs=2, callbacks=[rates], active=16, learning_rate=0.5)
+    assert rates.rates == pytest.approx([0.25 * (1 + math.cos(math.pi * t / 6)) for t in range(6)])
+    assert len(conic.classifier.history) == conic.trainer.global_step == 6
+    (optimizer,) = conic.trainer.optimizers
+    assert optimizer.defaults["momentum"] == conic.classifier_optimizer.defaults["momentum"] == 0.9
+
+
+def test_gradients_of_several_batches_make_one_step_of_both(make_conic, make_trainer):
+    conic = make_conic(active=24)
+    trainer = make_trainer(accumulate_grad_batches=3)
+    trainer.fit(conic, FewDigits(batch_size=8))
+    assert len(conic.classifier.history) == trainer.global_step == 1
+
+
+class Stop(Callback):
+    """As a kill in the middle of the second epoch would."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 1:
+            self.module = module
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("storage", ["device", "disk"])
+def test_a_stopped_run_resumes_bit_by_bit(fit, tmp_path, storage):
+    def on(folder: str) -> dict:
+        return {
+            "active": 16,
+            "storage": storage,
+            "path": str(tmp_path / folder) if storage == "disk" else None,
+        }
+
+    expected = fit(epochs=3, **on("whole"))
+    stop = Stop()
+    with pytest.raises(SystemExit):
+        fit(epochs=3, callbacks=[stop], **on("stopped"))
+    stop.module.classifier.close()
+    resumed = fit(epochs=3, ckpt_path=checkpoint_of(stop.module), **on("stopped"))
+
+    assert resumed.trainer.global_step == len(resumed.classifier.history) == 9
+    torch.testing.assert_close(
+        dict(resumed.encoder.state_dict()), dict(expected.encoder.state_dict()), rtol=0, atol=0
+    )
+    torch.testing.assert_close(rows_of(resumed), rows_of(expected), rtol=0, atol=0)
+    assert torch.equal(resumed.classifier.active_instances, expected.classifier.active_instances)
+
+
+@pytest.mark.parametrize("storage", ["device", "disk"])
+def test_a_checkpoint_can_be_loaded_without_images(fit, tmp_path, storage):
+    conic = fit(active=16, storage=storage, path=str(tmp_path / "rows") if storage == "disk" else None)
+    conic.classifier.close()
+    loaded = SmallConIC.load_from_checkpoint(checkpoint_of(conic))
+    assert loaded.classifier.num_instances == N
+    torch.testing.assert_close(
+        dict(loaded.backbone.state_dict()), dict(conic.backbone.state_dict()), rtol=0, atol=0
+    )
+    if storage == "device":
+        torch.testing.assert_close(rows_of(loaded), rows_of(conic), rtol=0, atol=0)
+
+
+def test_its_features_are_evaluated_at_the_end(fit):
+    conic = fit(callbacks=[Evaluation(k=3, seeds=2, label_fractions=(0.1,), max_images=100)], active=16)
+    rows = json.loads((Path(conic.trainer.log_dir) / "evaluation.json").read_text())
+    assert [row["labels"] for row in rows] == [100, 10]
+    assert (Path(conic.trainer.log_dir) / "curves.png").exists()
+
+
+def test_the_loss_over_all_rows_is_that_of_all_rows_whichever_are_active(fit):
+    conic = fit(active=16)
+    views = torch.randn(N, 3, 8, 8)
+    loss = full_softmax_loss(conic, views)
+    assert conic.encoder.training
+    weight, _ = rows_of(conic)
+    conic.encoder.eval()
+    logits = F.normalize(conic.encoder(views)) @ F.normalize(weight).T / 0.1
+    assert loss == pytest.approx(F.cross_entropy(logits, torch.arange(N)).item(), rel=1e-4)
+
+
+def test_the_quick_study_leaves_its_figure_and_its_numbers(tmp_path, capsys):
+    result = study(quick=True, directory=str(tmp_path / "study"))
+    assert (tmp_path / "study" / "sampling.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "study" / "sampling.json").read_text()) == result
+    assert [row["variant"] for row in result["summary"]] == [FULL, COMPENSATED, PLAIN]
+    for runs in result["curves"].values():
+        assert [len(run["full"]) for run in runs] == [len(run["training"]) for run in runs] == [2, 2]
+        assert runs[0]["full"] != runs[1]["full"]
+    # Without compensation the training loss misses most of the denominator.
+    assert result["summary"][2]["training loss"]["mean"] > result["summary"][1]["training loss"]["mean"]
+    output = capsys.readouterr().out
+    assert all(name in output for name in (FULL, COMPENSATED, PLAIN))
+
+
+DIGITS = [
+    "fit",
+    "--config",
+    str(Path(command_line.__file__).parent / "recipes" / "digits_conic_sampled.yaml"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([*DIGITS, "--model.active=63"], "model.active is 63, fewer than the 64 images of a step"),
+        ([*DIGITS, "--model.active=0"], "active"),
+        ([*DIGITS, "--model.queue_size=20"], "queue_size"),
+        ([*DIGITS, "--model.storage=tape"], "tape"),
+        ([*DIGITS, "--model.storage=disk"], "path is wanted with storage='disk'"),
+        ([*DIGITS, "--model.storage=disk", "--model.path=."], "model.path: "),
+        ([*DIGITS, "--trainer.precision=16-true"], "trainer.precision is 16-true"),
+        ([*DIGITS, "--data.dataset=synthetic"], "data.dataset is synthetic, which is endless"),
+        (["sampling", "--seeds=0"], "seeds"),
+        (["sampling", "--quick", "--active=1437"], "nothing is sampled"),
+        (["sampling", "--epoch=3"], "epoch"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_ref"])
+    (tmp_path / "foreign").write_text("no rows")
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main([*args, "--trainer.accelerator=cpu"] if args[0] == "fit" else args)
+    line = str(stopped.value.code)
+    assert line.startswith("error: ")
+    assert message in line
+    assert len(line.splitlines()) == 1
+
+
+def test_a_folder_with_another_trainings_rows_is_not_begun_anew(fit, tmp_path):
+    settings = {"active": 16, "storage": "disk", "path": str(tmp_path / "rows")}
+    fit(**settings).classifier.close()
+    with pytest.raises(UsageError, match=r"model.path: .*earlier training"):
+        fit(**settings)
+
+
+def test_a_checkpoint_of_other_images_is_told_so(fit, monkeypatch):
+    path = checkpoint_of(fit(active=16))
+    monkeypatch.setattr(Views, "num_instances", 1000)
+    with pytest.raises(UsageError, match="ckpt_path: the checkpoint's num_instances is 1437"):
+        fit(epochs=2, ckpt_path=path, active=16)
