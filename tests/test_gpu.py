@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from contrastive_ops import available_backends, co2_loss, conic_loss, info_nce_l
 from contrastive_ops.functional import SGDStep
 from tests.cases import INTERPRETED, Case, ConICCase
 from tests.oracles import conic_loss_and_gradients, conic_oracle, distance, fused, oracle
+from tests.test_instances import STORAGES, Training, classifier, saved
 
 SERVING = [name for name in ("triton", "cuda") if available_backends()[name] and not INTERPRETED]
 
@@ -478,3 +481,41 @@ class TestRows:
         torch.cuda.synchronize()
         for actual, of_reference in zip((weight, buffer, outgoing), expected, strict=True):
             torch.testing.assert_close(actual.cuda(), of_reference)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+class TestClassifier:
+    def make(self, storage: str, path: Path) -> Training:
+        return Training(classifier(storage, path, device="cuda"))
+
+    def test_trains_as_on_a_cpu(self, storage: str, tmp_path: Path) -> None:
+        """With the next batch prefetched, on a stream of its own where rows are the host's."""
+        there, here = self.make(storage, tmp_path), Training(classifier())
+        batches = [here.batch() for _ in range(31)]
+        for batch, following in itertools.pairwise(batches):
+            there.generator.set_state(here.generator.get_state())
+            expected = here.step(batch)
+            assert there.step(batch) == pytest.approx(expected, rel=1e-3)
+            there.classifier.prefetch(following)
+        for actual, wanted in zip(
+            there.classifier.read(torch.arange(50)), here.classifier.read(torch.arange(50)), strict=True
+        ):
+            torch.testing.assert_close(actual.cpu(), wanted, rtol=1e-2, atol=1e-3)
+
+    def test_resume_is_exact(self, storage: str, tmp_path: Path) -> None:
+        training = self.make(storage, tmp_path)
+        training.steps(25)
+        state = saved(training.state_dict())
+        expected = training.steps(25)
+        training.classifier.close()
+        resumed = self.make(storage, tmp_path)
+        resumed.load_state_dict(state)
+        assert resumed.steps(25) == expected
+
+    def test_prefetch_changes_no_bit(self, storage: str, tmp_path: Path) -> None:
+        plain, ahead = self.make("device", tmp_path), self.make(storage, tmp_path)
+        for _ in range(30):
+            batch = plain.batch()
+            ahead.classifier.prefetch(batch)
+            ahead.generator.set_state(plain.generator.get_state())
+            assert ahead.step(batch) == plain.step(batch)

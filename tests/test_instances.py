@@ -54,7 +54,7 @@ class Training:
     def step(self, indices: Tensor | None = None) -> float:
         of = self.classifier
         indices = self.batch() if indices is None else indices
-        views = torch.randn(2, len(indices), of.dim, generator=self.generator).to(of.weight.dtype)
+        views = torch.randn(2, len(indices), of.dim, generator=self.generator).to(of.weight)
         target = of.activate(indices)
         loss = conic_loss(views, of.weight, target, num_instances=of.num_instances)
         self.optimizer.zero_grad()
