@@ -64,7 +64,8 @@ class MemoryRows:
     bus. There `prefetch` copies the rows of the next batch to the device, on a stream of its own.
 
     Args:
-        num_instances, dim, dtype, seed: of the classifier.
+        num_instances: number of rows; 0 for a classifier that never evicts any.
+        dim, dtype, seed: of the classifier.
         on_host: whether the rows stay in the host's memory when the classifier moves.
     """
 
@@ -80,7 +81,7 @@ class MemoryRows:
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
         if not self._on_host:
             self._records = function(self._records)
-        elif device.type == "cuda" and self._device.type != "cuda":
+        elif device.type == "cuda" and self._device.type != "cuda" and len(self._records):
             # Pinned in place: the caching allocator of pinned memory would round up to a power of two.
             status = torch.cuda.cudart().cudaHostRegister(self._records.data_ptr(), self._records.nbytes, 0)
             if int(status):
@@ -167,6 +168,8 @@ class MemoryRows:
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that take memory when they are first written to, and no more than a small page at a time: in huge
     pages, a batch of rows from all over would have to clear a gigabyte."""
+    if not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)

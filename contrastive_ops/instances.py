@@ -110,7 +110,8 @@ class InstanceClassifier(nn.Module):
         if path is not None:
             self._storage = FileRows(path, num_instances, dim, dtype, seed)
         else:
-            self._storage = MemoryRows(num_instances, dim, dtype, seed, on_host=storage == "host")
+            stored = num_instances if active < num_instances else 0
+            self._storage = MemoryRows(stored, dim, dtype, seed, on_host=storage == "host")
 
         rows = torch.empty(min(active, num_instances), dim, dtype=dtype)
         _rows.initial_rows(seed, self._active.instances, rows.numpy())
