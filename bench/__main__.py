@@ -30,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--device", choices=GRIDS, default="cpu")
     parser.add_argument("--quick", action="store_true", help="a check in a minute, written to build/")
-    parser.add_argument("--match", default="", help="regular expression of the cases to measure (GPU only)")
+    parser.add_argument("--match", default="", help="regular expression of the cases to measure")
     parser.add_argument("--output", type=Path, help="JSON file (default: bench/results/<date>-<device>.json)")
     arguments = parser.parse_args()
     if arguments.device == "cuda":
@@ -38,7 +38,7 @@ def main() -> int:
 
     print("Measuring what the machine can do at best", flush=True)
     limits = ceilings.measure()
-    status, timings = run_benchmarks(QUICK if arguments.quick else "")
+    status, timings = run_benchmarks(arguments.match, QUICK if arguments.quick else "")
     result = {
         "machine": describe("cpu"),
         "ceilings": limits,
@@ -100,17 +100,24 @@ def case_of(record: dict) -> Case:
     return Case(**{field.name: record[field.name] for field in dataclasses.fields(Case)})
 
 
-def run_benchmarks(selection: str) -> tuple[int, dict]:
-    """pytest's exit status and what pytest-benchmark wrote."""
+def run_benchmarks(match: str, selection: str) -> tuple[int, dict]:
+    """pytest's exit status and what pytest-benchmark wrote; `selection` is pytest's own -k."""
+    pattern = re.compile(match)
+
+    class Matching:
+        def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+            items[:] = [item for item in items if pattern.search(item.name)]
+
     with tempfile.TemporaryDirectory() as folder:
         timings = Path(folder, "timings.json")
         status = pytest.main(
             [
-                str(Path(__file__).parent),
+                str(Path(__file__).with_name("test_losses.py")),
                 f"-k={selection}",
                 f"--benchmark-json={timings}",
                 "--benchmark-columns=median,iqr,rounds",
-            ]
+            ],
+            plugins=[Matching()],
         )
         if not timings.exists():  # no test ran; pytest has said why
             raise SystemExit(status)
