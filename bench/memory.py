@@ -36,13 +36,14 @@ def _measure(case: Case) -> float:
         tensor.grad = None
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds back could serve the step unseen
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _resident_mib("VmRSS")
+    before = resident_mib("VmRSS")
     step(loss, *tensors)
-    return _resident_mib("VmHWM") - before
+    return resident_mib("VmHWM") - before
 
 
-def _resident_mib(field: str) -> float:
-    """VmRSS, resident memory, or VmHWM, its high-water mark (man 5 proc)."""
+def resident_mib(field: str) -> float:
+    """VmRSS, resident memory, or VmHWM, its high-water mark (man 5 proc). That of getrusage would remember
+    what the process was forked from."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
