@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import _backends
+from .reference import computed_in
 
 _library = torch.library.Library("contrastive_ops", "DEF")
 
@@ -69,7 +70,7 @@ def _co2(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tuple[Te
 def _co2_fake(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     compute_gradient = arguments[-2]
     rows, dim = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = computed_in(query)
     loss, instance, consistency = (query.new_empty(rows, dtype=dtype) for _ in range(3))
     rank = query.new_empty(rows, dtype=torch.int64)
     gradient = query.new_empty((rows if compute_gradient else 0, dim), dtype=dtype)
@@ -180,7 +181,7 @@ def _conic(views: Tensor, weight: Tensor, target: Tensor, *arguments: Any) -> tu
 
 def _conic_fake(views: Tensor, weight: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     count, batch, _ = views.shape
-    dtype = torch.float64 if views.dtype == torch.float64 else torch.float32
+    dtype = computed_in(views)
     loss, consistency = (views.new_empty(batch, dtype=dtype) for _ in range(2))
     classification = views.new_empty((count, batch), dtype=dtype)
     rank = views.new_empty((count, batch), dtype=torch.int64)

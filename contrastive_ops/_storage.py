@@ -91,18 +91,17 @@ class MemoryRows:
     def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
         new = instances[self._taken[instances] == 0]
         if len(new):
-            weight = torch.empty(len(new), self._records.shape[2], dtype=self._records.dtype)
-            initial_rows(self._seed, new, weight.numpy())
-            self._records[torch.from_numpy(new).to(self._records.device), 0] = weight.to(self._records.device)
+            at = torch.from_numpy(new).to(self._records.device)
+            self._records[at, 0] = self._initial(new)
             self._taken[new] = 1
         steps = self._taken[instances].astype(np.int64) - 1
         if self._staged is not None:
             (staged, records, arrived), self._staged = self._staged, None
-            at = np.minimum(np.searchsorted(staged, instances), len(staged) - 1)
-            if np.array_equal(staged[at], instances):
+            found = _find(staged, instances)
+            if found is not None:
                 torch.cuda.current_stream(self._device).wait_event(arrived)
                 records.record_stream(torch.cuda.current_stream(self._device))
-                return records, at, steps
+                return records, found, steps
         return self._records, instances, steps
 
     def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
@@ -110,10 +109,8 @@ class MemoryRows:
         records = self._records[torch.from_numpy(instances).to(self._records.device)]
         taken = self._taken[instances].astype(np.int64)
         if not taken.all():
-            new = torch.from_numpy(taken == 0)
-            weight = torch.empty(int(new.sum()), records.shape[2], dtype=records.dtype)
-            initial_rows(self._seed, instances[taken == 0], weight.numpy())
-            records[new.to(records.device), 0] = weight.to(records.device)
+            new = torch.from_numpy(taken == 0).to(records.device)
+            records[new, 0] = self._initial(instances[taken == 0])
         return records, np.maximum(taken - 1, 0)
 
     def room(self, instances: Indices) -> tuple[Tensor, Indices]:
@@ -135,6 +132,12 @@ class MemoryRows:
                 order = np.argsort(instances)
                 on_device = on_device[torch.from_numpy(order).to(self._device)]
                 self._staged = instances[order], on_device, self._side.record_event()
+
+    def _initial(self, instances: Indices) -> Tensor:
+        """The weights (n, D) of rows that were never kept, on the records' device."""
+        weight = torch.empty(len(instances), self._records.shape[2], dtype=self._records.dtype)
+        initial_rows(self._seed, instances, weight.numpy())
+        return weight.to(self._records.device)
 
     def _wait(self) -> None:
         if self._written is not None:
@@ -163,6 +166,12 @@ class MemoryRows:
 
     def close(self) -> None:
         pass
+
+
+def _find(announced: Indices, instances: Indices) -> Indices | None:
+    """Where the instances are among those announced, which are sorted; None if not all of them are there."""
+    at = np.minimum(np.searchsorted(announced, instances), len(announced) - 1)
+    return at if np.array_equal(announced[at], instances) else None
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -210,8 +219,8 @@ class FileRows:
             return None
         (ahead, future), self._ahead = self._ahead, None
         records, steps = future.result()
-        at = np.minimum(np.searchsorted(ahead, instances), len(ahead) - 1)
-        if not np.array_equal(ahead[at], instances):  # others were announced
+        at = _find(ahead, instances)
+        if at is None:  # others were announced
             return None
         return torch.from_numpy(records[at]), steps[at]
 

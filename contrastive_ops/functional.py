@@ -375,6 +375,13 @@ def check_number(name: str, value: Any, *, above: float | None = None, minimum: 
         raise ValueError(f"{name} must be finite and {wanted}, got {value}")
 
 
+def check_integer(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
 def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")

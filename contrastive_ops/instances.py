@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from . import _ops
 from ._history import History, check_step
-from .functional import SGDStep, check_flag, check_number
+from .functional import SGDStep, check_flag, check_integer, check_number
 
 try:
     from . import _rows
@@ -94,17 +94,18 @@ class InstanceClassifier(nn.Module):
                 "install again from source with a C++20 compiler"
             )
         for name, value in (("num_instances", num_instances), ("dim", dim), ("active", active)):
-            _check_integer(name, value, 1)
-        _check_integer("seed", seed, 0)
+            check_integer(name, value, 1)
+        check_integer("seed", seed, 0)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         if storage not in ("device", "host", "disk"):
             raise ValueError(f"storage must be 'device', 'host' or 'disk', got {storage!r}")
         if (storage == "disk") != (path is not None):
             raise ValueError(f"path is wanted with storage='disk' alone, got {path!r} with {storage!r}")
+        active = min(active, num_instances)
         self.num_instances, self.dim, self.seed, self.storage = num_instances, dim, seed, storage
         self.history = History()
-        self._active = _rows.ActiveSet(num_instances, min(active, num_instances), seed)
+        self._active = _rows.ActiveSet(num_instances, active, seed)
         device = torch.empty(0, device=device).device
         self._storage: Storage
         if path is not None:
@@ -113,7 +114,7 @@ class InstanceClassifier(nn.Module):
             stored = num_instances if active < num_instances else 0
             self._storage = MemoryRows(stored, dim, dtype, seed, on_host=storage == "host")
 
-        rows = torch.empty(min(active, num_instances), dim, dtype=dtype)
+        rows = torch.empty(active, dim, dtype=dtype)
         _rows.initial_rows(seed, self._active.instances, rows.numpy())
         self.weight = nn.Parameter(rows)
         self.register_buffer("momentum", torch.zeros_like(rows))
@@ -137,14 +138,15 @@ class InstanceClassifier(nn.Module):
         """
         plan = self._active.plan(self._checked("indices", indices))
         if len(plan.slots):
-            incoming, rows, steps = self._storage.fetch(plan.incoming)
-            room, leaving = self._storage.room(plan.evicted)
-            self._exchange(plan.slots, incoming, rows, self.history.coefficients(steps), room, leaving)
+            rows = self.weight, self.momentum
+            incoming, coming, steps = self._storage.fetch(plan.incoming)
+            room, going = self._storage.room(plan.evicted)
+            self._exchange(*rows, plan.slots, incoming, coming, self.history.coefficients(steps), room, going)
             try:
                 self._storage.keep(plan.evicted, len(self.history))
             except OSError:  # back into their slots, as they were
                 unchanged = np.tile(np.eye(2), (len(plan.slots), 1, 1))
-                self._exchange(plan.slots, room.clone(), leaving, unchanged, room, leaving)
+                self._exchange(*rows, plan.slots, room.clone(), going, unchanged, room, going)
                 raise
         self._active.commit(plan)
         return self._to_device(plan.target)
@@ -170,16 +172,14 @@ class InstanceClassifier(nn.Module):
         if len(late):
             records, steps = self._storage.peek(instances[late])
             records = records.to(weight.device)
-            every = torch.arange(len(late), device=weight.device)
-            _ops.exchange_rows_(
-                weight, momentum, self._to_device(late), records, every,
-                self._to_device(self.history.coefficients(steps)), torch.empty_like(records), every, None,
-            )  # fmt: skip
+            every = np.arange(len(late))
+            coefficients, room = self.history.coefficients(steps), torch.empty_like(records)
+            self._exchange(weight, momentum, late, records, every, coefficients, room, every)
         return weight, momentum
 
     def export(self, rows: int = 65536) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All instances in order, `rows` at a time: their numbers (n,), and what `read` says of them."""
-        _check_integer("rows", rows, 1)
+        check_integer("rows", rows, 1)
         for first in range(0, self.num_instances, rows):
             instances = torch.arange(first, min(first + rows, self.num_instances))
             yield instances, *self.read(instances)
@@ -238,6 +238,8 @@ class InstanceClassifier(nn.Module):
 
     def _exchange(
         self,
+        weight: Tensor,
+        momentum: Tensor,
         slots: NDArray[np.int64],
         incoming: Tensor,
         incoming_rows: NDArray[np.int64],
@@ -245,11 +247,11 @@ class InstanceClassifier(nn.Module):
         outgoing: Tensor,
         outgoing_rows: NDArray[np.int64],
     ) -> None:
-        arrays = map(self._to_device, (slots, incoming_rows, coefficients, outgoing_rows))
-        at, source, matrices, target = arrays
-        _ops.exchange_rows_(
-            self.weight, self.momentum, at, incoming, source, matrices, outgoing, target, None
-        )  # fmt: skip
+        """The operator, with arrays of the host."""
+        at, source, matrices, target = map(
+            self._to_device, (slots, incoming_rows, coefficients, outgoing_rows)
+        )
+        _ops.exchange_rows_(weight, momentum, at, incoming, source, matrices, outgoing, target, None)
 
     def _checked(self, name: str, indices: Tensor) -> NDArray[np.int64]:
         if not isinstance(indices, Tensor):
@@ -427,7 +429,7 @@ class MemoryBank(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_instances", num_instances), ("dim", dim)):
-            _check_integer(name, value, 1)
+            check_integer(name, value, 1)
         check_number("momentum", momentum, minimum=0)
         if momentum > 1:
             raise ValueError(f"momentum must be at most 1, got {momentum}")
@@ -481,13 +483,6 @@ def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
 @functools.cache
 def _watch_optimizers() -> None:
     register_optimizer_step_pre_hook(_refuse_other_optimizers)
-
-
-def _check_integer(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def _check_settings(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .functional import check_integer
+
 
 class KeyQueue(nn.Module):
     """A first-in, first-out queue of keys: the dictionary of MoCo (He et al., CVPR 2020).
@@ -45,10 +47,7 @@ class KeyQueue(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_integer(name, value, 1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
         keys = nn.functional.normalize(torch.randn(size, dim, device=device), dim=1)

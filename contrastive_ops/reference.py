@@ -49,7 +49,7 @@ def co2(
         loss (B,), instance loss (B,), consistency loss (B,), rank of the positive (B,) int64, and
         d loss / d query (B, D), which has no rows when `compute_gradient` is false.
     """
-    dtype = _computed_in(query)
+    dtype = computed_in(query)
     query, key, queue = query.to(dtype), key.to(dtype), queue.to(dtype)
     unit_query, unit_key = (_unit(query), _unit(key)) if normalize else (query, key)
 
@@ -243,7 +243,7 @@ def _conic_similarities(
     views: Tensor, weight: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """s (V·B, A), x̂ (V, B, D), ŵ (A, D), and the row of `weight` that each view owns (V·B,)."""
-    dtype = _computed_in(views)
+    dtype = computed_in(views)
     unit_weight, unit_views = _unit(weight.to(dtype)), _unit(views.flatten(0, 1).to(dtype))
     return unit_views @ unit_weight.T, unit_views.view(views.shape), unit_weight, target.repeat(len(views))
 
@@ -255,7 +255,8 @@ def _disagreement(unit_views: Tensor) -> Tensor:
     return disagreement
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
+def computed_in(x: Tensor) -> torch.dtype:
+    """What a loss of these queries or views is computed in, and comes in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -58,7 +58,7 @@ class ConIC {
     const Positives<T> positive(unit_views_, Panels<Product>(Rows::of(own), true));
 
     std::vector<PanelStatistics<T>> parts(ranges_ * unit_views_.panels);  // (ranges, panels)
-    for_each_tile(0, unit_views_.panels, false, [&](const Step& step) {
+    for_each_tile(false, [&](const Step& step) {
       for (int64_t panel = 0; panel < unit_views_.panels; ++panel) {
         step.product.similarities(unit_views_.packed(panel), step.s);
         for_own_rows(step, panel, [](T& s, int64_t) { s = -std::numeric_limits<T>::infinity(); });
@@ -92,7 +92,8 @@ class ConIC {
   std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const at::Tensor& statistics,
                                               bool views_need_grad, bool weight_needs_grad,
                                               const std::optional<SGD>& step) {
-    prepare_coefficients(grad_loss.to(at::kDouble).contiguous(), statistics.contiguous());
+    const at::Tensor incoming = grad_loss.to(at::kDouble).contiguous();
+    prepare_coefficients(incoming, statistics.contiguous());
     std::vector<T> parts(views_need_grad ? ranges_ * block_ * kPanel<T> * dim_ : 0);
     at::Tensor grad_views = at::empty({views_need_grad ? views_.size(0) : 0, batch_, dim_}, views_.options());
     at::Tensor grad_weight =
@@ -104,7 +105,7 @@ class ConIC {
     for (int64_t first = 0; first < unit_views_.panels; first += block_) {
       const int64_t last = std::min(first + block_, unit_views_.panels);
       std::fill(parts.begin(), parts.end(), T(0));
-      for_each_tile(first, last, views_need_grad, [&](Step& tile) {
+      for_each_tile(views_need_grad, [&](Step& tile) {
         if (weight_needs_grad) std::fill(tile.grad.begin(), tile.grad.end(), T(0));
         for (int64_t panel = first; panel < last; ++panel) {
           tile.product.similarities(unit_views_.packed(panel), tile.s);
@@ -132,7 +133,7 @@ class ConIC {
             write_row(grad_weight, index, row.data());
         }
       });
-      if (views_need_grad) finish_views(first, last, parts, grad_loss, grad_views);
+      if (views_need_grad) finish_views(first, last, parts, incoming.const_data_ptr<double>(), grad_views);
     }
     return {grad_views, grad_weight};
   }
@@ -148,8 +149,7 @@ class ConIC {
   };
 
   template <typename Function>
-  void for_each_tile(int64_t first_panel, int64_t last_panel, bool transposed_too,
-                     const Function& function) const {
+  void for_each_tile(bool transposed_too, const Function& function) const {
     const Rows weight = Rows::of(weight_);
     at::parallel_for(0, ranges_, 1, [&](int64_t begin, int64_t end) {
       std::vector<T> unit(kTile * dim_), grad(Product::keys_grad_elements(dim_)), row(dim_),
@@ -229,8 +229,7 @@ class ConIC {
 
   // dL/dx^ = sum_j g_j n_j - 4 alpha sum_j (1 - x^.x^j) x^j, then the derivative of the norm.
   void finish_views(int64_t first_panel, int64_t last_panel, const std::vector<T>& parts,
-                    const at::Tensor& grad_loss, at::Tensor& out) const {
-    const at::Tensor incoming = grad_loss.to(at::kDouble).contiguous();
+                    const double* incoming, at::Tensor& out) const {
     const int64_t last = std::min(last_panel * kPanel<T>, unit_views_.count);
     at::parallel_for(first_panel * kPanel<T>, last, 1, [&](int64_t begin, int64_t end) {
       std::vector<double> grad(dim_);
@@ -245,8 +244,8 @@ class ConIC {
         const int64_t view = row / batch_, instance = row % batch_;
         for (int64_t other = 0; other < views_.size(0); ++other) {
           if (other == view || settings_.consistency_weight == 0) continue;
-          const double factor = -4 * settings_.consistency_weight * disagreement(view, other, instance) *
-                                incoming.const_data_ptr<double>()[instance];
+          const double factor =
+              -4 * settings_.consistency_weight * disagreement(view, other, instance) * incoming[instance];
           const T* x = unit_views_.unit(other * batch_ + instance);
           for (int64_t d = 0; d < dim_; ++d) grad[d] += factor * x[d];
         }
