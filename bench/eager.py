@@ -1,4 +1,4 @@
-"""CO2, InfoNCE and ConIC as users write them: the code the fused losses replace.
+"""CO2, InfoNCE, NT-Xent and ConIC as users write them: the code the fused losses replace.
 
 Every step is the torch function one reaches for first, so this is the peer of the benchmarks and, in float64,
 an oracle of the tests that shares nothing with the package.
@@ -43,6 +43,36 @@ def eager_co2(
             key_negatives = torch.cat([positive, key_negatives], dim=1)
         log_q = F.log_softmax(negatives / consistency_temperature, dim=1)
         log_p = F.log_softmax(key_negatives / consistency_temperature, dim=1).detach()
+        divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+        divergence = divergence + F.kl_div(log_p, log_q, reduction="none", log_target=True)
+        loss = loss + consistency_weight * 0.5 * divergence.sum(dim=1)
+    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
+
+
+def eager_nt_xent(
+    view1: Tensor,
+    view2: Tensor,
+    *,
+    temperature: float = 0.5,
+    consistency_weight: float = 0.0,
+    consistency_temperature: float = 0.05,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """`contrastive_ops.nt_xent_loss` in eager PyTorch, computed in the dtype of its input."""
+    batch = len(view1)
+    rows = torch.cat([view1, view2])
+    if normalize:
+        rows = F.normalize(rows, dim=1)
+    similarity = rows @ rows.T  # (2 B, 2 B)
+    own = torch.eye(2 * batch, dtype=torch.bool, device=rows.device)
+    labels = torch.arange(2 * batch, device=rows.device).roll(batch)
+    logits = similarity.masked_fill(own, -torch.inf) / temperature
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    if consistency_weight and batch > 1:
+        negatives = similarity[~own.roll(batch, 0) & ~own].view(2 * batch, 2 * batch - 2)
+        log_q = F.log_softmax(negatives / consistency_temperature, dim=1)
+        log_p = log_q.detach().roll(batch, 0)  # both views of an instance have the same negatives
         divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True)
         divergence = divergence + F.kl_div(log_p, log_q, reduction="none", log_target=True)
         loss = loss + consistency_weight * 0.5 * divergence.sum(dim=1)

@@ -1,9 +1,17 @@
 """Contrastive losses over very many keys, computed without the matrix of their similarities."""
 
 from ._backends import BackendStatus, available_backends, use_backend
-from .functional import ConICMetrics, LossMetrics, co2_loss, conic_loss, consistency_loss, info_nce_loss
+from .functional import (
+    ConICMetrics,
+    LossMetrics,
+    co2_loss,
+    conic_loss,
+    consistency_loss,
+    info_nce_loss,
+    nt_xent_loss,
+)
 from .instances import DelayedSGD, InstanceClassifier, MemoryBank
-from .modules import CO2Loss, ConICLoss, ConsistencyLoss, InfoNCELoss
+from .modules import CO2Loss, ConICLoss, ConsistencyLoss, InfoNCELoss, NTXentLoss
 from .queue import KeyQueue
 
 __version__ = "0.1.0"
@@ -20,10 +28,12 @@ __all__ = [
     "KeyQueue",
     "LossMetrics",
     "MemoryBank",
+    "NTXentLoss",
     "available_backends",
     "co2_loss",
     "conic_loss",
     "consistency_loss",
     "info_nce_loss",
+    "nt_xent_loss",
     "use_backend",
 ]

@@ -7,8 +7,9 @@ gradient is finished in forward and backward only scales its rows. That is exact
 stays right when the caller overwrites the queue between loss and backward, as a momentum-contrast training
 loop does.
 
-`conic` has a gradient in its classifier's weight, to which all rows contribute, each scaled by its incoming
-gradient: its backward is an operator too, and computes the similarities again.
+`nt_xent` has a gradient in its keys, which are its queries, and `conic` one in its classifier's weight. To these
+all rows contribute, each scaled by its incoming gradient: their backward is an operator too, and computes
+the similarities again.
 
 Autograd kernels are registered directly: torch.library.register_autograd would do the same, but spends 50 µs
 a call on filling in defaults, of which these schemas have none.
@@ -36,6 +37,15 @@ _library.define(
     "-> (Tensor loss, Tensor instance_loss, Tensor consistency_loss, Tensor positive_rank, Tensor gradient)"
 )
 _library.define("scale_gradient(Tensor gradient, Tensor grad_loss, Tensor query) -> Tensor")
+_library.define(
+    "nt_xent(Tensor views, float temperature, float consistency_temperature, float consistency_weight, "
+    "bool normalize, str? backend) -> (Tensor loss, Tensor instance_loss, Tensor consistency_loss, "
+    "Tensor positive_rank, Tensor statistics)"
+)
+_library.define(
+    "nt_xent_backward(Tensor grad_loss, Tensor views, Tensor statistics, float temperature, "
+    "float consistency_temperature, float consistency_weight, bool normalize, str? backend) -> Tensor"
+)
 _library.define(
     "conic(Tensor views, Tensor weight, Tensor target, float temperature, float compensation, "
     "float consistency_weight, str? backend) -> (Tensor loss, Tensor classification_loss, "
@@ -111,6 +121,42 @@ class _CO2(torch.autograd.Function):
 def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tensor:
     scaled = torch.empty_like(gradient, dtype=query.dtype)
     return torch.mul(gradient, grad_loss.unsqueeze(1), out=scaled)  # rounds once, to the query's dtype
+
+
+class _NTXent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, views: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        output = _below_autograd(nt_xent, views, *arguments)
+        ctx.arguments = arguments
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(views, output[-1])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        views, statistics = ctx.saved_tensors
+        gradient = None
+        if grad_loss is not None:
+            gradient = nt_xent_backward(grad_loss, views, statistics, *ctx.arguments)
+        return gradient, *(None,) * len(ctx.arguments)
+
+
+def _nt_xent(views: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *settings, backend = arguments
+    return _backends.select(backend, views).nt_xent(views, *settings)
+
+
+def _nt_xent_fake(views: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    rows = 2 * views.shape[1]
+    loss, instance, consistency = (views.new_empty(rows, dtype=computed_in(views)) for _ in range(3))
+    rank = views.new_empty(rows, dtype=torch.int64)
+    return loss, instance, consistency, rank, views.new_empty((rows, 5), dtype=torch.float64)
+
+
+def _nt_xent_backward(grad_loss: Tensor, views: Tensor, *arguments: Any) -> Tensor:
+    *settings, backend = arguments
+    return _backends.select(backend, views).nt_xent_backward(grad_loss, views, *settings)
 
 
 class _ConIC(torch.autograd.Function):
@@ -265,10 +311,18 @@ def _register(
 
 
 # Each is specified by the function of its name in `reference.py`; the last argument names a backend. Of a
-# loss only the first output, its rows, is differentiable: `co2` in the query, `conic` in views and weight.
+# loss only the first output, its rows, is differentiable: `co2` in the query, `nt_xent` in the views, `conic`
+# in views and weight.
 co2 = _register("co2", _co2, _co2_fake, _CO2.apply)
 scale_gradient = _register(
     "scale_gradient", _scale_gradient, _scale_gradient, partial(_NoDoubleBackward.apply, "scale_gradient")
+)
+nt_xent = _register("nt_xent", _nt_xent, _nt_xent_fake, _NTXent.apply)
+nt_xent_backward = _register(
+    "nt_xent_backward",
+    _nt_xent_backward,
+    lambda grad_loss, views, *_: views.new_empty(views.shape),
+    partial(_NoDoubleBackward.apply, "nt_xent_backward"),
 )
 conic = _register("conic", _conic, _conic_fake, _ConIC.apply)
 conic_backward = _register(

@@ -17,12 +17,12 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LossMetrics(NamedTuple):
-    """What a loss over a queue knows about its rows, all detached.
+    """What a contrastive loss knows about its B rows, all detached; NT-Xent has a row for each of two views.
 
     Attributes:
-        instance_loss: (B,) the InfoNCE term before weighting; zeros where that term was not asked for.
+        instance_loss: (B,) the contrast before weighting; zeros where that term was not asked for.
         consistency_loss: (B,) the consistency term before weighting; zeros where it was not asked for.
-        positive_rank: (B,) int64, how many negatives are more similar to the query than its positive. Top-n
+        positive_rank: (B,) int64, how many negatives are more similar to the row than its positive. Top-n
             contrast accuracy is ``(positive_rank < n).float().mean()``.
     """
 
@@ -158,6 +158,82 @@ def consistency_loss(
         consistency_weight=1.0, include_positive=include_positive, normalize=normalize, reduction=reduction,
         return_metrics=return_metrics, backend=backend, consistency_temperature_name="temperature",
     )  # fmt: skip
+
+
+def nt_xent_loss(
+    view1: Tensor,
+    view2: Tensor,
+    *,
+    temperature: float = 0.5,
+    consistency_weight: float = 0.0,
+    consistency_temperature: float = 0.05,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """NT-Xent, the loss of SimCLR (Chen et al., ICML 2020), with CO2's consistency term if asked for.
+
+    The 2 B rows z_i are the L2-normalised rows of both views. Row i's positive is its other view p(i), its
+    negatives are the views of all other instances. With s_ij = z_i·z_j and sums over negatives j:
+
+        L     = L_ins + α L_con
+        L_ins = −s_ip(i)/τ + log(e^{s_ip(i)/τ} + Σ_j e^{s_ij/τ})
+        L_con = ½ KL(P‖Q) + ½ KL(Q‖P),   Q_j ∝ e^{s_ij/τc},  P_j ∝ e^{s_p(i)j/τc}
+
+    P is a pseudo-label: no gradient passes through it. (L_con is symmetric in an instance's two rows, so a
+    gradient through P as well would be the same as twice the weight.)
+
+    Args:
+        view1: (B, D), float16, bfloat16, float32 or float64, any strides.
+        view2: (B, D), of the dtype of `view1`: row i is the other view of row i of `view1`. Both views get
+            gradients, as queries and as keys.
+        temperature: τ > 0.
+        consistency_weight: α ≥ 0; with 0 the consistency term is not computed.
+        consistency_temperature: τc > 0.
+        normalize: L2-normalise the rows, in float32 or wider; without, they are taken as they are.
+        reduction: "mean" or "sum" over the 2 B rows, or "none".
+        return_metrics: also return a `LossMetrics` of the 2 B rows, those of `view1` first.
+        backend: name of the implementation to use; by default the fastest that serves the device.
+
+    Returns:
+        The loss: a scalar, or (2 B,) with ``reduction="none"``; float64 if the views are, float32 otherwise.
+        A batch of one instance has no negatives: its loss is 0. With several processes, gather the views of
+        all (with their gradients) first; every instance in the batch is a negative of every other.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: the backend asked for cannot serve.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import nt_xent_loss
+        >>> view1, view2 = (torch.randn(4, 128, requires_grad=True) for _ in range(2))
+        >>> loss, metrics = nt_xent_loss(view1, view2, return_metrics=True)
+        >>> loss.backward()
+        >>> top1 = (metrics.positive_rank == 0).float().mean()
+    """
+    _check_rows("view1", view1, "(B, D)")
+    _check_rows("view2", view2, "(B, D)")
+    if view2.shape != view1.shape:
+        raise ValueError(f"view2 must have the shape of view1, {_shape(view1)}, got {_shape(view2)}")
+    if view2.dtype != view1.dtype:
+        raise TypeError(f"view2 must have the dtype of view1, {view1.dtype}, got {view2.dtype}")
+    if view2.device != view1.device:
+        raise ValueError(f"view2 must be on the device of view1, {view1.device}, got {view2.device}")
+    check_number("temperature", temperature, above=0)
+    check_number("consistency_temperature", consistency_temperature, above=0)
+    check_number("consistency_weight", consistency_weight, minimum=0)
+    check_flag("normalize", normalize)
+    check_flag("return_metrics", return_metrics)
+    _check_reduction(reduction)
+
+    loss, *metrics, _ = _ops.nt_xent(
+        torch.stack([view1, view2]), float(temperature), float(consistency_temperature),
+        float(consistency_weight), normalize, backend,
+    )  # fmt: skip
+    loss = _reduce(loss, reduction)
+    return (loss, LossMetrics(*metrics)) if return_metrics else loss
 
 
 class ConICMetrics(NamedTuple):

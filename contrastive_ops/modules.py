@@ -86,6 +86,21 @@ class ConsistencyLoss(_Loss):
     _loss = staticmethod(functional.consistency_loss)
 
 
+class NTXentLoss(_Loss):
+    """`nt_xent_loss` with its settings.
+
+    Args:
+        **settings: the keyword arguments of `nt_xent_loss`.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import NTXentLoss
+        >>> loss = NTXentLoss(temperature=0.1)(torch.randn(4, 8), torch.randn(4, 8))
+    """
+
+    _loss = staticmethod(functional.nt_xent_loss)
+
+
 class ConICLoss(_Loss):
     """`conic_loss` with its settings; the defaults are the paper's.
 

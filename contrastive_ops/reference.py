@@ -94,6 +94,90 @@ def co2(
     return loss, instance, consistency, rank, gradient
 
 
+def nt_xent(
+    views: Tensor,
+    temperature: float,
+    consistency_temperature: float,
+    consistency_weight: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """L = L_ins + consistency_weight · L_con of both views of every instance, against all other instances.
+
+    The M = 2 B rows z_i are both views' hats. Row i's positive is its other view p(i); its negatives are the
+    M − 2 rows that remain, which are its positive's negatives too. With s_ij = z_i·z_j, over negatives j:
+
+        L_ins = −s_ip(i)/τ + log(e^{s_ip(i)/τ} + Σ_j e^{s_ij/τ})                          (NT-Xent)
+        L_con = ½ KL(P‖Q) + ½ KL(Q‖P),   Q_j ∝ e^{s_ij/τc},  P_j ∝ e^{s_p(i)j/τc}          (CO2)
+
+    P is a pseudo-label: no gradient passes through it. A consistency term of weight 0 is returned as 0.
+
+    Args:
+        views: (2, B, D). Any floating dtype; computed in float64 if they are float64, otherwise in float32.
+
+    Returns:
+        loss (M,), instance loss (M,), consistency loss (M,), rank of the positive (M,) int64, and
+        `statistics` (M, 5) float64, what backward needs to know of a row: m, the largest s_ij; c with
+        ∂L_ins/∂s_ij = c e^{(s_ij − m)/τ}; q with consistency_weight · Q_j / (2 τc) = q e^{(s_ij − m)/τc}; the
+        mean under Q of d_j = (s_ij − m) − (s_p(i)j − its m); and ∂L/∂s_ip(i). In a batch of one, m = s_ip(i).
+    """
+    batch = views.shape[1]
+    similarity, unit, excluded, _ = _pair_similarities(views, normalize)
+    positive = (unit * unit.roll(batch, 0)).sum(1)  # s_ip(i)
+    negatives = similarity.masked_fill(excluded, -torch.inf)
+    rank = (negatives > positive[:, None]).sum(1)
+
+    # L_ins = log(1 + e^gap), in a form that keeps its digits when the positive dominates
+    gap = torch.logsumexp(negatives / temperature, 1) - positive / temperature
+    instance = torch.logaddexp(gap, torch.zeros_like(gap))
+    largest = negatives.amax(1) if batch > 1 else positive
+    has_negatives = float(batch > 1)
+    of_instance = has_negatives * ((largest - positive) / temperature - instance).exp() / temperature
+
+    consistency = of_consistency = mean = torch.zeros_like(positive)
+    if consistency_weight and batch > 1:
+        log_q = torch.log_softmax(negatives / consistency_temperature, 1)
+        q, log_p = log_q.exp(), log_q.roll(batch, 0)
+        consistency = 0.5 * ((q - log_p.exp()) * (log_q - log_p).masked_fill(excluded, 0)).sum(1)
+        of_consistency = consistency_weight / (2 * consistency_temperature) * q.amax(1)
+        mean = (q * _lead(similarity, largest).masked_fill(excluded, 0)).sum(1)
+
+    loss = instance + consistency_weight * consistency
+    fields = (largest, of_instance, of_consistency, mean, -torch.sigmoid(gap) / temperature)
+    return loss, instance, consistency, rank, torch.stack(fields, 1).double()
+
+
+def nt_xent_backward(
+    grad_loss: Tensor,
+    views: Tensor,
+    statistics: Tensor,
+    temperature: float,
+    consistency_temperature: float,
+    consistency_weight: float,
+    normalize: bool,
+) -> Tensor:
+    """The gradient of Σ_i grad_loss_i L_i in the views (2, B, D), in their dtype: grad_loss (M,), and the
+    `statistics` of `nt_xent`. Every row is also a negative of others, and pulled by their losses too."""
+    batch = views.shape[1]
+    similarity, unit, excluded, rows = _pair_similarities(views, normalize)
+    fields = statistics.to(similarity.dtype)
+    largest, of_instance, of_consistency, mean, of_positive = fields.split(1, 1)  # (M, 1) each
+
+    grad = of_instance * ((similarity - largest) / temperature).exp()  # ∂L/∂s
+    if consistency_weight:
+        q = of_consistency * ((similarity - largest) / consistency_temperature).exp()
+        lead = (_lead(similarity, largest.squeeze(1)) - mean) / consistency_temperature
+        grad += q * (lead + 1) - q.roll(batch, 0)
+    grad = grad.masked_fill(excluded, 0)
+    index = torch.arange(len(grad), device=grad.device)
+    grad[index, index.roll(batch)] = of_positive.squeeze(1)
+    grad *= grad_loss[:, None]
+
+    gradient = (grad + grad.T) @ unit
+    if normalize:
+        gradient = _unit_backward(gradient, rows, unit)
+    return gradient.view_as(views).to(views.dtype)
+
+
 def conic(
     views: Tensor,
     weight: Tensor,
@@ -237,6 +321,21 @@ def exchange_rows_(
     leaving = torch.stack([weight[slots], momentum_buffer[slots]], 1)
     outgoing[outgoing_rows.to(outgoing.device)] = leaving.to(outgoing.device)
     weight[slots], momentum_buffer[slots] = arriving.unbind(1)
+
+
+def _pair_similarities(views: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s (M, M), z (M, D), which pairs are no negatives of each other (M, M), and the rows z was made of."""
+    batch = views.shape[1]
+    rows = views.flatten(0, 1).to(computed_in(views))
+    unit = _unit(rows) if normalize else rows
+    excluded = torch.eye(batch, dtype=torch.bool, device=views.device).repeat(2, 2)
+    return unit @ unit.T, unit, excluded, rows
+
+
+def _lead(similarity: Tensor, largest: Tensor) -> Tensor:
+    """d of `nt_xent`, every row's similarities beyond those of its positive, (M, M)."""
+    relative = similarity - largest[:, None]
+    return relative - relative.roll(len(similarity) // 2, 0)
 
 
 def _conic_similarities(

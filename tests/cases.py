@@ -142,6 +142,42 @@ class ConICCase:
         return dataclasses.replace(self, **changes)
 
 
+@dataclass(frozen=True)
+class NTXentCase:
+    """Arguments of one call of `nt_xent_loss`: two views that resemble one another."""
+
+    batch: int = 8
+    dim: int = 16
+    dtype: torch.dtype = torch.float32
+    layout: str = "rows"
+    resemblance: float = 1.0  # how much of the second view is the first
+    scale: float = 1.0
+    temperature: float = 0.5
+    consistency_weight: float = 1.0
+    consistency_temperature: float = 0.05
+    normalize: bool = True
+    seed: int = 0
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        view1 = rows(self.batch, self.dim, self.seed, torch.float64)
+        view2 = self.resemblance * view1 + rows(self.batch, self.dim, self.seed + 1, torch.float64)
+        if not self.normalize:
+            view1, view2 = F.normalize(view1, dim=1), F.normalize(view2, dim=1)
+        view1, view2 = (lay_out((self.scale * x).to(self.dtype), self.layout) for x in (view1, view2))
+        return view1, view2
+
+    def settings(self) -> dict[str, float | bool]:
+        return {
+            "temperature": self.temperature,
+            "consistency_weight": self.consistency_weight,
+            "consistency_temperature": self.consistency_temperature,
+            "normalize": self.normalize,
+        }
+
+    def replace(self, **changes: object) -> NTXentCase:
+        return dataclasses.replace(self, **changes)
+
+
 # MoCo's and MoCo v2's settings in the CO2 paper.
 PAPERS = (
     {"temperature": 0.07, "consistency_temperature": 0.04, "consistency_weight": 10.0},
@@ -174,6 +210,17 @@ conic_cases = st.builds(
     weight_layout=st.sampled_from(LAYOUTS),
     resemblance=st.sampled_from([0.0, 1.0, 5.0]),
     sampled=st.sampled_from([1, 20]),
+    seed=st.integers(0, 1000),
+)
+
+nt_xent_cases = st.builds(
+    NTXentCase,
+    batch=st.one_of(sizes, st.sampled_from([150, 300])),
+    dim=st.one_of(sizes, st.sampled_from([200, 1024])),
+    layout=st.sampled_from(LAYOUTS),
+    resemblance=st.sampled_from([0.0, 1.0, 5.0]),
+    consistency_weight=st.sampled_from([0.0, 1.0]),
+    normalize=st.booleans(),
     seed=st.integers(0, 1000),
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.eager import eager_co2, eager_conic
+from bench.eager import eager_co2, eager_conic, eager_nt_xent
 from contrastive_ops import co2_loss
 
 
@@ -46,6 +46,22 @@ def conic_oracle(
     views: Tensor, weight: Tensor, target: Tensor, **settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return conic_loss_and_gradients(eager_conic, views.double(), weight.double(), target, **settings)
+
+
+def nt_xent_loss_and_gradients(
+    function: Callable[..., Any], view1: Tensor, view2: Tensor, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """Losses of the rows (2 B,) and their gradients (2, B, D) in the views, in float64. Each row's loss has
+    an incoming gradient of its own."""
+    views = [view.detach().requires_grad_() for view in (view1, view2)]
+    loss = function(*views, reduction="none", **settings)
+    incoming = torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype, device=loss.device)
+    gradients = torch.autograd.grad(loss, views, incoming)
+    return loss.detach().double(), torch.stack(gradients).double()
+
+
+def nt_xent_oracle(view1: Tensor, view2: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    return nt_xent_loss_and_gradients(eager_nt_xent, view1.double(), view2.double(), **settings)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
