@@ -7,9 +7,9 @@ gradient is finished in forward and backward only scales its rows. That is exact
 stays right when the caller overwrites the queue between loss and backward, as a momentum-contrast training
 loop does.
 
-`nt_xent` has a gradient in its keys, which are its queries, and `conic` one in its classifier's weight. To these
-all rows contribute, each scaled by its incoming gradient: their backward is an operator too, and computes
-the similarities again.
+`nt_xent` has a gradient in its keys, which are its queries, and `conic` one in its classifier's weight. To
+these all rows contribute, each scaled by its incoming gradient: their backward is an operator too, and
+computes the similarities again.
 
 Autograd kernels are registered directly: torch.library.register_autograd would do the same, but spends 50 µs
 a call on filling in defaults, of which these schemas have none.

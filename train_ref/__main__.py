@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import sys
 import warnings
@@ -15,18 +16,16 @@ import jsonargparse
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.parallel import DistributedDataParallel
 
-from .callbacks import Curves, Evaluation
+from .callbacks import Evaluation, Record
 from .checkpoints import AtomicCheckpointIO, LastCheckpoint
-from .conic import ConIC
 from .data import Views
-from .errors import UsageError
-from .moco import MoCo
+from .errors import UsageError, one_line
+from .methods import METHODS
 from .runs import run_directory
-from .sampling import study
-
-METHODS = {"moco": MoCo, "conic": ConIC}
 
 # What the help says of Lightning's own options. Those of the trainer that are not here work too, unmentioned.
 HELP = {
@@ -72,7 +71,15 @@ class ReferenceCLI(LightningCLI):
             raise UsageError(f"ckpt_path: there is no checkpoint {checkpoint}, or not a whole one")
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
-        return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **settings)
+        trainer = super().instantiate_trainer(
+            plugins=[AtomicCheckpointIO()], use_distributed_sampler=False, **settings
+        )
+        if isinstance(trainer.strategy, DDPStrategy):
+            # Queues and classifiers are the same everywhere. To send them around would cost more than a step.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            trainer.strategy._ddp_kwargs.setdefault(name, False)
+        return trainer
 
     def before_fit(self) -> None:
         print(f"Training; everything is kept in {run_directory(self.trainer)}", flush=True)
@@ -101,6 +108,8 @@ def run_study(args: list[str]) -> None:
         allow_abbrev=False,
         exit_on_error=False,
     )
+    from .sampling import study
+
     parser.add_function_arguments(study, skip={"quick"})
     parser.add_argument(
         "--quick", action="store_true", help="two seeds of two short epochs, to see that it works"
@@ -119,7 +128,7 @@ def main(args: list[str] | None = None) -> None:
         ReferenceCLI(
             METHODS[method_of(given)],
             Views,
-            trainer_defaults={"callbacks": [Curves()], "devices": 1, "enable_model_summary": False},
+            trainer_defaults={"callbacks": [Record()], "devices": 1, "enable_model_summary": False},
             auto_configure_optimizers=False,
             parser_kwargs={
                 "description": "Trains a network by contrast of augmented views, and evaluates its features. "
@@ -135,7 +144,7 @@ def main(args: list[str] | None = None) -> None:
             args=args,
         )
     except (ArgumentError, MisconfigurationException, UsageError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

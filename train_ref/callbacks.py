@@ -1,60 +1,136 @@
-"""What a run leaves behind at its end: curves, and the worth of its features."""
+"""What a run leaves behind: the values of its steps, its curves, and the worth of its features."""
 
 from __future__ import annotations
 
 import copy
+import csv
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .distributed import world_size
 from .evaluation import evaluate, extract_features, format_table
+from .methods import Method
 from .runs import run_directory
+from .timing import LossClock
+
+WHEN = {"batch", "epoch", "learning_rate"}  # what is no value of a step, in a row of them
 
 
-class Curves(Callback):
-    """Keeps each epoch's means, in checkpoints too, and draws them to ``curves.png`` when training ends."""
+class Record(Callback):
+    """Writes the values of every batch to ``steps.csv``, and how fast it went; keeps each epoch's means, in
+    checkpoints too, and draws them to ``curves.png`` when training ends.
+
+    The values come to the file as often as to the logger. A run that is resumed has a file of its own, which
+    begins where it goes on.
+    """
 
     def __init__(self) -> None:
-        self.history: list[dict[str, float]] = []
+        self.epochs: list[dict[str, float]] = []
+        self.sums: dict[str, float] = {}  # of the epoch so far
+        self.batches = 0
 
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        means = {
-            name.removeprefix("epoch/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("epoch/")
+    def setup(self, trainer: Trainer, module: Method, stage: str) -> None:
+        self.directory = run_directory(trainer)
+
+    def on_train_start(self, trainer: Trainer, module: Method) -> None:
+        self.pending: list[dict[str, Any]] = []
+        self.clock = LossClock(module.criterion, module.device)
+        self.since = time.perf_counter()
+        self.columns: list[str] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: Method, batch: Any, batch_idx: int) -> None:
+        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Method, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        row = {
+            "batch": trainer.fit_loop.total_batch_idx,
+            "epoch": trainer.current_epoch,
+            "learning_rate": self.learning_rate,
+            **module.values,
         }
-        self.history.append({"epoch": trainer.current_epoch + 1, **means})
+        self.pending.append(row)
+        if len(self.pending) < trainer.log_every_n_steps:
+            return
+        images = world_size() * len(batch[2])
+        seconds_in_loss = self.write(trainer, images) / trainer.log_every_n_steps
+        module.log("images_per_second", self.images_per_second, prog_bar=True)
+        module.log("loss_ms", 1000 * seconds_in_loss, prog_bar=True)
 
-    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero or not self.history:
+    def write(self, trainer: Trainer, images: int) -> float:
+        """Bring the values since the last time to the file; returns the seconds in these batches' losses."""
+        for row in self.pending:
+            row.update({name: float(row[name]) for name in row.keys() - WHEN})  # waits for a GPU
+        self._sum_up(self.sums)
+        self.batches += len(self.pending)
+        seconds_in_loss, now = self.clock.read(), time.perf_counter()
+        self.images_per_second = images * len(self.pending) / (now - self.since)
+        speed = {
+            "images_per_second": self.images_per_second,
+            "loss_ms": 1000 * seconds_in_loss / len(self.pending),
+        }
+        self.since = now
+        if trainer.is_global_zero:
+            with (self.directory / "steps.csv").open("a", newline="") as file:
+                writer = csv.DictWriter(file, [*self.pending[0], *speed])
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerows({**row, **speed} for row in self.pending)
+        self.pending = []
+        return seconds_in_loss
+
+    def _sum_up(self, sums: dict[str, float]) -> None:
+        for row in self.pending:
+            for name in row.keys() - WHEN:
+                sums[name] = sums.get(name, 0.0) + float(row[name])
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Method) -> None:
+        if self.pending:
+            self.write(trainer, trainer.datamodule.hparams.batch_size)
+        means = {name: total / self.batches for name, total in self.sums.items()}
+        self.epochs.append({"epoch": trainer.current_epoch + 1, **means})
+        self.sums, self.batches = {}, 0
+        for logger in trainer.loggers:
+            logger.log_metrics({f"epoch/{name}": mean for name, mean in means.items()}, trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, module: Method) -> None:
+        self.clock.remove()
+
+    def on_fit_end(self, trainer: Trainer, module: Method) -> None:
+        if not trainer.is_global_zero or not self.epochs:
             return
         figure = Figure(figsize=(10, 4), layout="constrained")
         losses, accuracy = figure.subplots(1, 2)
         for axes, names in (
-            (losses, [name for name in self.history[0] if name.endswith("loss")]),
-            (accuracy, ("top1", "top5")),
+            (losses, [name for name in self.epochs[0] if name.endswith("loss")]),
+            (accuracy, [name for name in self.epochs[0] if name.startswith("top")]),
         ):
             for name in names:
-                values = [epoch[name] for epoch in self.history]
-                axes.plot([epoch["epoch"] for epoch in self.history], values, label=name.replace("_", " "))
+                values = [epoch[name] for epoch in self.epochs]
+                axes.plot([epoch["epoch"] for epoch in self.epochs], values, label=name.replace("_", " "))
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
             axes.legend()
         losses.set(title="loss and its terms", ylim=(0, None))
         accuracy.set(title="contrast accuracy", ylim=(0, 1))
-        figure.savefig(run_directory(trainer) / "curves.png", dpi=120)
+        figure.savefig(self.directory / "curves.png", dpi=120)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        sums = dict(self.sums)
+        self._sum_up(sums)
+        return {"epochs": self.epochs, "sums": sums, "batches": self.batches + len(self.pending)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = state_dict["history"]
+        self.epochs, self.sums, self.batches = (state_dict[name] for name in ("epochs", "sums", "batches"))
 
 
 class Evaluation(Callback):
@@ -68,6 +144,7 @@ class Evaluation(Callback):
         label_fractions: of the labels that linear probes learn from.
         seeds: draws of the labels, for each fraction below 1.
         max_images: take no more training and test images than this; by default all.
+        enabled: false leaves it out.
     """
 
     def __init__(
@@ -77,15 +154,17 @@ class Evaluation(Callback):
         label_fractions: Sequence[ClosedUnitInterval] = (0.01, 0.1, 1.0),
         seeds: PositiveInt = 10,
         max_images: PositiveInt | None = None,
+        enabled: bool = True,
     ) -> None:
-        self.k, self.temperature, self.seeds = k, temperature, seeds
+        self.k, self.temperature, self.seeds, self.enabled = k, temperature, seeds, enabled
         self.label_fractions, self.max_images = tuple(label_fractions), max_images
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: Method, stage: str) -> None:
+        self.directory = run_directory(trainer)
         self.untrained = copy.deepcopy(module.backbone)  # before a checkpoint is read, if the run resumes one
 
-    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+    def on_fit_end(self, trainer: Trainer, module: Method) -> None:
+        if not self.enabled or not trainer.is_global_zero:
             return
         print("\nEvaluating the features ...", flush=True)
         loaders = trainer.datamodule.evaluation_dataloaders(self.max_images)
@@ -100,8 +179,7 @@ class Evaluation(Callback):
             label_fractions=self.label_fractions,
             seeds=self.seeds,
         )
-        directory = run_directory(trainer)
-        (directory / "evaluation.json").write_text(json.dumps(rows, indent=2) + "\n")
+        (self.directory / "evaluation.json").write_text(json.dumps(rows, indent=2) + "\n")
         print(f"\nAccuracy on {len(features['trained'][1].labels)} test images, in percent:\n")
         print(format_table(rows))
-        print(f"\nThis table and the curves are kept in {directory}", flush=True)
+        print(f"\nThis table and the curves are kept in {self.directory}", flush=True)

@@ -17,9 +17,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.datasets import ImageFolder
 
 from .augmentations import Augmentation, TwoViews, augmentation, plain
+from .distributed import rank, world_size
 from .errors import UsageError
 
 Transform = Callable[[Any], Any]
+
+
+def unchanged(image: Any) -> Any:
+    return image
 
 
 class Digits(Dataset):
@@ -28,13 +33,13 @@ class Digits(Dataset):
     The split is stratified, and always the same.
     """
 
-    def __init__(self, train: bool, transform: Transform) -> None:
+    def __init__(self, train: bool, transform: Transform | None = None) -> None:
         pixels, labels = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16, (1797,)
         split = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)
         pixels, self.labels = (split[0], split[2]) if train else (split[1], split[3])
         gray = torch.from_numpy(pixels * (255 / 16)).round().to(torch.uint8)
         self.images = gray.reshape(-1, 1, 8, 8).repeat(1, 3, 1, 1)  # (N, 3, 8, 8)
-        self.transform = transform
+        self.transform = transform or unchanged
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,8 +60,9 @@ class SyntheticImages(Dataset):
         transform: applied to each image.
     """
 
-    def __init__(self, seed: int, size: int, length: int, transform: Transform) -> None:
-        self.seed, self.size, self.length, self.transform = seed, size, length, transform
+    def __init__(self, seed: int, size: int, length: int, transform: Transform | None = None) -> None:
+        self.seed, self.size, self.length = seed, size, length
+        self.transform = transform or unchanged
 
     def __len__(self) -> int:
         return self.length
@@ -75,33 +81,101 @@ class SyntheticImages(Dataset):
         return torch.from_numpy(image.clip(0, 255).astype(np.uint8))
 
 
-class Numbered(Dataset):
-    """The items of another set, each with its index at its end: which instance it is."""
+class DrawnViews(Dataset):
+    """Two random views of an image, its label, and which instance it is: item (epoch, index).
 
-    def __init__(self, images: Dataset) -> None:
-        self.images = images
+    The views are a function of (seed, epoch, index) alone, whoever draws them and in whatever order: a run
+    that is resumed, or has other processes or workers, sees the same ones.
+    """
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def __init__(self, images: Dataset, transform: Transform, seed: int) -> None:
+        self.images, self.transform, self.seed = images, TwoViews(transform), seed
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return *self.images[index], index
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Any, ...]:
+        epoch, index = item
+        try:
+            image, label = self.images[index]
+        except (OSError, SyntaxError) as error:  # as Pillow's are, for some formats
+            path = self.images.samples[index][0]
+            raise UsageError(f"data.root: {path} cannot be read as an image: {error}") from error
+        state = torch.get_rng_state()
+        (seed,) = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
+        try:
+            torch.default_generator.manual_seed(int(seed >> np.uint64(1)))
+            return self.transform(image), label, index
+        finally:
+            torch.set_rng_state(state)
 
 
-class EndlessSampler(Sampler[int]):
-    """Never the same index twice: epoch e takes e·length … (e + 1)·length − 1. Lightning sets the epoch."""
+class Order(Sampler[list[tuple[int, int]]]):
+    """The batches of every epoch, as lists of (epoch, index); of each, this process's share.
 
-    def __init__(self, length: int) -> None:
-        self.length, self.epoch = length, 0
+    The order of an epoch is a function of (seed, epoch). An endless set is taken as it comes: epoch e has its
+    images e·length … (e + 1)·length − 1. Images that do not fill a batch are left out of the epoch.
+
+    Args:
+        length: images an epoch.
+        batch_size: images a batch, of all processes together.
+        seed: of the shuffling; None for an endless set.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int | None) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.epoch = self.start = 0  # the next epoch, and its next batch
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        """Lightning does, before each epoch."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
-        return self.length
+        return self.length // self.batch_size
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, start = self.epoch, self.start
+        self.start = 0
+        if self.seed is None:
+            indices = np.arange(epoch * self.length, (epoch + 1) * self.length)
+        else:
+            indices = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        share = self.batch_size // world_size()
+        for batch in range(start, len(self)):
+            first = batch * self.batch_size + rank() * share
+            yield [(epoch, int(index)) for index in indices[first : first + share]]
+
+
+class TrainingLoader(DataLoader):
+    """A loader that can be resumed in the middle of an epoch; Lightning keeps its state in checkpoints."""
+
+    batch_sampler: Order
+
+    def __init__(self, views: DrawnViews, order: Order, **options: Any) -> None:
+        super().__init__(views, batch_sampler=order, **options)
+        self.given = (
+            order.epoch,
+            order.start,
+        )  # the epoch of the latest batch, and how many of it there were
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self.batch_sampler
+        epoch, start = order.epoch, order.start
+        for number, batch in enumerate(super().__iter__(), start + 1):
+            self.given = (epoch, number)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        epoch, batches = self.given
+        return {"epoch": epoch, "batches": batches, "seed": self.dataset.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        order = self.batch_sampler
+        order.epoch, order.start = state["epoch"], state["batches"]
+        if order.start == len(order):
+            order.epoch, order.start = order.epoch + 1, 0
+        self.dataset.seed = state["seed"]
+        if order.seed is not None:
+            order.seed = state["seed"]
+        self.given = (order.epoch, order.start)
 
 
 class Views(LightningDataModule):
@@ -111,10 +185,11 @@ class Views(LightningDataModule):
         dataset: "digits" (bundled with scikit-learn), "folder" (``root/train/<class>/<image>`` and
             ``root/val/<class>/<image>``) or "synthetic" (endless).
         root: the folder of images.
-        augmentation: what makes a view of an image: a paper's own, or the like of MoCo's for digits.
+        augmentation: what makes a view of an image: a paper's own, or the like of it for smaller images.
         image_size: height and width of a view.
-        batch_size: images a step; the last, incomplete batch of an epoch is dropped.
-        num_workers: processes that load and augment images; 0 does it between the steps.
+        batch_size: images a batch, of all processes together; the last, incomplete batch of an epoch is
+            dropped.
+        num_workers: processes that load and augment images, for each that trains; 0 does it between steps.
         synthetic_size: images an epoch of the synthetic set, and as many to evaluate on.
         synthetic_seed: another seed is another synthetic set.
     """
@@ -139,14 +214,18 @@ class Views(LightningDataModule):
         Raises:
             UsageError: there is no such folder, its classes differ, or it holds fewer images than a batch.
         """
-        two_views = TwoViews(augmentation(self.hparams.augmentation, self.hparams.image_size))
-        self.train_images = self._dataset(train=True, transform=two_views)
-        test_images = self._dataset(train=False, transform=two_views)
+        self.train_images = self._dataset(train=True)
+        test_images = self._dataset(train=False)
         if getattr(self.train_images, "classes", None) != getattr(test_images, "classes", None):
             raise UsageError("data.root must hold the same classes under train/ and val/")
         count, batch = len(self.train_images), self.hparams.batch_size
         if count < batch:
             raise UsageError(f"data.batch_size is {batch}, but there are only {count} training images")
+        if batch % world_size():
+            raise UsageError(
+                f"data.batch_size is {batch}, which {world_size()} processes cannot share evenly"
+            )
+        self.seed = torch.initial_seed()  # as of `seed_everything`
 
     @property
     def num_instances(self) -> int:
@@ -157,18 +236,17 @@ class Views(LightningDataModule):
             )
         return len(self.train_images)
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches of ([views (B, 3, H, W), other views (B, 3, H, W)], labels (B,), instances (B,)).
-
-        An instance is an image's index in the set.
-        """
+    def train_dataloader(self) -> TrainingLoader:
+        """This process's share of batches of ([views (B, 3, H, W), other views (B, 3, H, W)], labels (B,),
+        instances (B,)). An instance is an image's index in the set."""
+        transform = augmentation(self.hparams.augmentation, self.hparams.image_size)
         endless = isinstance(self.train_images, SyntheticImages)
-        return self._loader(
-            Numbered(self.train_images),
-            sampler=EndlessSampler(len(self.train_images)) if endless else None,
-            shuffle=None if endless else True,
-            drop_last=True,
+        order = Order(len(self.train_images), self.hparams.batch_size, None if endless else self.seed)
+        return TrainingLoader(
+            DrawnViews(self.train_images, transform, self.seed),
+            order,
             persistent_workers=self.hparams.num_workers > 0,
+            **self._loading(),
         )
 
     def evaluation_dataloaders(self, max_images: int | None = None) -> tuple[DataLoader, DataLoader]:
@@ -184,10 +262,12 @@ class Views(LightningDataModule):
                 Subset(images, np.linspace(0, len(images) - 1, min(max_images, len(images)), dtype=int))
                 for images in datasets
             ]
-        train, test = (self._loader(images) for images in datasets)
+        train, test = (
+            DataLoader(images, batch_size=self.hparams.batch_size, **self._loading()) for images in datasets
+        )
         return train, test
 
-    def _dataset(self, train: bool, transform: Transform) -> Dataset:
+    def _dataset(self, train: bool, transform: Transform | None = None) -> Dataset:
         if self.hparams.dataset == "digits":
             return Digits(train, transform)
         if self.hparams.dataset == "synthetic":
@@ -206,11 +286,9 @@ class Views(LightningDataModule):
         except FileNotFoundError as error:  # no class, or a class without images
             raise UsageError(f"data.root holds a folder without images: {error}") from None
 
-    def _loader(self, images: Dataset, **options: Any) -> DataLoader:
-        return DataLoader(
-            images,
-            batch_size=self.hparams.batch_size,
-            num_workers=self.hparams.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.hparams.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "generator": torch.Generator(),  # or starting a loader would draw from the global one
+        }

@@ -1,0 +1,70 @@
+"""What several processes exchange; in a single process, nothing."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own_rows(rows: Tensor) -> Tensor:
+    """This process's share of rows that `gather` has put together."""
+    share = len(rows) // world_size()
+    return rows[rank() * share : (rank() + 1) * share]
+
+
+@torch.no_grad()
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes, (P·B, …) from (B, …) each, in the order of the processes; no gradient."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def gather_around(rows: Tensor) -> Tensor:
+    """As `gather`, with a gradient for this process's own rows: those of others are their processes' to
+    differentiate."""
+    if world_size() == 1:
+        return rows
+    parts = list(gather(rows).split(len(rows)))
+    parts[rank()] = rows
+    return torch.cat(parts)
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean over all processes; no gradient."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes. Each process's summand is in every process's result, so its gradient is the
+    sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+differentiable_sum = _Sum.apply

@@ -1,0 +1,132 @@
+"""What all methods have: an encoder, SGD with a schedule, and a report of each step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from .. import distributed
+from ..errors import UsageError
+from ..networks import FEATURES, Architecture, Head, Stem, network, normalize_in_groups, projection_head
+
+# ([views (B, 3, H, W), other views (B, 3, H, W)], labels (B,), instances (B,)): B of this process. Nothing
+# here looks at the labels.
+Batch = tuple[list[Tensor], Tensor, Tensor]
+
+
+class Method(LightningModule):
+    """The base of the methods. What they compute in a step does not depend on how many processes share it:
+    batches, batch statistics and negatives are those of all.
+
+    A subclass computes its loss in `training_step`, by its `criterion`: a module of contrastive_ops that
+    returns metrics too, or another of the same tensors in its place.
+
+    Args:
+        arch: the network.
+        stem: how a ResNet starts: "small" suits images of 64 pixels and fewer.
+        head: the projection from features to the contrast's rows; it is thrown away after the training.
+        dim: dimension D of these rows.
+        norm_groups: parts of a batch that batch norm takes its statistics from: 8 for those of eight GPUs, on
+            however many; 1 for those of the whole batch, synchronised over all processes.
+        learning_rate: of SGD with momentum 0.9, at its largest.
+        weight_decay: of SGD.
+        schedule: of the learning rate, over all steps: "cosine" down to 0, or "step": a tenth after 60 % and
+            a hundredth after 80 % of them.
+        warmup: the part of all steps in which the learning rate first grows from 0.
+        seed: of what is random beside views and their order: keys' shuffling, a classifier's rows.
+    """
+
+    name: ClassVar[str]
+    criterion: nn.Module
+
+    def __init__(
+        self,
+        arch: Architecture = "resnet50",
+        stem: Stem = "imagenet",
+        head: Head = "mlp",
+        dim: PositiveInt = 128,
+        norm_groups: PositiveInt = 1,
+        learning_rate: PositiveFloat = 0.03,
+        weight_decay: NonNegativeFloat = 1e-4,
+        schedule: Literal["cosine", "step"] = "cosine",
+        warmup: NonNegativeFloat = 0.0,
+        seed: NonNegativeInt = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.encoder = nn.Sequential(network(arch, stem), projection_head(head, FEATURES[arch], dim))
+        # On CPUs as on GPUs in mixed precision, convolutions are fastest in this order.
+        self.encoder.to(memory_format=torch.channels_last)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The encoder without its head: what the training is for, (B, 3, H, W) to (B, features)."""
+        return self.encoder[0]
+
+    def setup(self, stage: str) -> None:
+        groups, processes = self.hparams.norm_groups, self.trainer.world_size
+        batch = self.trainer.datamodule.hparams.batch_size
+        if groups > 1 and (groups % processes or batch % groups):
+            raise UsageError(
+                f"model.norm_groups is {groups}: it must be 1, or divide data.batch_size, {batch}, and be a "
+                f"multiple of the number of processes, {processes}"
+            )
+        normalize_in_groups(self.encoder, groups)
+
+    def report(self, loss: Tensor, metrics: Any) -> None:
+        """Keep a step's values, means over all processes, as `values`, and log them. Metrics' fields that end
+        in "loss" are averaged; from their rank comes how often the positive is the most similar of all, or
+        among the five most similar."""
+        values = {"loss": loss.detach()}
+        if metrics is not None:
+            for field in metrics._fields:
+                if field.endswith("loss"):
+                    values[field] = getattr(metrics, field).mean()
+            for top in (1, 5):
+                values[f"top{top}"] = (metrics.positive_rank < top).to(loss.dtype).mean()
+        stacked = distributed.mean(torch.stack(list(values.values())))
+        self.values = dict(zip(values, stacked.unbind(), strict=True))
+        for name, value in self.values.items():
+            self.log(name, value, prog_bar=not name.endswith("_loss"))
+
+    def optimizer(self, **settings: Any) -> torch.optim.Optimizer:
+        """SGD of all that is trained, with these learning rate, momentum and weight decay."""
+        return torch.optim.SGD(self.encoder.parameters(), **settings)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        hparams = self.hparams
+        optimizer = self.optimizer(lr=hparams.learning_rate, momentum=0.9, weight_decay=hparams.weight_decay)
+        # The papers' codes change the rate once an epoch; once a step is the same curve, and serves runs that
+        # are shorter than an epoch.
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _schedule(self, steps: int) -> Any:
+        warmup, schedule = self.hparams.warmup * steps, self.hparams.schedule
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            if schedule == "cosine":
+                return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+            return 0.1 ** ((step >= round(0.6 * steps)) + (step >= round(0.8 * steps)))
+
+        return factor
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["method"] = self.name
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return super().load_state_dict(state_dict, *args, **options)
+        except RuntimeError as error:  # a page of names and shapes
+            raise UsageError(
+                "ckpt_path: the checkpoint is of another network, or of other sizes, than model.arch, "
+                "model.stem, model.head, model.dim and the like say"
+            ) from error

@@ -1,0 +1,62 @@
+"""SimCLR (Chen et al., ICML 2020), and CO2 (Wei et al., ICLR 2021) on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
+from torch import Tensor
+
+from contrastive_ops import NTXentLoss
+
+from ..distributed import gather_around, world_size
+from ..networks import Head
+from .method import Batch, Method
+
+
+class SimCLR(Method):
+    """Both views of every image against both views of all others in the batch.
+
+    The contrast wants large batches: all processes' images are one batch. Gradients accumulated over several
+    batches do not make them larger.
+
+    Args:
+        head: SimCLR's is "mlp_bn".
+        temperature: τ of the contrast.
+        consistency_temperature: τc of CO2's consistency term.
+        consistency_weight: α of CO2's consistency term; 0 is SimCLR without CO2.
+        **network: arguments of every method.
+    """
+
+    name = "simclr"
+
+    def __init__(
+        self,
+        head: Head = "mlp_bn",
+        temperature: PositiveFloat = 0.1,
+        consistency_temperature: PositiveFloat = 0.05,
+        consistency_weight: NonNegativeFloat = 0.0,
+        **network: Any,
+    ) -> None:
+        super().__init__(head=head, **network)
+        self.criterion = NTXentLoss(
+            temperature=temperature,
+            consistency_temperature=consistency_temperature,
+            consistency_weight=consistency_weight,
+            return_metrics=True,
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        views, *_ = batch  # 2 × (B, 3, H, W)
+
+        # Both views in one pass, as in SimCLR: batch statistics are those of 2 B images.
+        rows = self.encoder(torch.cat(views)).unflatten(0, (2, -1))  # (2, B, D)
+        view1, view2 = (gather_around(view) for view in rows)  # (P·B, D) each
+
+        loss, metrics = self.criterion(view1, view2)  # (), each metric (2·P·B,)
+
+        self.report(loss, metrics)
+        # DDP averages gradients over the processes. Here each has the derivative of the whole loss, but in
+        # its own rows alone: their sum is wanted.
+        return world_size() * loss
