@@ -1,4 +1,4 @@
-"""The command line: ``python -m train_ref fit --config train_ref/recipes/<name>.yaml``, and ``sampling``."""
+"""The command line: ``python -m train_ref fit --config train_ref/recipes/<name>.yaml``, and others."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import inspect
 import logging
 import sys
 import warnings
-from argparse import SUPPRESS, ArgumentError, ArgumentParser
+from argparse import SUPPRESS, ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import jsonargparse
+import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -26,6 +28,17 @@ from .data import Views
 from .errors import UsageError, one_line
 from .methods import METHODS
 from .runs import run_directory
+
+DESCRIPTION = """\
+Trains a network by contrast of augmented views, and evaluates its features.
+
+  fit                    trains, as a recipe says
+  knn, linear, finetune  evaluate a checkpoint
+  export                 writes a checkpoint's backbone for other programs
+  validate               shows that the fused losses train as eager PyTorch does
+  study                  repeats a result of the papers on digits
+
+Each has its own --help."""
 
 # What the help says of Lightning's own options. Those of the trainer that are not here work too, unmentioned.
 HELP = {
@@ -67,8 +80,16 @@ class ReferenceCLI(LightningCLI):
         if not (self.config.fit.config or self.config.config):
             raise UsageError("fit needs --config: one of train_ref/recipes, or your own")
         checkpoint = self.config.fit.ckpt_path
-        if checkpoint is not None and not is_zipfile(checkpoint):  # as torch.save writes them
+        if checkpoint is None:
+            return
+        if not is_zipfile(checkpoint):  # as torch.save writes them
             raise UsageError(f"ckpt_path: there is no checkpoint {checkpoint}, or not a whole one")
+        method = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True).get("method")
+        if method != self.config.fit.method:
+            raise UsageError(
+                f"ckpt_path: {checkpoint} is a checkpoint of {method or 'something else'}, "
+                f"not of {self.config.fit.method}"
+            )
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         trainer = super().instantiate_trainer(
@@ -100,21 +121,36 @@ def method_of(args: list[str]) -> str:
     return next((method for method in said if method in METHODS), "moco")
 
 
-def run_study(args: list[str]) -> None:
-    """``python -m train_ref sampling``: the function's arguments are the options."""
+# What the other commands are: functions, whose arguments are the options.
+COMMANDS = {
+    "knn": "evaluate",
+    "linear": "evaluate",
+    "finetune": "evaluate",
+    "export": "evaluate",
+    "validate": "validate",
+}
+
+
+def run_command(name: str, args: list[str]) -> None:
+    """``python -m train_ref <name> [options]``."""
+    if name == "study":
+        from .studies import STUDIES
+
+        if not args or args[0] not in STUDIES:
+            raise UsageError(f"study needs the name of one: {', '.join(STUDIES)}")
+        name, args = f"study {args[0]}", args[1:]
+        function = STUDIES[name.removeprefix("study ")]
+    else:
+        function = getattr(import_module(f".{COMMANDS[name]}", __package__), name)
     parser = jsonargparse.ArgumentParser(
-        prog="python -m train_ref sampling",
-        description="What sampling the classifier does to ConIC's loss: figure 5 of the paper, on digits.",
+        prog=f"python -m train_ref {name}",
+        description=inspect.getdoc(function).partition("\n\nArgs:")[0],
+        formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    from .sampling import study
-
-    parser.add_function_arguments(study, skip={"quick"})
-    parser.add_argument(
-        "--quick", action="store_true", help="two seeds of two short epochs, to see that it works"
-    )
-    study(**parser.parse_args(args).as_dict())
+    parser.add_function_arguments(function)
+    function(**parser.parse_args(args).as_dict())
 
 
 def main(args: list[str] | None = None) -> None:
@@ -122,8 +158,8 @@ def main(args: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no news of absent devices
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
     try:
-        if given[:1] == ["sampling"]:
-            run_study(given[1:])
+        if given and (given[0] in COMMANDS or given[0] == "study"):
+            run_command(given[0], given[1:])
             return
         ReferenceCLI(
             METHODS[method_of(given)],
@@ -131,8 +167,8 @@ def main(args: list[str] | None = None) -> None:
             trainer_defaults={"callbacks": [Record()], "devices": 1, "enable_model_summary": False},
             auto_configure_optimizers=False,
             parser_kwargs={
-                "description": "Trains a network by contrast of augmented views, and evaluates its features. "
-                "A command of its own, sampling, repeats a figure of the ConIC paper: see sampling --help.",
+                "description": DESCRIPTION,
+                "formatter_class": RawDescriptionHelpFormatter,
                 "exit_on_error": False,
                 "fit": {
                     "exit_on_error": False,

@@ -1,4 +1,4 @@
-"""Where two views of an image come from: MoCo's augmentations and ConIC's, and their like for digits."""
+"""Where two views of an image come from: the papers' augmentations, and their like for small images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-Augmentation = Literal["moco_v1", "moco_v2", "conic", "digits_v1", "digits_v2"]
+Augmentation = Literal["moco_v1", "moco_v2", "simclr", "conic", "small", "digits_v1", "digits_v2"]
 
 # ImageNet's, for every set: batch norm makes up for the rest.
 _TO_NORMALIZED_TENSOR = (
@@ -48,6 +48,20 @@ def augmentation(name: Augmentation, size: int) -> v2.Transform:
             v2.RandomGrayscale(p=0.2),
             v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
         ),
+        "simclr": (
+            v2.RandomResizedCrop(size, scale=(0.08, 1.0)),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+        ),
+        # For a few dozen pixels: MoCo v2's without blur, as SimCLR goes without it on CIFAR.
+        "small": (
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+        ),
         # Digits are gray and a few pixels wide, and their mirror images are no digits: no colours, no flips,
         # a gentler crop, and the slant and turn of handwriting instead.
         "digits_v1": (*_handwriting(size), v2.ColorJitter(0.4, 0.4)),
@@ -72,6 +86,12 @@ def plain(size: int, *, crop: bool) -> v2.Transform:
     """The evaluation's transform to a normalised (3, size, size) tensor: the whole image, or its centre."""
     shape = (v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)) if crop else (v2.Resize((size, size)),)
     return v2.Compose([*shape, *_TO_NORMALIZED_TENSOR])
+
+
+def supervised(size: int, *, digits: bool) -> v2.Transform:
+    """The random transform of training with labels: ImageNet's crop and flip, or digits' crop and slant."""
+    views = (v2.RandomResizedCrop(size), v2.RandomHorizontalFlip())  # of 8 to 100 % of the area
+    return v2.Compose([*(_handwriting(size) if digits else views), *_TO_NORMALIZED_TENSOR])
 
 
 class TwoViews:

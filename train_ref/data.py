@@ -123,8 +123,12 @@ class Order(Sampler[list[tuple[int, int]]]):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.epoch = self.start = 0  # the next epoch, and its next batch
 
+    @property
+    def sampler(self) -> Order:
+        """Where Lightning looks for whom it tells the epoch."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
-        """Lightning does, before each epoch."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 

@@ -1,24 +1,39 @@
-"""A MoCo and data small enough for a step to take a tenth of a second, and a trainer that stays silent."""
+"""Methods and data small enough for a step to take a hundredth of a second, and a silent trainer."""
 
 from __future__ import annotations
 
+import csv
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from train_ref import __main__ as command_line
 from train_ref.data import Views
-from train_ref.moco import MoCo
+from train_ref.methods import METHODS, Method, MoCo
+
+RECIPES = Path(command_line.__file__).parent / "recipes"
 
 
 @pytest.fixture
-def make_moco():
-    def make(**settings) -> MoCo:
+def make_method():
+    """An untrained method by its name, with a network of three convolutions."""
+
+    def make(name: str, **settings) -> Method:
         seed_everything(0, verbose=False)
-        defaults = {"arch": "resnet18", "stem": "small", "dim": 16, "queue_size": 20, "momentum": 0.9}
-        return MoCo(**{**defaults, **settings})
+        return METHODS[name](**{"arch": "convnet", "dim": 16, **settings})
+
+    return make
+
+
+@pytest.fixture
+def make_moco(make_method):
+    def make(**settings) -> MoCo:
+        return make_method("moco", **{"queue_size": 20, "momentum": 0.9, **settings})
 
     return make
 
@@ -51,11 +66,35 @@ def make_trainer(tmp_path: Path):
 
 @pytest.fixture
 def step():
-    """One training step of a MoCo that has no trainer, on random views: returns its loss."""
+    """One training step of a method that has no trainer, on random views: returns its loss."""
 
-    def run(moco: MoCo, batch_size: int = 8) -> torch.Tensor:
-        moco.log = lambda *args, **kwargs: None
+    def run(method: Method, batch_size: int = 8, batch_idx: int = 0) -> torch.Tensor:
+        method.log = lambda *args, **kwargs: None
+        method._trainer = SimpleNamespace(accumulate_grad_batches=1, current_epoch=0)
         views = [torch.randn(batch_size, 3, 8, 8) for _ in range(2)]
-        return moco.training_step((views, torch.zeros(batch_size, dtype=torch.int64)), 0)
+        instances = torch.arange(batch_size)
+        return method.training_step((views, torch.zeros_like(instances), instances), batch_idx)
 
     return run
+
+
+@pytest.fixture
+def train_ref(tmp_path, monkeypatch, capsys):
+    """The command line in an empty directory: returns its output, or raises SystemExit."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_ref"])
+
+    def run(*args: str) -> str:
+        command_line.main(list(args))
+        return capsys.readouterr().out
+
+    return run
+
+
+def values_of(directory: Path) -> dict[int, dict[str, str]]:
+    """What a run's steps.csv has of each batch, without what depends on the machine's mood."""
+    with (directory / "steps.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["images_per_second"], row["loss_ms"]
+    return {int(row["batch"]): row for row in rows}

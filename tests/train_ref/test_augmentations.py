@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from train_ref.augmentations import TwoViews, augmentation, plain
 
-NAMES = ("moco_v1", "moco_v2", "conic", "digits_v1", "digits_v2")
+NAMES = ("moco_v1", "moco_v2", "simclr", "conic", "small", "digits_v1", "digits_v2")
 
 
 def picture(size: int = 40) -> Image.Image:

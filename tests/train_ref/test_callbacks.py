@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
-from train_ref.callbacks import Curves, Evaluation
+from train_ref.callbacks import Evaluation, Record
 from train_ref.checkpoints import LastCheckpoint
+
+from .conftest import values_of
 
 
 class StepValues(Callback):
@@ -19,15 +22,64 @@ class StepValues(Callback):
         self.top5.append(trainer.callback_metrics["top5"].item())
 
 
-def test_curves_are_the_means_of_each_epoch(make_moco, make_views, make_trainer):
-    curves, steps = Curves(), StepValues()
-    trainer = make_trainer(max_epochs=2, callbacks=[curves, steps])
+@pytest.mark.parametrize("interval", [1, 3])
+def test_curves_are_the_means_of_each_epoch(make_moco, make_views, make_trainer, interval):
+    record, steps = Record(), StepValues()
+    trainer = make_trainer(max_epochs=2, callbacks=[record, steps], log_every_n_steps=interval)
     trainer.fit(make_moco(), make_views())
-    assert [epoch["epoch"] for epoch in curves.history] == [1, 2]
-    assert set(curves.history[0]) == {"epoch", "loss", "instance_loss", "consistency_loss", "top1", "top5"}
+    assert [epoch["epoch"] for epoch in record.epochs] == [1, 2]
+    assert set(record.epochs[0]) == {"epoch", "loss", "instance_loss", "consistency_loss", "top1", "top5"}
     means = torch.tensor(steps.top5).reshape(2, 2).mean(dim=1)
-    assert [epoch["top5"] for epoch in curves.history] == pytest.approx(means.tolist())
+    assert [epoch["top5"] for epoch in record.epochs] == pytest.approx(means.tolist())
     assert (Path(trainer.log_dir) / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_the_values_of_every_batch_are_written(make_moco, make_views, make_trainer, interval):
+    steps = StepValues()
+    trainer = make_trainer(max_epochs=3, callbacks=[Record(), steps], log_every_n_steps=interval)
+    trainer.fit(make_moco(learning_rate=0.5), make_views())
+    rows = values_of(Path(trainer.log_dir))
+    assert list(rows) == list(range(6))
+    assert [int(row["epoch"]) for row in rows.values()] == [0, 0, 1, 1, 2, 2]
+    assert [float(row["top5"]) for row in rows.values()] == pytest.approx(steps.top5)
+    assert float(rows[0]["learning_rate"]) == 0.5
+    assert float(rows[3]["learning_rate"]) == pytest.approx(0.25)
+
+
+def test_the_time_in_the_loss_is_part_of_the_step(make_moco, make_views, make_trainer):
+    trainer = make_trainer(callbacks=[Record()])
+    moco = make_moco()
+    slow = moco.criterion.forward
+    moco.criterion.forward = lambda *tensors: time.sleep(0.05) or slow(*tensors)
+    trainer.fit(moco, make_views())
+    assert 50 <= trainer.callback_metrics["loss_ms"] <= 1000
+    assert 0 < trainer.callback_metrics["images_per_second"] < 8 / 0.05
+
+
+@pytest.mark.parametrize(("name", "settings"), [("conic", {"active": 32}), ("simclr", {})])
+def test_the_clock_sees_the_loss_s_backward(make_method, make_trainer, make_views, name, settings):
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            time.sleep(0.05)
+            return grad
+
+    method = make_method(name, **settings)
+    fast = method.criterion.forward
+
+    def forward(*tensors, **options):
+        loss, metrics = fast(*tensors, **options)
+        return Slow.apply(loss), metrics
+
+    method.criterion.forward = forward
+    trainer = make_trainer(callbacks=[Record()], limit_train_batches=2)
+    trainer.fit(method, make_views(dataset="digits", augmentation="digits_v2"))
+    assert 50 <= trainer.callback_metrics["loss_ms"] <= 1000
 
 
 def test_features_are_compared_with_those_before_any_training(make_moco, make_views, make_trainer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from train_ref.callbacks import Curves
+from train_ref.callbacks import Record
 from train_ref.checkpoints import AtomicCheckpointIO, LastCheckpoint
 
 
@@ -19,7 +19,7 @@ def fit(make_moco, make_views, make_trainer):
             max_epochs=epochs,
             enable_checkpointing=True,
             plugins=[AtomicCheckpointIO()],
-            callbacks=[Curves(), LastCheckpoint(every_n_epochs), *settings.pop("callbacks", ())],
+            callbacks=[Record(), LastCheckpoint(every_n_epochs), *settings.pop("callbacks", ())],
         )
         moco = make_moco(**settings)
         trainer.fit(moco, make_views(), ckpt_path=ckpt_path)
@@ -48,8 +48,8 @@ def test_training_resumes_where_it_stopped(fit):
     torch.testing.assert_close(start.state, dict(moco.state_dict()), rtol=0, atol=0)
     assert start.epoch == 1
     assert resumed.queue.pointer == 32 % 20
-    (curves,) = (callback for callback in resumed.trainer.callbacks if isinstance(callback, Curves))
-    assert [epoch["epoch"] for epoch in curves.history] == [1, 2]
+    (record,) = (callback for callback in resumed.trainer.callbacks if isinstance(callback, Record))
+    assert [epoch["epoch"] for epoch in record.epochs] == [1, 2]
 
 
 def test_the_end_of_training_is_saved_whatever_the_interval(fit):

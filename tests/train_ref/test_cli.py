@@ -5,15 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from train_ref import __main__ as command_line
-from train_ref.conic import ConIC
+from train_ref.methods import ConIC
 
-RECIPES = Path(command_line.__file__).parent / "recipes"
+from .conftest import RECIPES
+
 SYNTHETIC = ["--config", str(RECIPES / "synthetic.yaml")]
 SMALL = [
     "--data.image_size=8",
@@ -23,25 +23,12 @@ SMALL = [
 ]
 
 
-@pytest.fixture
-def train_ref(tmp_path, monkeypatch, capsys):
-    """The command line in an empty directory: returns its output, or raises SystemExit."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_ref"])
-
-    def run(*args: str) -> str:
-        command_line.main(list(args))
-        return capsys.readouterr().out
-
-    return run
-
-
 def test_a_run_prints_its_table_and_leaves_its_files(train_ref, tmp_path):
     output = train_ref("fit", *SYNTHETIC, *SMALL)
     run = tmp_path / "runs" / "synthetic" / "version_0"
     assert "linear probe, 1 % of the labels" in output
     assert "runs/synthetic/version_0" in output
-    assert {"config.yaml", "curves.png", "evaluation.json", "last.ckpt"} <= {
+    assert {"config.yaml", "curves.png", "evaluation.json", "last.ckpt", "steps.csv"} <= {
         file.name for file in run.iterdir()
     }
     assert list(run.glob("events.out.tfevents.*"))
@@ -85,7 +72,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
         (["fit", *SYNTHETIC, "--model.temperature=0"], "temperature"),
         (["fit", *SYNTHETIC, "--model.arch=resnet34"], "resnet34"),
         (["fit", *SYNTHETIC, "--ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
-        (["fit", *SYNTHETIC, "--method=simclr"], "simclr"),
+        (["fit", *SYNTHETIC, "--method=byol"], "byol"),
+        (["fit", *SYNTHETIC, "--data.augmentations=digits_v1"], "augmentations"),
+        (["fit", *SYNTHETIC, "--model.norm_groups=5"], "model.norm_groups is 5"),
+        (["study"], "study needs the name of one"),
+        (["study", "byol"], "study needs the name of one"),
+        (["validate", "--methods=[byol]"], "there is no byol"),
+        (["validate", "--backend=cuda"], "cuda cannot serve here"),
+        (["validate", "--step=3"], "step"),
         (["fit", "--config"], "--config"),
         (["fit", *SYNTHETIC, "--data.batch_size=200"], "batch_size is 200, but there are only 160"),
         (["fit", *SYNTHETIC, "--data.dataset=folder"], "data.root must name the folder"),
@@ -136,7 +130,7 @@ def test_every_recipe_can_be_built(train_ref, monkeypatch, recipe):
         assert cli.model.hparams.consistency_weight == 0
 
 
-@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["sampling", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["validate", "--help"], ["knn", "--help"]])
 def test_help_fits_a_few_screens(train_ref, capsys, args):
     with pytest.raises(SystemExit):
         train_ref(*args)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -8,38 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, seed_everything
-from torch.utils.data import DataLoader
+from lightning.pytorch import Callback, LightningModule
 
+from contrastive_ops import DelayedSGD
 from train_ref import __main__ as command_line
-from train_ref.callbacks import Curves, Evaluation
+from train_ref.callbacks import Evaluation, Record
 from train_ref.checkpoints import AtomicCheckpointIO, LastCheckpoint
-from train_ref.conic import ConIC
 from train_ref.data import Views
 from train_ref.errors import UsageError
-from train_ref.sampling import COMPENSATED, FULL, PLAIN, SmallConIC, full_softmax_loss, study
+from train_ref.methods import ConIC
 
 N = 1437  # digits to train on
 
 
-class FewDigits(Views):
-    """Three batches an epoch, which the epoch's number decides: what a run sees does not tell its past."""
-
-    def train_dataloader(self) -> DataLoader:
-        torch.manual_seed(self.trainer.current_epoch if self.trainer else 0)
-        loader = iter(super().train_dataloader())
-        return DataLoader([next(loader) for _ in range(3)], batch_size=None)
-
-
 @pytest.fixture
-def make_conic():
-    """A ConIC whose three convolutions take a hundredth of a second a step."""
-
-    def make(**settings) -> ConIC:
-        seed_everything(0, verbose=False)
-        return SmallConIC(**{"dim": 16, **settings})
-
-    return make
+def make_conic(make_method):
+    return functools.partial(make_method, "conic")
 
 
 @pytest.fixture
@@ -52,10 +37,10 @@ def fit(make_conic, make_trainer):
             max_epochs=epochs,
             enable_checkpointing=True,
             plugins=[AtomicCheckpointIO()],
-            callbacks=[Curves(), LastCheckpoint(), *callbacks],
-            reload_dataloaders_every_n_epochs=1,
+            callbacks=[Record(), LastCheckpoint(), *callbacks],
+            limit_train_batches=3,
         )
-        trainer.fit(conic, FewDigits(batch_size=batch_size), ckpt_path=ckpt_path)
+        trainer.fit(conic, Views(augmentation="digits_v1", batch_size=batch_size), ckpt_path=ckpt_path)
         return conic
 
     return run
@@ -73,14 +58,14 @@ def rows_of(conic: ConIC) -> list[torch.Tensor]:
 @pytest.mark.parametrize("active", [None, 64])
 def test_the_loss_falls_on_digits(fit, active):
     conic = fit(epochs=6, batch_size=32, active=active, dim=32)
-    (curves,) = (callback for callback in conic.trainer.callbacks if isinstance(callback, Curves))
-    losses = [epoch["loss"] for epoch in curves.history]
+    (record,) = (callback for callback in conic.trainer.callbacks if isinstance(callback, Record))
+    losses = [epoch["loss"] for epoch in record.epochs]
     assert losses[-1] < 0.9 * losses[0]
 
 
 def test_with_all_rows_and_no_consistency_it_is_cross_entropy_over_instances(make_conic, make_views):
     conic = make_conic(consistency_weight=0.0)
-    conic._make_classifier(N)
+    conic._make_classifier(N, torch.float32)
     conic.log = lambda *args, **kwargs: None
     features = []
     conic.encoder.register_forward_hook(lambda module, inputs, output: features.append(output))
@@ -104,7 +89,7 @@ def test_compensation_counts_the_rows_that_are_not_active(make_conic, make_views
     batch = next(iter(views.train_dataloader()))
     for compensation in (True, False):
         conic = make_conic(active=40, compensation=compensation, consistency_weight=0.0)
-        conic._make_classifier(N)
+        conic._make_classifier(N, torch.float32)
         conic.log = lambda *args, **kwargs: None
         losses[compensation] = conic.training_step(batch, 0).item()
     # Exactly that, were a view's own row nothing beside the others. Untrained, it is little.
@@ -116,21 +101,22 @@ def test_both_optimizers_follow_one_cosine(fit):
         def __init__(self):
             self.rates = []
 
-        def on_train_batch_end(self, trainer, module, *args):
-            self.rates.append(module.classifier_optimizer.param_groups[0]["lr"])
+        def on_train_batch_start(self, trainer, module, *args):
+            self.rates.append(module.optimizers().optimizer.optimizers[1].param_groups[0]["lr"])
 
     rates = Rates()
     conic = fit(epochs=2, callbacks=[rates], active=16, learning_rate=0.5)
     assert rates.rates == pytest.approx([0.25 * (1 + math.cos(math.pi * t / 6)) for t in range(6)])
     assert len(conic.classifier.history) == conic.trainer.global_step == 6
-    (optimizer,) = conic.trainer.optimizers
-    assert optimizer.defaults["momentum"] == conic.classifier_optimizer.defaults["momentum"] == 0.9
+    (together,) = conic.trainer.optimizers
+    assert [type(optimizer) for optimizer in together.optimizers] == [torch.optim.SGD, DelayedSGD]
+    assert all(optimizer.defaults["momentum"] == 0.9 for optimizer in together.optimizers)
 
 
 def test_gradients_of_several_batches_make_one_step_of_both(make_conic, make_trainer):
     conic = make_conic(active=24)
-    trainer = make_trainer(accumulate_grad_batches=3)
-    trainer.fit(conic, FewDigits(batch_size=8))
+    trainer = make_trainer(accumulate_grad_batches=3, limit_train_batches=3)
+    trainer.fit(conic, Views(augmentation="digits_v1", batch_size=8))
     assert len(conic.classifier.history) == trainer.global_step == 1
 
 
@@ -171,7 +157,7 @@ def test_a_stopped_run_resumes_bit_by_bit(fit, tmp_path, storage):
 def test_a_checkpoint_can_be_loaded_without_images(fit, tmp_path, storage):
     conic = fit(active=16, storage=storage, path=str(tmp_path / "rows") if storage == "disk" else None)
     conic.classifier.close()
-    loaded = SmallConIC.load_from_checkpoint(checkpoint_of(conic))
+    loaded = ConIC.load_from_checkpoint(checkpoint_of(conic))
     assert loaded.classifier.num_instances == N
     torch.testing.assert_close(
         dict(loaded.backbone.state_dict()), dict(conic.backbone.state_dict()), rtol=0, atol=0
@@ -185,31 +171,6 @@ def test_its_features_are_evaluated_at_the_end(fit):
     rows = json.loads((Path(conic.trainer.log_dir) / "evaluation.json").read_text())
     assert [row["labels"] for row in rows] == [100, 10]
     assert (Path(conic.trainer.log_dir) / "curves.png").exists()
-
-
-def test_the_loss_over_all_rows_is_that_of_all_rows_whichever_are_active(fit):
-    conic = fit(active=16)
-    views = torch.randn(N, 3, 8, 8)
-    loss = full_softmax_loss(conic, views)
-    assert conic.encoder.training
-    weight, _ = rows_of(conic)
-    conic.encoder.eval()
-    logits = F.normalize(conic.encoder(views)) @ F.normalize(weight).T / 0.1
-    assert loss == pytest.approx(F.cross_entropy(logits, torch.arange(N)).item(), rel=1e-4)
-
-
-def test_the_quick_study_leaves_its_figure_and_its_numbers(tmp_path, capsys):
-    result = study(quick=True, directory=str(tmp_path / "study"))
-    assert (tmp_path / "study" / "sampling.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "study" / "sampling.json").read_text()) == result
-    assert [row["variant"] for row in result["summary"]] == [FULL, COMPENSATED, PLAIN]
-    for runs in result["curves"].values():
-        assert [len(run["full"]) for run in runs] == [len(run["training"]) for run in runs] == [2, 2]
-        assert runs[0]["full"] != runs[1]["full"]
-    # Without compensation the training loss misses most of the denominator.
-    assert result["summary"][2]["training loss"]["mean"] > result["summary"][1]["training loss"]["mean"]
-    output = capsys.readouterr().out
-    assert all(name in output for name in (FULL, COMPENSATED, PLAIN))
 
 
 DIGITS = [
@@ -230,9 +191,6 @@ DIGITS = [
         ([*DIGITS, "--model.storage=disk", "--model.path=."], "model.path: "),
         ([*DIGITS, "--trainer.precision=16-true"], "trainer.precision is 16-true"),
         ([*DIGITS, "--data.dataset=synthetic"], "data.dataset is synthetic, which is endless"),
-        (["sampling", "--seeds=0"], "seeds"),
-        (["sampling", "--quick", "--active=1437"], "nothing is sampled"),
-        (["sampling", "--epoch=3"], "epoch"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path, monkeypatch, args, message):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import shutil
 
 import numpy as np
@@ -7,12 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train_ref.data import Digits, EndlessSampler, SyntheticImages
-from train_ref.errors import UsageError
-
-
-def unchanged(image):
-    return image
+from train_ref.data import Digits, Order, SyntheticImages, unchanged
+from train_ref.errors import UsageError, one_line
 
 
 def synthetic(seed: int = 0, length: int = 8) -> SyntheticImages:
@@ -59,23 +56,109 @@ def test_a_synthetic_image_depends_on_seed_and_index_alone():
         assert fresh[index][1] == index % 4
 
 
-def test_the_synthetic_set_never_repeats_an_image():
-    sampler = EndlessSampler(5)
-    epochs = []
+def indices_of(order: Order) -> list[list[int]]:
+    return [[index for _, index in batch] for batch in order]
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+    order, epochs = Order(20, 5, seed=3), []
     for epoch in range(3):
-        sampler.set_epoch(epoch)
-        epochs += list(sampler)
-    assert epochs == list(range(15))
+        order.set_epoch(epoch)
+        assert [{e for e, _ in batch} for batch in order] == [{epoch}] * 4
+        epochs.append([*itertools.chain(*indices_of(order))])
+        assert sorted(epochs[-1]) == list(range(20))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert indices_of(Order(20, 5, seed=3)) != indices_of(Order(20, 5, seed=4))
+
+
+def test_the_synthetic_set_never_repeats_an_image():
+    order, epochs = Order(5, 5, seed=None), []
+    for epoch in range(3):
+        order.set_epoch(epoch)
+        epochs += indices_of(order)
+    assert [*itertools.chain(*epochs)] == list(range(15))
+
+
+def test_processes_share_each_batch(monkeypatch):
+    whole = indices_of(Order(20, 6, seed=3))
+    monkeypatch.setattr("train_ref.data.world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr("train_ref.data.rank", lambda rank=rank: rank)
+        shares.append(indices_of(Order(20, 6, seed=3)))
+    assert [first + second for first, second in zip(*shares, strict=True)] == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("given", [3, 5])
+def test_a_loader_goes_on_where_another_stopped(make_views, workers, given):
+    def loader():
+        torch.manual_seed(7)
+        views = make_views(synthetic_size=40, num_workers=workers)
+        views.setup()
+        return views.train_dataloader()
+
+    def batches(loader, epochs):
+        for epoch in epochs:
+            loader.batch_sampler.set_epoch(epoch)
+            yield from loader
+
+    expected = list(batches(loader(), range(3)))
+    stopped = loader()
+    for _ in zip(range(5 + given), batches(stopped, range(3)), strict=False):
+        pass
+    state = stopped.state_dict()
+    torch.manual_seed(8)  # draws no part in it
+    resumed = make_views(synthetic_size=40, num_workers=workers)
+    resumed.setup()
+    resumed = resumed.train_dataloader()
+    resumed.load_state_dict(state)
+    rest = list(batches(resumed, range(1 if given < 5 else 2, 3)))
+    assert len(rest) == 15 - 5 - given
+    torch.testing.assert_close(rest, expected[5 + given :], rtol=0, atol=0)
+
+
+def test_a_view_depends_on_seed_epoch_and_instance_alone(make_views):
+    def views(seed: int, before: int):
+        torch.manual_seed(seed)
+        views = make_views(dataset="digits", augmentation="digits_v2")
+        views.setup()
+        torch.rand(before)
+        return views.train_dataloader().dataset
+
+    state = torch.get_rng_state()
+    drawn = views(1, 0)
+    state = torch.get_rng_state()
+    first, second = drawn[0, 5][0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(views(1, 9)[0, 5][0], (first, second), rtol=0, atol=0)
+    assert not torch.equal(drawn[1, 5][0][0], first)
+    assert not torch.equal(drawn[0, 6][0][0], first)
+    assert not torch.equal(views(2, 0)[0, 5][0][0], first)
 
 
 def test_lightning_moves_the_endless_set_on_every_epoch(make_moco, make_views, make_trainer):
     views, seen = make_views(), []
     views.setup()
-    views.train_images.transform, draw = lambda image: (image, image), views.train_images.image
-    views.train_images.image = lambda index: seen.append(index) or draw(index).float()
+    draw = views.train_images.image
+    views.train_images.image = lambda index: seen.append(index) or draw(index)
     views.setup = lambda stage: None
     make_trainer(max_epochs=2).fit(make_moco(), views)
     assert seen == list(range(32))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(make_views, folder, workers):
+    path = next((folder / "train" / "cat").iterdir())
+    path.write_bytes(path.read_bytes()[:100])
+    views = make_views(dataset="folder", root=str(folder), num_workers=workers, batch_size=12)
+    views.setup()
+    with pytest.raises(UsageError) as raised:
+        list(views.train_dataloader())
+    line = one_line(raised.value)
+    assert line.startswith(f"data.root: {path} cannot be read as an image: ")
+    assert "Traceback" not in line
 
 
 @pytest.mark.parametrize(("dataset", "count"), [("digits", 1437), ("synthetic", 16), ("folder", 12)])
@@ -102,9 +185,10 @@ def test_every_dataset_gives_two_views_to_train_and_plain_images_to_evaluate(
 def test_a_batch_says_which_instances_it_has(make_views, folder):
     views = make_views(dataset="folder", root=str(folder), batch_size=12)
     views.setup()
-    views.train_images.transform = lambda image: (torch.tensor(image.size), torch.tensor(image.size))
     assert views.num_instances == 12
-    (sizes, _), labels, instances = next(iter(views.train_dataloader()))
+    loader = views.train_dataloader()
+    loader.dataset.transform = lambda image: [torch.tensor(image.size)] * 2
+    (sizes, _), labels, instances = next(iter(loader))
     assert sorted(instances.tolist()) == list(range(12))
     for size, label, instance in zip(sizes.tolist(), labels.tolist(), instances.tolist(), strict=True):
         path, target = views.train_images.samples[instance]

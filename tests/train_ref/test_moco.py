@@ -2,20 +2,22 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from contrastive_ops import co2_loss, info_nce_loss
+from train_ref.networks import normalize_in_groups
 
 
 def test_the_key_encoder_starts_as_the_query_encoder_and_gets_no_gradient(make_moco, step):
     moco = make_moco()
-    for query, key in zip(moco.query_encoder.parameters(), moco.key_encoder.parameters(), strict=True):
+    for query, key in zip(moco.encoder.parameters(), moco.key_encoder.parameters(), strict=True):
         assert torch.equal(query, key)
     step(moco).backward()
-    assert all(query.grad is not None for query in moco.query_encoder.parameters())
+    assert all(query.grad is not None for query in moco.encoder.parameters())
     assert all(key.grad is None for key in moco.key_encoder.parameters())
 
 
@@ -23,12 +25,10 @@ def test_the_key_encoder_is_a_moving_average(make_moco):
     moco = make_moco(momentum=0.75)
     before = [parameter.clone() for parameter in moco.key_encoder.parameters()]
     with torch.no_grad():
-        for query in moco.query_encoder.parameters():
+        for query in moco.encoder.parameters():
             query.add_(torch.randn_like(query))
     moco.update_key_encoder()
-    for key, query, old in zip(
-        moco.key_encoder.parameters(), moco.query_encoder.parameters(), before, strict=True
-    ):
+    for key, query, old in zip(moco.key_encoder.parameters(), moco.encoder.parameters(), before, strict=True):
         torch.testing.assert_close(key, 0.75 * old + 0.25 * query)
 
 
@@ -47,7 +47,7 @@ def test_the_queue_holds_the_latest_keys_in_order(make_moco, step):
 def test_the_loss_is_that_of_the_step_s_queries_keys_and_queue(make_moco, step, weight):
     moco = make_moco(consistency_weight=weight)
     outputs = {}
-    for name in ("query_encoder", "key_encoder"):
+    for name in ("encoder", "key_encoder"):
         getattr(moco, name).register_forward_hook(lambda *args, name=name: outputs.update({name: args[-1]}))
     queue = moco.queue.keys.clone()
     loss = step(moco)
@@ -58,9 +58,38 @@ def test_the_loss_is_that_of_the_step_s_queries_keys_and_queue(make_moco, step, 
     torch.testing.assert_close(loss, expected)
 
 
+def test_keys_are_shuffled_among_groups_and_come_back_in_order(make_moco, step):
+    """No query shares batch statistics with its key, and each still meets its own."""
+    moco = make_moco(norm_groups=4).double()
+    normalize_in_groups(moco.encoder, 4), normalize_in_groups(moco.key_encoder, 4)
+    views = torch.randn(16, 3, 8, 8, dtype=torch.float64)
+    seen = []
+    moco.key_encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    moco._trainer = SimpleNamespace(current_epoch=2, accumulate_grad_batches=1)
+    moco.train()
+    keys = moco.encode_keys(views, batch_idx=5)
+    (shuffled,) = seen
+    order = [int((views == view).flatten(1).all(1).nonzero()) for view in shuffled]
+    assert sorted(order) == list(range(16))
+    groups = [set(order[i : i + 4]) for i in range(0, 16, 4)]
+    assert all(group != set(range(i, i + 4)) for i, group in zip(range(0, 16, 4), groups, strict=True))
+    torch.testing.assert_close(keys[order], moco.key_encoder(shuffled))
+    moco.encode_keys(views, batch_idx=6)
+    assert not torch.equal(seen[0], seen[-1])  # another step, another order
+
+
+def test_the_key_encoder_moves_once_a_step_of_the_optimizer(make_moco, make_views, make_trainer):
+    moco = make_moco()
+    moves = []
+    move = moco.update_key_encoder
+    moco.update_key_encoder = lambda: moves.append(1) or move()
+    make_trainer(accumulate_grad_batches=2).fit(moco, make_views(synthetic_size=32))
+    assert len(moves) == 2
+
+
 def test_steps_towards_fixed_keys_lower_the_loss(make_moco, step):
     moco = make_moco(momentum=1.0, consistency_weight=0.0)
-    optimizer = torch.optim.SGD(moco.query_encoder.parameters(), lr=0.03)
+    optimizer = torch.optim.SGD(moco.encoder.parameters(), lr=0.03)
     start = copy.deepcopy(moco.queue.state_dict())
     losses = []
     for _ in range(6):
@@ -77,21 +106,23 @@ def test_the_logged_values_are_the_terms_of_the_loss(make_moco, make_views, make
     trainer = make_trainer()
     trainer.fit(make_moco(consistency_weight=10.0), make_views())
     values = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    for prefix in ("", "epoch/"):
-        terms = values[f"{prefix}instance_loss"] + 10 * values[f"{prefix}consistency_loss"]
-        assert values[f"{prefix}loss"] == pytest.approx(terms, rel=1e-5)
-        assert 0 <= values[f"{prefix}top1"] <= values[f"{prefix}top5"] <= 1
+    assert values["loss"] == pytest.approx(
+        values["instance_loss"] + 10 * values["consistency_loss"], rel=1e-5
+    )
+    assert 0 <= values["top1"] <= values["top5"] <= 1
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "step"])
+@pytest.mark.parametrize("schedule", ["cosine", "step", "warmup"])
 def test_the_learning_rate_follows_its_schedule(make_moco, make_views, make_trainer, schedule):
-    moco = make_moco(learning_rate=0.5, schedule=schedule)
+    settings = {"schedule": "cosine", "warmup": 0.4} if schedule == "warmup" else {"schedule": schedule}
+    moco = make_moco(learning_rate=0.5, **settings)
     rates = []
     moco.on_train_batch_start = lambda *args: rates.append(moco.optimizers().param_groups[0]["lr"])
     make_trainer(max_epochs=5).fit(moco, make_views())  # 10 steps
     expected = {
         "cosine": [0.25 * (1 + math.cos(math.pi * t / 10)) for t in range(10)],
         "step": [0.5] * 6 + [0.05] * 2 + [0.005] * 2,
+        "warmup": [0.1, 0.2, 0.3, 0.4] + [0.25 * (1 + math.cos(math.pi * t / 6)) for t in range(6)],
     }
     assert rates == pytest.approx(expected[schedule])
 

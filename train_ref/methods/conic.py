@@ -89,7 +89,6 @@ class ConIC(Method):
             )
         except (OSError, ValueError) as error:  # a folder that is in use, or holds something else
             raise UsageError(f"model.storage, model.path: {error}") from error
-        self.criterion.num_instances = num_instances if settings.compensation else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.classifier is None:  # loaded without a trainer, so without the images
@@ -122,6 +121,7 @@ class ConIC(Method):
             features,
             self.classifier.weight,  # (A, D)
             target,
+            num_instances=self.classifier.num_instances if self.hparams.compensation else None,
         )  # (), metrics (V, B) or (B,)
 
         self.report(loss, metrics)

@@ -1,0 +1,55 @@
+"""Two processes train as one does on the joined batch, whose halves are different images."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import RECIPES, values_of
+
+SETTINGS = {
+    "moco": ["--model.consistency_weight=10", "--model.queue_size=200"],
+    "moco_in_groups": ["--model.norm_groups=4", "--model.queue_size=200"],
+    "simclr": ["--model.consistency_weight=0.5"],
+    "conic": ["--model.active=128"],
+    "instdisc": [],
+}
+
+
+def train(which: str, devices: int, folder: Path) -> Path:
+    """The run's directory; in float64, where order of summation leaves 1e-15."""
+    (folder / "empty.yaml").write_text("{}")
+    command = [
+        sys.executable, "-m", "train_ref", "fit", "--config", "empty.yaml", "--seed_everything=5",
+        f"--method={which.partition('_')[0]}", "--model.arch=convnet", "--model.dim=16", "--model.warmup=0.3",
+        *SETTINGS[which], "--data.batch_size=32", "--trainer.accelerator=cpu", "--trainer.precision=64-true",
+        f"--trainer.devices={devices}", "--trainer.max_epochs=2", "--trainer.limit_train_batches=4",
+        "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false", "--evaluation.enabled=false",
+        "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.",
+        f"--trainer.logger.name={which}{devices}",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parents[1]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    return folder / f"{which}{devices}" / "version_0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", SETTINGS)
+def test_two_processes_are_one(tmp_path, which):
+    one, two = (train(which, devices, tmp_path) for devices in (1, 2))
+    states = [torch.load(run / "last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
+    for name, expected in states[0].items():
+        # Of groups' running statistics, a process keeps the means of its own.
+        if not isinstance(expected, torch.Tensor) or ("running" in name and which == "moco_in_groups"):
+            continue
+        torch.testing.assert_close(states[1][name], expected, rtol=1e-10, atol=1e-12, msg=name)
+    for row, expected in zip(values_of(two).values(), values_of(one).values(), strict=True):
+        assert {k: float(v) for k, v in row.items()} == pytest.approx(
+            {k: float(v) for k, v in expected.items()}, rel=1e-9, abs=1e-12
+        )

@@ -1,0 +1,105 @@
+"""SimCLR and InstDisc, and what all methods have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from contrastive_ops import nt_xent_loss
+from train_ref.callbacks import Record
+from train_ref.data import Views
+from train_ref.errors import UsageError
+from train_ref.methods import METHODS
+
+
+def digits() -> Views:
+    return Views(augmentation="digits_v1", batch_size=32)  # which are drawn faster than v2's
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_simclr_contrasts_both_views_of_the_batch(make_method, step, weight):
+    simclr = make_method("simclr", consistency_weight=weight)
+    outputs = []
+    simclr.encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    loss = step(simclr)
+    view1, view2 = outputs[0].chunk(2)
+    torch.testing.assert_close(
+        loss, nt_xent_loss(view1, view2, temperature=0.1, consistency_weight=weight, backend="reference")
+    )
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in simclr.encoder.parameters())
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_instdisc_classifies_by_past_features_and_remembers_the_new(make_method, step, views):
+    instdisc = make_method("instdisc", views=views)
+    instdisc._make_bank(20)
+    rows = instdisc.bank.rows.clone()
+    outputs = []
+    instdisc.encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    loss = step(instdisc)
+    features = F.normalize(outputs[0]).unflatten(0, (views, 8))
+    logits = features @ rows.T / 0.07
+    expected = sum(F.cross_entropy(of_view, torch.arange(8)) for of_view in logits)
+    torch.testing.assert_close(loss, expected)
+
+    assert torch.equal(instdisc.bank.rows, rows)  # backward still needs them
+    loss.backward()
+    instdisc.on_after_backward()
+    torch.testing.assert_close(
+        instdisc.bank.rows[:8], F.normalize(0.5 * rows[:8] + 0.5 * features.detach().mean(0))
+    )
+    assert torch.equal(instdisc.bank.rows[8:], rows[8:])
+
+
+@pytest.mark.parametrize("name", ["simclr", "instdisc"])
+def test_the_loss_falls_on_digits(make_method, make_trainer, name):
+    record = Record()
+    method = make_method(name, learning_rate=0.1)
+    make_trainer(max_epochs=4, limit_train_batches=8, callbacks=[record]).fit(method, digits())
+    losses = [epoch["loss"] for epoch in record.epochs]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_says_what_it_is_of_and_loads_without_images(make_method, make_trainer, name, tmp_path):
+    method = make_method(name)
+    trainer = make_trainer(limit_train_batches=1)
+    trainer.fit(method, digits())
+    path = tmp_path / "some.ckpt"
+    trainer.save_checkpoint(path)
+    assert torch.load(path, weights_only=True)["method"] == name
+    loaded = METHODS[name].load_from_checkpoint(path)
+    torch.testing.assert_close(
+        dict(loaded.backbone.state_dict()), dict(method.backbone.state_dict()), rtol=0, atol=0
+    )
+    assert loaded.hparams.dim == 16
+
+
+def test_a_checkpoint_of_another_network_is_told_in_a_sentence(make_method, make_trainer, tmp_path):
+    trainer = make_trainer(limit_train_batches=1)
+    trainer.fit(make_method("simclr"), digits())
+    path = Path(tmp_path / "some.ckpt")
+    trainer.save_checkpoint(path)
+    with pytest.raises(UsageError, match=r"ckpt_path: the checkpoint is of another network"):
+        make_trainer().fit(make_method("simclr", dim=8), digits(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("groups", [3, 5])
+def test_groups_must_share_the_batch_evenly(make_method, make_trainer, groups):
+    with pytest.raises(UsageError, match=f"model.norm_groups is {groups}"):
+        make_trainer().fit(make_method("simclr", norm_groups=groups), digits())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+@pytest.mark.parametrize("name", METHODS)
+def test_other_precisions(make_method, make_trainer, name, precision):
+    method = make_method(name, **({"active": 128} if name == "conic" else {}))
+    trainer = make_trainer(limit_train_batches=2, precision=precision)
+    trainer.fit(method, digits())
+    assert torch.isfinite(method.values["loss"])
+    expected = torch.float64 if precision == "64-true" else torch.float32
+    assert method.values["loss"].dtype == expected

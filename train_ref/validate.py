@@ -1,0 +1,461 @@
+"""Shows that the fused losses train as eager PyTorch does: ``python -m train_ref validate``."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning.pytorch import Callback, Trainer, seed_everything
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bench.eager import eager_co2, eager_conic, eager_nt_xent
+from bench.memory import resident_mib
+from contrastive_ops import CO2Loss, NTXentLoss, available_backends
+
+from .augmentations import Augmentation
+from .data import Views
+from .errors import UsageError
+from .evaluation import format_table
+from .methods import ConIC, InstDisc, Method, MoCo, SimCLR
+from .networks import Architecture
+from .timing import LossClock
+
+# Each method with the settings of its paper that its loss has.
+MOCO_V1 = {"head": "linear", "temperature": 0.07, "consistency_temperature": 0.04}
+MOCO_V2 = {"head": "mlp", "temperature": 0.2, "consistency_temperature": 0.05}
+CASES: dict[str, tuple[type[Method], dict[str, Any]]] = {
+    "moco_v1": (MoCo, {**MOCO_V1, "consistency_weight": 0.0}),
+    "moco_v1_co2": (MoCo, {**MOCO_V1, "consistency_weight": 10.0}),
+    "moco_v2": (MoCo, {**MOCO_V2, "consistency_weight": 0.0}),
+    "moco_v2_co2": (MoCo, {**MOCO_V2, "consistency_weight": 0.3}),
+    "simclr": (SimCLR, {}),
+    "simclr_co2": (SimCLR, {"consistency_weight": 0.3}),
+    "instdisc": (InstDisc, {}),
+    "exemplar_cnn": (ConIC, {"consistency_weight": 0.0}),
+    "conic": (ConIC, {}),
+    "conic_sampled": (ConIC, {"active": 256}),
+}
+
+# How far losses and gradients may be apart at the same weights, relative (L2). In half precision the eager
+# code rounds every similarity, so what is stated there is its distance.
+TOLERANCE = {"32-true": 1e-5, "64-true": 1e-10, "bf16-mixed": 5e-2, "16-mixed": 1e-2}
+# Of curves in float64. In lower precision training amplifies roundings: there, two eager runs whose keys are
+# in another order tell how far curves get apart that are the same but for roundings.
+FLOAT64_DRIFT = 1e-8
+MOST_DRIFT = 2.0  # times the largest of the eager runs'
+# Where a unit's sign, of some that are nearly zero, depends on a rounding, the loss moves by about as much at
+# once. Which run that happens to is chance: less than this tells nothing.
+LEAST_DRIFT = 1e-3
+PERMUTATIONS = 2  # eager runs with keys in another order
+
+Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
+
+
+class Eager(nn.Module):
+    """The loss of a criterion of contrastive_ops in eager PyTorch, differentiated by autograd.
+
+    Args:
+        criterion: whose settings are taken.
+        order: if given, the seed of a permutation of the keys, which changes roundings alone.
+    """
+
+    def __init__(self, criterion: nn.Module, order: int | None = None) -> None:
+        super().__init__()
+        self.criterion, self.order = criterion, order
+
+    def forward(self, *tensors: Tensor, **settings: Any) -> tuple[Tensor, None]:
+        settings = self.criterion.settings() | settings
+        for name in ("backend", "return_metrics", "update"):
+            settings.pop(name, None)
+        if isinstance(self.criterion, CO2Loss):
+            query, key, queue = tensors
+            # A copy, as in MoCo's own code: the step overwrites the queue, which autograd needs in backward.
+            queue = queue[self._permutation(queue)].clone()
+            return eager_co2(query, key, queue, **settings), None
+        if isinstance(self.criterion, NTXentLoss):
+            view1, view2 = tensors
+            order = self._permutation(view1)
+            return eager_nt_xent(view1[order], view2[order], **settings), None
+        views, weight, target = tensors
+        order = self._permutation(weight)
+        if self.order is not None:
+            target = order.argsort()[target]
+        return eager_conic(views, weight[order], target, **settings), None
+
+    def _permutation(self, rows: Tensor) -> Any:
+        if self.order is None:
+            return slice(None)
+        order = np.random.default_rng(self.order).permutation(len(rows))
+        return torch.from_numpy(order).to(rows.device)
+
+
+class Compared(nn.Module):
+    """A criterion that also computes the eager loss of the same tensors, and its gradients.
+
+    Attributes:
+        losses: relative difference of each step's losses.
+        gradients: of each step's gradients in all that is trained, taken together.
+    """
+
+    def __init__(self, criterion: nn.Module, trained: Callable[[], list[nn.Parameter]]) -> None:
+        super().__init__()
+        self.criterion, self.trained = criterion, trained
+        self.losses: list[float] = []
+        self.gradients: list[float] = []
+
+    def forward(self, *tensors: Tensor, **settings: Any) -> Any:
+        output = self.criterion(*tensors, **settings)
+        loss, _ = Eager(self.criterion)(*tensors, **settings)
+        self.losses.append(relative(output[0].detach()[None], loss.detach()[None].to(output[0])))
+        # While the graph from the tensors to the weights is whole: backward through the fused loss frees it.
+        self.expected = torch.autograd.grad(loss, self.trained(), retain_graph=True)
+        return output
+
+    def compare(self, scale: float) -> None:
+        """The gradients that backward left, of a loss multiplied by `scale`."""
+        actual = torch.cat([p.grad.flatten() / scale for p in self.trained()])
+        self.gradients.append(relative(actual, torch.cat([grad.flatten() for grad in self.expected])))
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖; of two zeros it is 0."""
+    difference = (actual.double() - expected.double()).norm()
+    return float(difference / expected.double().norm()) if difference else 0.0
+
+
+@dataclass
+class Run:
+    """A training.
+
+    Attributes:
+        curve: loss of each step.
+        step_ms, loss_ms: median time of a step without its data, and of the loss in it.
+        peak_mib: memory at its peak beyond that at the start: of the process, or of a GPU's tensors.
+    """
+
+    curve: list[float] = field(default_factory=list)
+    step_ms: float = 0.0
+    loss_ms: float = 0.0
+    peak_mib: float = 0.0
+
+
+class Measure(Callback):
+    """Fills in a `Run`."""
+
+    def __init__(self) -> None:
+        self.run = Run()
+        self.steps: list[float] = []
+        self.losses: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, module: Method) -> None:
+        self.clock = LossClock(module.criterion, module.device)
+        self.memory = peak_memory(module.device)
+        next(self.memory)
+
+    def on_train_batch_start(self, trainer: Trainer, module: Method, batch: Any, batch_idx: int) -> None:
+        self._synchronize(module)
+        self.since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Method, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._synchronize(module)
+        self.steps.append(time.perf_counter() - self.since)
+        self.losses.append(self.clock.read())
+        self.run.curve.append(float(module.values["loss"]))
+
+    def on_train_end(self, trainer: Trainer, module: Method) -> None:
+        self.clock.remove()
+        self.run.peak_mib = next(self.memory)
+        self.run.step_ms = 1000 * float(np.median(self.steps))
+        self.run.loss_ms = 1000 * float(np.median(self.losses))
+
+    @staticmethod
+    def _synchronize(module: Method) -> None:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class CompareGradients(Callback):
+    def on_after_backward(self, trainer: Trainer, module: Method) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        module.criterion.compare(1.0 if scaler is None else scaler.get_scale())
+
+
+def peak_memory(device: torch.device) -> Iterator[float]:
+    """Yields at the start, and then the MiB that have been in use beyond those of the start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        yield 0.0
+        yield torch.cuda.max_memory_allocated() / 2**20 - before
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds back could be used unseen
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = resident_mib("VmRSS")
+        yield 0.0
+        yield resident_mib("VmHWM") - before
+
+
+class DrawnOnce(Views):
+    """The first batches of a training, drawn once for all that train on them."""
+
+    def draw(self, steps: int) -> None:
+        self.setup()
+        loader, self.batches = super().train_dataloader(), []
+        for epoch in itertools.count():
+            loader.batch_sampler.set_epoch(epoch)
+            self.batches += itertools.islice(loader, steps - len(self.batches))
+            if len(self.batches) == steps:
+                return
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None)
+
+
+@dataclass
+class Verdict:
+    """What a method's runs have shown; differences are the largest of all steps, drifts those of curves."""
+
+    method: str
+    backend: str
+    loss_difference: float
+    gradient_difference: float
+    drift: float
+    eager_drift: float
+    fused: Run
+    eager: Run
+    permuted: list[Run]
+    passed: bool = False
+
+    def judge(self, precision: str) -> None:
+        allowed = FLOAT64_DRIFT
+        if precision != "64-true":
+            allowed = max(MOST_DRIFT * self.eager_drift, LEAST_DRIFT)
+        tolerance = TOLERANCE[precision]
+        same = max(self.loss_difference, self.gradient_difference) <= tolerance
+        self.passed = bool(same and self.drift <= allowed)
+
+    def row(self) -> dict[str, str]:
+        def share(run: Run) -> str:
+            return f"{run.loss_ms:.1f} of {run.step_ms:.1f} ms"
+
+        return {
+            "method": self.method,
+            "backend": self.backend,
+            "losses": f"{self.loss_difference:.1e}",
+            "gradients": f"{self.gradient_difference:.1e}",
+            "drift": f"{self.drift:.1e}",
+            "eager's own": f"{self.eager_drift:.1e}",
+            "loss in a step, fused": share(self.fused),
+            "eager": share(self.eager),
+            "memory": f"{self.fused.peak_mib:.0f}",
+            "eager's": f"{self.eager.peak_mib:.0f} MiB",
+            "": "ok" if self.passed else "FAILED",
+        }
+
+
+def drift(a: Run, b: Run) -> float:
+    """Root mean square of two curves' differences, relative to that of the first."""
+    return relative(*(torch.tensor(run.curve, dtype=torch.float64) for run in (b, a)))
+
+
+def validate(
+    methods: Sequence[str] = tuple(CASES),
+    network: Architecture = "convnet",
+    steps: PositiveInt = 100,
+    backend: str | None = None,
+    precision: Precision = "32-true",
+    dataset: Literal["digits", "folder", "synthetic"] = "digits",
+    root: str | None = None,
+    augmentation: Augmentation | None = None,
+    image_size: PositiveInt = 8,
+    batch_size: PositiveInt = 64,
+    queue_size: PositiveInt = 4096,
+    dim: PositiveInt = 128,
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+    free: bool = True,
+    seed: NonNegativeInt = 0,
+    output: str = "runs/validate",
+) -> list[Verdict]:
+    """Train each method with the fused losses and in eager PyTorch, and tell how far they are apart.
+
+    The same network begins with the same weights and sees the same views. First the fused losses train, and
+    at every step, at the same weights, losses and gradients are compared with those of eager PyTorch. Then
+    both train freely, and so do eager runs whose keys are merely in another order: since training amplifies
+    roundings, their curves tell how far apart equal ones get.
+
+    A table is printed; it, the curves and a picture of them are left as validate.json and validate.png. Ends
+    with an error where a difference is larger than the tolerance, which is printed too.
+
+    Args:
+        methods: which, as a list; all by default.
+        network: small images get ResNets with a small stem.
+        steps: of each training.
+        backend: of the fused losses; by default the fastest there is.
+        precision: 32-true, 64-true, bf16-mixed or 16-mixed.
+        dataset: digits, folder or synthetic.
+        root: of the folder.
+        augmentation: of the views; by default digits' or MoCo v2's.
+        image_size: of the views, in pixels.
+        batch_size: images a step.
+        queue_size: K of MoCo.
+        dim: D of what is contrasted.
+        accelerator: cpu, gpu or auto.
+        free: false leaves out the free runs, and their times with them.
+        seed: of everything.
+        output: folder of what is left.
+    """
+    unknown = [name for name in methods if name not in CASES]
+    if unknown:
+        raise UsageError(f"methods: there is no {unknown[0]}; there are {', '.join(CASES)}")
+    if backend is not None and not available_backends().get(backend):
+        raise UsageError(f"backend: {backend} cannot serve here: {available_backends().get(backend)}")
+    seed_everything(seed, verbose=False)
+    views = DrawnOnce(
+        dataset=dataset,
+        root=root,
+        augmentation=augmentation or ("digits_v2" if dataset == "digits" else "moco_v2"),
+        image_size=image_size,
+        batch_size=batch_size,
+        synthetic_size=max(4096, batch_size),
+    )
+    views.draw(steps)
+
+    def train(
+        method: str, criterion: Callable[[Method], nn.Module], *callbacks: Callback
+    ) -> tuple[Run, nn.Module]:
+        kind, settings = CASES[method]
+        if kind is MoCo:
+            settings = {"queue_size": queue_size, **settings}
+        seed_everything(seed, verbose=False)
+        module = kind(
+            arch=network, stem="imagenet" if image_size > 64 else "small", dim=dim, seed=seed, **settings
+        )
+        module.criterion.backend = backend
+        module.criterion = criterion(module)
+        measure = Measure()
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=[measure, *callbacks],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, views)
+        return measure.run, module.criterion
+
+    def compared(module: Method) -> Compared:
+        def trained() -> list[nn.Parameter]:
+            return [p for group in module.trainer.optimizers[0].param_groups for p in group["params"]]
+
+        return Compared(module.criterion, trained)
+
+    verdicts = []
+    for method in methods:
+        _, comparison = train(method, compared, CompareGradients())
+        runs = [Run()] * 4
+        if free:
+            runs = [
+                train(method, criterion)[0]
+                for criterion in (
+                    lambda module: module.criterion,
+                    lambda module: Eager(module.criterion),
+                    *(
+                        lambda module, order=order: Eager(module.criterion, order)
+                        for order in range(1, 1 + PERMUTATIONS)
+                    ),
+                )
+            ]
+        fused, eager, *permuted = runs
+        pairs = itertools.combinations([eager, *permuted], 2)
+        verdict = Verdict(
+            method,
+            backend or "default",
+            max(comparison.losses),
+            max(comparison.gradients),
+            drift(eager, fused) if free else 0.0,
+            max(drift(*pair) for pair in pairs) if free else 0.0,
+            fused,
+            eager,
+            permuted,
+        )
+        verdict.judge(precision)
+        verdicts.append(verdict)
+        print(f"{method}: {'ok' if verdict.passed else 'FAILED'}", flush=True)
+
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "network": network, "steps": steps, "precision": precision, "dataset": dataset,
+        "image_size": image_size, "batch_size": batch_size, "queue_size": queue_size, "dim": dim,
+        "seed": seed,
+    }  # fmt: skip
+    result = {
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+        "settings": settings,
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+    }
+    (folder / "validate.json").write_text(json.dumps(result, indent=1) + "\n")
+    print("\n" + format_table([verdict.row() for verdict in verdicts]))
+    print(
+        f"\nAt the same weights, losses and gradients may differ by {TOLERANCE[precision]:g} (relative, the "
+        f"largest of {steps} steps)."
+    )
+    if free:
+        draw(verdicts, folder / "validate.png")
+        rule = (
+            f"{FLOAT64_DRIFT:g}"
+            if precision == "64-true"
+            else f"{MOST_DRIFT:g} × the largest of eager runs whose keys are in another order, or {LEAST_DRIFT:g}"
+        )
+        print(f"Curves of free runs may drift apart by {rule} (relative, root mean square).")
+    print(f"Curves and numbers are kept in {folder}", flush=True)
+    failed = [verdict.method for verdict in verdicts if not verdict.passed]
+    if failed:
+        sys.exit(f"error: not within the tolerance: {', '.join(failed)}")
+    return verdicts
+
+
+def draw(verdicts: list[Verdict], path: Path) -> None:
+    """Of each method both curves and, below them, how far fused and permuted eager runs are from eager."""
+    figure = Figure(figsize=(3.2 * len(verdicts), 5), layout="constrained")
+    grid = figure.subplots(2, len(verdicts), squeeze=False, sharex=True)
+    for (curves, differences), verdict in zip(grid.T, verdicts, strict=True):
+        eager = np.array(verdict.eager.curve)
+        curves.plot(eager, label="eager", linewidth=3, alpha=0.4)
+        curves.plot(verdict.fused.curve, label="fused", linewidth=1)
+        curves.set_title(verdict.method)
+        for run in verdict.permuted:
+            differences.semilogy(np.abs(np.array(run.curve) - eager), color="0.7", label="eager, permuted")
+        differences.semilogy(np.abs(np.array(verdict.fused.curve) - eager), color="C1", label="fused")
+        differences.set_xlabel("step")
+    grid[0, 0].set_ylabel("loss")
+    grid[1, 0].set_ylabel("difference from eager")
+    grid[0, 0].legend()
+    handles, labels = grid[1, 0].get_legend_handles_labels()
+    grid[1, 0].legend([handles[0], handles[-1]], [labels[0], labels[-1]])
+    figure.savefig(path, dpi=100)
