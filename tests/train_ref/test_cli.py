@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from train_ref import __main__ as command_line
-from train_ref.methods import ConIC
+from train_ref.methods import ConIC, InstDisc, MoCo, SimCLR
+from train_ref.validate import CASES
 
 from .conftest import RECIPES
 
@@ -111,23 +112,46 @@ def test_every_recipe_can_be_built(train_ref, monkeypatch, recipe):
     (cli,) = built
     assert recipe.read_text().startswith("# ")
     assert cli.trainer.log_dir == f"runs/{recipe.stem}/version_0"
-    if "conic" in recipe.stem:
-        assert isinstance(cli.model, ConIC)
-        assert cli.model.hparams.temperature == 0.1
-        assert cli.model.hparams.consistency_weight == 2.5
-        assert (cli.model.hparams.active is None) == ("sampled" not in recipe.stem)
-        assert cli.datamodule.hparams.augmentation == ("conic" if "imagenet" in recipe.stem else "digits_v2")
+    if recipe.stem == "synthetic":
         return
-    version = "v1" if "_v1" in recipe.stem else "v2"
-    assert cli.model.hparams.head == {"v1": "linear", "v2": "mlp"}[version]
-    assert cli.model.hparams.temperature == {"v1": 0.07, "v2": 0.2}[version]
-    assert cli.datamodule.hparams.augmentation.endswith(version)
-    if "co2" in recipe.stem:
-        if "imagenet" in recipe.stem:
-            assert cli.model.hparams.consistency_weight == {"v1": 10.0, "v2": 0.3}[version]
-        assert cli.model.hparams.consistency_temperature == {"v1": 0.04, "v2": 0.05}[version]
-    elif recipe.stem != "synthetic":
-        assert cli.model.hparams.consistency_weight == 0
+    images, _, method = recipe.stem.partition("_")
+    model, data = cli.model.hparams, cli.datamodule.hparams
+    assert model.arch == ("resnet50" if images == "imagenet" else "resnet18")
+    assert (data.dataset, data.image_size) == {
+        "imagenet": ("folder", 224), "cifar": ("folder", 32), "digits": ("digits", 8)
+    }[images]  # fmt: skip
+    assert model.weight_decay == 1e-4
+    if method.startswith("moco"):
+        version = method[:7]
+        assert isinstance(cli.model, MoCo)
+        assert model.head == {"moco_v1": "linear", "moco_v2": "mlp"}[version]
+        assert model.temperature == {"moco_v1": 0.07, "moco_v2": 0.2}[version]
+        assert model.consistency_temperature == {"moco_v1": 0.04, "moco_v2": 0.05}[version]
+        weight = {"moco_v1": 10.0, "moco_v2": 0.3}[version] if "co2" in method else 0.0
+        assert model.consistency_weight == (1.0 if recipe.stem == "digits_moco_v1_co2" else weight)
+        assert model.schedule == {"moco_v1": "step", "moco_v2": "cosine"}[version]
+        if images == "imagenet":
+            assert (model.queue_size, model.momentum, model.norm_groups) == (65536, 0.999, 8)
+            assert (data.augmentation, data.batch_size, model.learning_rate) == (version, 256, 0.03)
+    elif method.startswith("simclr"):
+        assert isinstance(cli.model, SimCLR)
+        assert (model.consistency_weight > 0) == ("co2" in method)
+    elif method == "instdisc":
+        assert isinstance(cli.model, InstDisc)
+        assert model.temperature == 0.07
+    else:
+        assert isinstance(cli.model, ConIC)
+        assert (model.head, model.temperature) == ("mlp_bn", 0.1)
+        assert model.consistency_weight == (0.0 if method == "exemplar_cnn" else 2.5)
+        assert (model.active is None) == ("sampled" not in method)
+        if images == "imagenet":
+            assert model.active in (None, 65536)
+            assert (data.augmentation, data.batch_size, model.learning_rate) == ("conic", 512, 0.06)
+
+
+def test_there_is_a_recipe_of_every_method_for_every_kind_of_image():
+    names = {recipe.stem.partition("_")[::2] for recipe in RECIPES.glob("*_*.yaml")}
+    assert names == {(images, method) for images in ("imagenet", "cifar", "digits") for method in CASES}
 
 
 @pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["validate", "--help"], ["knn", "--help"]])

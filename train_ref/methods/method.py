@@ -35,8 +35,8 @@ class Method(LightningModule):
             however many; 1 for those of the whole batch, synchronised over all processes.
         learning_rate: of SGD with momentum 0.9, at its largest.
         weight_decay: of SGD.
-        schedule: of the learning rate, over all steps: "cosine" down to 0, or "step": a tenth after 60 % and
-            a hundredth after 80 % of them.
+        schedule: of the learning rate, over all steps: "cosine" down to 0, or "step": a tenth after three
+            fifths and a hundredth after four fifths of them.
         warmup: the part of all steps in which the learning rate first grows from 0.
         seed: of what is random beside views and their order: keys' shuffling, a classifier's rows.
     """
