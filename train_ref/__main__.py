@@ -149,7 +149,7 @@ def run_command(name: str, args: list[str]) -> None:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_function_arguments(function)
+    parser.add_function_arguments(function, as_positional=True)
     function(**parser.parse_args(args).as_dict())
 
 

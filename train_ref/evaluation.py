@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,10 @@ class Score(NamedTuple):
     mean: float
     std: float | None
 
+    @classmethod
+    def of(cls, draws: Sequence[float]) -> Score:
+        return cls(float(np.mean(draws)), float(np.std(draws, ddof=1)) if len(draws) > 1 else None)
+
     def __str__(self) -> str:
         return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
 
@@ -42,32 +47,60 @@ def extract_features(backbone: nn.Module, loader: DataLoader, device: torch.devi
     return Features(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 
-def knn_accuracy(
-    train: Features, test: Features, *, k: int = 200, temperature: float = 0.07, chunk_size: int = 1024
-) -> float:
-    """Weighted k-nearest-neighbour accuracy in percent, as InstDisc has it (Wu et al., CVPR 2018).
+@torch.no_grad()
+def knn_accuracies(
+    train: Features,
+    test: Features,
+    *,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    chunk_size: int = 1024,
+    device: torch.device | str = "cpu",
+) -> dict[tuple[int, float], float]:
+    """Weighted k-nearest-neighbour accuracies in percent, as InstDisc has it (Wu et al., CVPR 2018).
 
     Each of the k training features most similar to a test feature votes for its label with the weight
-    e^{similarity/τ}, similarity being the cosine.
+    e^{similarity/τ}, similarity being the cosine. It is computed once, for every k and τ.
 
     Args:
-        train: the features that vote; k is cut to their number.
+        train: the features that vote.
         test: the features to classify.
-        k: number of votes.
-        temperature: τ.
+        ks: numbers of votes; those beyond the number of training features mean all of them.
+        temperatures: each τ.
         chunk_size: test features that are compared at once: memory is chunk_size × N similarities.
+        device: where they are compared; it takes the training features, 4 × N × F bytes, besides.
+
+    Returns:
+        The accuracy of each (k, τ).
     """
-    keys = F.normalize(train.features, dim=1)  # (N, F)
-    classes = int(train.labels.max()) + 1
-    correct = 0
-    for features, labels in zip(test.features.split(chunk_size), test.labels.split(chunk_size), strict=True):
-        similarity = F.normalize(features, dim=1) @ keys.T  # (chunk, N)
-        similarity, neighbours = similarity.topk(min(k, len(keys)), dim=1)  # (chunk, k)
-        # Votes relative to the nearest neighbour's: no temperature is too small.
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # (chunk, k)
-        votes = torch.zeros(len(features), classes).scatter_add_(1, train.labels[neighbours], weights)
-        correct += int((votes.argmax(dim=1) == labels).sum())
-    return 100 * correct / len(test.labels)
+    keys = F.normalize(train.features.to(device), dim=1)  # (N, F)
+    labels = train.labels.to(device)  # (N,)
+    classes = int(labels.max()) + 1
+    correct = dict.fromkeys(itertools.product(ks, temperatures), 0)
+    for queries, truth in zip(test.features.split(chunk_size), test.labels.split(chunk_size), strict=True):
+        similarity = F.normalize(queries.to(device), dim=1) @ keys.T  # (chunk, N)
+        similarity, neighbours = similarity.topk(min(max(ks), len(keys)), dim=1)  # nearest first
+        truth = truth.to(device)
+        for k, temperature in correct:
+            # Votes relative to the nearest neighbour's: no temperature is too small.
+            weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()  # (chunk, k)
+            votes = weights.new_zeros(len(truth), classes).scatter_add_(1, labels[neighbours[:, :k]], weights)
+            correct[k, temperature] += int((votes.argmax(dim=1) == truth).sum())
+    return {setting: 100 * count / len(test.labels) for setting, count in correct.items()}
+
+
+def knn_accuracy(
+    train: Features,
+    test: Features,
+    *,
+    k: int = 200,
+    temperature: float = 0.07,
+    chunk_size: int = 1024,
+    device: torch.device | str = "cpu",
+) -> float:
+    """`knn_accuracies` of one k and one τ."""
+    settings = {"ks": (k,), "temperatures": (temperature,), "chunk_size": chunk_size, "device": device}
+    return knn_accuracies(train, test, **settings)[k, temperature]
 
 
 def labelled_subset(labels: Tensor, fraction: float, seed: int) -> np.ndarray:
@@ -101,7 +134,7 @@ def probe_score(train: Features, test: Features, fraction: float, seeds: int) ->
         probe_accuracy(train, test, labelled_subset(train.labels, fraction, seed))
         for seed in range(seeds if fraction < 1 else 1)
     ]
-    return Score(float(np.mean(draws)), float(np.std(draws, ddof=1)) if len(draws) > 1 else None)
+    return Score.of(draws)
 
 
 def evaluate(

@@ -16,6 +16,7 @@ from train_ref.evaluation import (
     evaluate,
     extract_features,
     format_table,
+    knn_accuracies,
     knn_accuracy,
     labelled_subset,
     probe_accuracy,
@@ -53,6 +54,15 @@ def test_nearest_neighbours_agree_with_a_vote_counted_by_hand(k, temperature, ch
     accuracy = knn_accuracy(train, test, k=k, temperature=temperature, chunk_size=chunk_size)
     assert accuracy == pytest.approx(knn_oracle(train, test, k, temperature))
     assert 40 < accuracy < 100
+
+
+def test_several_votes_and_temperatures_are_those_of_one_at_a_time():
+    train, test = clusters(50, seed=0, spread=0.9), clusters(37, seed=1, spread=0.9)
+    accuracies = knn_accuracies(train, test, ks=(3, 20, 1000), temperatures=(0.07, 10.0), chunk_size=10)
+    assert list(accuracies) == [(k, temperature) for k in (3, 20, 1000) for temperature in (0.07, 10.0)]
+    for (k, temperature), accuracy in accuracies.items():
+        assert accuracy == knn_accuracy(train, test, k=k, temperature=temperature)
+    assert len(set(accuracies.values())) > 2
 
 
 def test_near_votes_outweigh_many_far_ones():

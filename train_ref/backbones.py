@@ -1,0 +1,103 @@
+"""The backbone of a checkpoint, whichever method trained it: into this program, and out of it for others."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .errors import UsageError
+from .files import replacing
+from .methods import METHODS
+from .networks import FEATURES, network
+
+KEYS = ("method", "hyper_parameters", "datamodule_hyper_parameters", "state_dict", "epoch", "global_step")
+PREFIX = "encoder.0."  # the backbone's tensors in the state_dict of every method
+
+
+class Backbone(NamedTuple):
+    """A trained network (B, 3, H, W) to (B, F), and what its checkpoint says of it.
+
+    Attributes:
+        path: the checkpoint.
+        network: in float32 on the CPU.
+        method: a name in `METHODS`.
+        arch: a name in `FEATURES`.
+        stem: how a ResNet starts.
+        data: the arguments of `Views` in the training.
+        epoch: in which the checkpoint was written, as Lightning counts them.
+        step: how many steps of the optimizer it has been trained.
+    """
+
+    path: Path
+    network: nn.Module
+    method: str
+    arch: str
+    stem: str
+    data: dict[str, Any]
+    epoch: int
+    step: int
+
+
+def load_backbone(path: str | Path) -> Backbone:
+    """Read a checkpoint's backbone; nothing else in it is looked at, nor are files that it speaks of.
+
+    Raises:
+        UsageError: it is missing, not whole, of another program, or its tensors are not those of its network.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"there is no checkpoint {path}")
+    try:
+        # Mapped, not read: the backbone is a fraction of a file with queues, classifiers and momenta.
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UsageError(f"{path} is no checkpoint, or not a whole one") from error
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in KEYS):
+        raise UsageError(f"{path} is no checkpoint of this trainer")
+    settings, method = checkpoint["hyper_parameters"], checkpoint["method"]
+    arch, stem = settings.get("arch"), settings.get("stem")
+    if method not in METHODS or arch not in FEATURES:
+        raise UsageError(f"{path} is a checkpoint of method {method} and network {arch}, which are unknown")
+    net = network(arch, stem)
+    tensors = checkpoint["state_dict"].items()
+    try:
+        net.load_state_dict({name.removeprefix(PREFIX): x for name, x in tensors if name.startswith(PREFIX)})
+    except RuntimeError as error:  # a page of names and shapes
+        raise UsageError(f"{path} holds other tensors than those of a {arch} with the {stem} stem") from error
+    # On CPUs as on GPUs in mixed precision, convolutions are fastest in this order.
+    net.to(memory_format=torch.channels_last)
+    data = checkpoint["datamodule_hyper_parameters"]
+    return Backbone(path, net, method, arch, stem, data, checkpoint["epoch"], checkpoint["global_step"])
+
+
+def differences(backbone: Backbone) -> str:
+    """How its network is unlike torchvision's of that name; nothing where it is the same but for fc."""
+    if backbone.arch == "convnet":
+        return "three convolutions, no network of torchvision"
+    if backbone.stem == "small":
+        return "conv1 is 3x3 with stride 1 and padding 1, maxpool is the identity"
+    return ""
+
+
+def export_backbone(backbone: Backbone, stem: Path) -> list[Path]:
+    """Write the network's state_dict, named as in torchvision, to ``<stem>.pth`` and ``<stem>.safetensors``.
+
+    A ResNet of torchvision lacks but fc's tensors, unless `differences` names more. The second file says in
+    its metadata what the tensors are.
+    """
+    tensors: dict[str, Tensor] = {
+        name: x.contiguous() for name, x in backbone.network.state_dict().items()
+    }  # not channels_last, which safetensors does not know
+    metadata = {name: str(getattr(backbone, name)) for name in ("method", "arch", "stem", "epoch", "step")}
+    metadata |= {"format": "pt", "differences": differences(backbone)}
+    files = [stem.with_name(stem.name + ending) for ending in (".pth", ".safetensors")]
+    with replacing(files[0]) as file:
+        torch.save(tensors, file)
+    with replacing(files[1]) as file:
+        file.write(save(tensors, metadata))
+    return files

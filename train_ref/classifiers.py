@@ -1,0 +1,236 @@
+"""Learning from labels: a linear layer on a backbone, which stays as it is or is trained too."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from .augmentations import plain, supervised
+from .data import DrawnViews, Order, Transform, Views
+from .distributed import rank, world_size
+from .errors import UsageError
+from .evaluation import Features
+from .networks import normalize_in_groups
+
+
+class LabelledViews(DrawnViews):
+    """One view of an image, and its label: item (epoch, i) is of the i-th of the indices."""
+
+    def __init__(self, images: Dataset, indices: np.ndarray, transform: Transform, seed: int = 0) -> None:
+        super().__init__(images, transform, seed)
+        self.transform = transform  # one view, not two
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, i = item
+        view, label, _ = super().__getitem__((epoch, int(self.indices[i])))
+        return view, label
+
+
+class LabelledFeatures(Dataset):
+    """Features that were extracted once, in place of `LabelledViews`: the same in every epoch."""
+
+    def __init__(self, features: Features) -> None:
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.features.labels)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        _, i = item
+        return self.features.features[i], self.features.labels[i]
+
+
+class LabelledImages(Views):
+    """Training and test images with their labels.
+
+    Args:
+        max_images: take no more of each than this many, evenly spaced.
+        **views: arguments of `Views`.
+
+    Raises:
+        UsageError: there are none, of a single class, or of other classes in the test than in the training.
+    """
+
+    def __init__(self, max_images: int | None = None, **views: Any) -> None:
+        super().__init__(**views)
+        self.sets = {train: self._dataset(train) for train in (True, False)}
+        if len({tuple(getattr(images, "classes", ())) for images in self.sets.values()}) > 1:
+            raise UsageError("data.root must hold the same classes under train/ and val/")
+        self.indices = {
+            train: np.linspace(0, len(images) - 1, min(max_images or len(images), len(images)), dtype=int)
+            for train, images in self.sets.items()
+        }
+        labels = self._training_labels()
+        self.classes = int(labels.max()) + 1
+        if self.classes == 1:
+            raise UsageError("data.root holds a single class, and there is nothing to classify")
+        self.labels = labels[torch.from_numpy(self.indices[True])]  # (N,) of the training images
+
+    def plain(self, train: bool) -> LabelledViews:
+        """Images without augmentation."""
+        transform = plain(self.hparams.image_size, crop=self.hparams.dataset == "folder")
+        return LabelledViews(self.sets[train], self.indices[train], transform)
+
+    def augmented(self, chosen: np.ndarray | slice, seed: int) -> LabelledViews:
+        """Random views of these of the N training images."""
+        transform = supervised(self.hparams.image_size, digits=self.hparams.dataset == "digits")
+        return LabelledViews(self.sets[True], self.indices[True][chosen], transform, seed)
+
+    def in_order(self, dataset: Dataset) -> DataLoader:
+        """Batches of a dataset's items (0, i), each once and in turn; of several processes, this one's."""
+        share = [(0, i) for i in range(rank(), len(dataset), world_size())]
+        return DataLoader(dataset, self.hparams.batch_size, sampler=share, **self._loading())
+
+    def shuffled(self, dataset: Dataset, batch_size: int, seed: int) -> DataLoader:
+        """Batches, no larger than that, of its items (epoch, i), in another order every epoch."""
+        batch_size = min(batch_size, len(dataset))
+        if batch_size < world_size():
+            raise UsageError(f"{batch_size} images a batch are too few for {world_size()} devices")
+        order = Order(len(dataset), batch_size - batch_size % world_size(), seed)
+        workers = self.hparams.num_workers > 0
+        return DataLoader(dataset, batch_sampler=order, persistent_workers=workers, **self._loading())
+
+    def _training_labels(self) -> Tensor:
+        """The labels of all training images, none of which is read for it."""
+        images = self.sets[True]
+        if self.hparams.dataset == "synthetic":
+            return torch.arange(len(images)) % 4
+        return torch.as_tensor(images.targets if self.hparams.dataset == "folder" else images.labels)
+
+
+class Batches(LightningDataModule):
+    """What a classifier is trained and tested on, in batches that are made as soon as processes are known."""
+
+    def __init__(
+        self, images: LabelledImages, train: Dataset, test: Dataset, batch_size: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.images, self.train, self.test, self.batch_size, self.seed = images, train, test, batch_size, seed
+
+    def train_dataloader(self) -> DataLoader:
+        return self.images.shuffled(self.train, self.batch_size, self.seed)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.images.in_order(self.test)
+
+
+class Schedule(NamedTuple):
+    """SGD with momentum 0.9 and no weight decay: learning rates at the start, and how they fall step by step.
+
+    Attributes:
+        learning_rate: of the linear layer.
+        backbone_learning_rate: None leaves the backbone as it is.
+        cosine: down to 0; else a tenth after 60 % and a hundredth after 80 % of the steps.
+    """
+
+    learning_rate: float
+    backbone_learning_rate: float | None = None
+    cosine: bool = True
+
+
+class Classifier(LightningModule):
+    """A linear layer on a backbone. One that is not trained stays in evaluation mode: neither its parameters
+    nor its statistics change.
+
+    Args:
+        backbone: (B, …) to (B, features).
+        features: of the backbone.
+        classes: labels are below this.
+        schedule: of the learning rates.
+    """
+
+    def __init__(self, backbone: nn.Module, features: int, classes: int, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.frozen = schedule.backbone_learning_rate is None
+        self.backbone = backbone.requires_grad_(not self.frozen)
+        self.layer = nn.Linear(features, classes)
+        nn.init.normal_(self.layer.weight, std=0.01)  # as MoCo's
+        nn.init.zeros_(self.layer.bias)
+        self.accuracies = nn.ModuleDict(
+            {f"top-{k}": MulticlassAccuracy(classes, top_k=k, average="micro") for k in (1, 5) if k < classes}
+        )
+        self.train()
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and not self.frozen:
+            normalize_in_groups(self.backbone, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(self.backbone(images))  # (B, classes)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("loss", loss, prog_bar=True)
+        self.loss = loss.detach()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        if not self.loss.isfinite():
+            raise UsageError("the training diverged: its loss is no longer finite; lower the learning rate")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        for accuracy in self.accuracies.values():
+            accuracy.update(logits, labels)
+
+    def percent(self) -> dict[str, float]:
+        """The accuracies of the test, of all processes' images."""
+        return {name: round(100 * float(accuracy.compute()), 4) for name, accuracy in self.accuracies.items()}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        groups = [{"params": self.layer.parameters(), "lr": self.schedule.learning_rate}]
+        if not self.frozen:
+            rate = self.schedule.backbone_learning_rate
+            groups.append({"params": self.backbone.parameters(), "lr": rate})
+        optimizer = torch.optim.SGD(groups, momentum=0.9)
+        steps = int(self.trainer.estimated_stepping_batches)
+        if self.schedule.cosine:
+            scheduler = CosineAnnealingLR(optimizer, steps)
+        else:
+            scheduler = MultiStepLR(optimizer, [round(0.6 * steps), round(0.8 * steps)])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def fit(classifier: Classifier, batches: Batches, epochs: int, **settings: Any) -> dict[str, float]:
+    """Train a classifier; returns its accuracies on the test images in percent: top-1 and, of more than five
+    classes, top-5.
+
+    Args:
+        **settings: arguments of Lightning's Trainer.
+    """
+    trainer = Trainer(
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **settings,
+    )
+    with warnings.catch_warnings():
+        # A frozen backbone is meant to be in evaluation mode, and a loader without workers is asked for.
+        warnings.filterwarnings("ignore", message=".*(in eval mode|does not have many workers)")
+        trainer.fit(classifier, batches)
+        trainer.test(classifier, batches, verbose=False)
+    return classifier.percent()
