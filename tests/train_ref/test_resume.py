@@ -19,10 +19,11 @@ from .conftest import RECIPES, values_of
 RECIPE = """
 seed_everything: 3
 method: {method}
-trainer: {{max_epochs: 3, limit_train_batches: 15, log_every_n_steps: 1, accelerator: cpu, enable_progress_bar: false,
+trainer: {{max_epochs: 3, limit_train_batches: 15, log_every_n_steps: 1, accelerator: cpu,
+  enable_progress_bar: false,
   logger: {{class_path: CSVLogger, init_args: {{save_dir: ".", name: {name}}}}}}}
 model: {{arch: convnet, dim: 16, {model}}}
-data: {{batch_size: 32, augmentation: digits_v1}}  # which are drawn faster than v2's
+data: {{batch_size: 32, augmentation: digits_v1}}
 evaluation: {{enabled: false}}
 checkpoint: {{every_n_steps: 4}}
 """
