@@ -23,7 +23,12 @@ from bench.cases import GRIDS, Case, grid
 from bench.machine import describe, result_file
 from bench.memory import peak_extra_mib
 
-QUICK = "(B256 or conic-B512) and not K262144 and not K1048576 and not compile"  # pytest -k
+QUICK = {
+    # pytest -k
+    "cpu": "(B256 or (B512 and (conic or nt_xent))) and not K262144 and not K1048576 and not compile",
+    # a regular expression
+    "cuda": r"B256-K(16384|65536)-D128|nt_xent.*-B8192-.*-D128",
+}
 
 
 def main() -> int:
@@ -38,7 +43,7 @@ def main() -> int:
 
     print("Measuring what the machine can do at best", flush=True)
     limits = ceilings.measure()
-    status, timings = run_benchmarks(arguments.match, QUICK if arguments.quick else "")
+    status, timings = run_benchmarks(arguments.match, QUICK["cpu"] if arguments.quick else "")
     result = {
         "machine": describe("cpu"),
         "ceilings": limits,
@@ -62,7 +67,7 @@ def measure_gpu(arguments: argparse.Namespace) -> int:
     else:
         print("Measuring what the GPU can do at best", flush=True)
         result = {"machine": machine, "ceilings": ceilings.measure("cuda"), "records": []}
-    pattern = re.compile(r"B256-K(16384|65536)-D128" if arguments.quick else arguments.match)
+    pattern = re.compile(QUICK["cuda"] if arguments.quick else arguments.match)
     done = {str(case_of(each)) for each in result["records"]}
     for case in grid("cuda"):
         if not pattern.search(str(case)) or str(case) in done:

@@ -1,7 +1,8 @@
 """What is measured: sizes, inputs, and implementations of the same losses.
 
 A step is one forward and backward to all that gets a gradient, with the papers' settings: those of MoCo in
-the CO2 paper, and those of ConIC with two views and a sampled classifier.
+the CO2 paper, those of ConIC with two views and a sampled classifier, and SimCLR's, with MoCo v2's for CO2 on
+it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.eager import eager_co2, eager_conic
-from contrastive_ops import co2_loss, conic_loss
+from bench.eager import eager_co2, eager_conic, eager_nt_xent
+from contrastive_ops import co2_loss, conic_loss, nt_xent_loss
 
-Inputs = tuple[Tensor, Tensor, Tensor]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Inputs = tuple[Tensor, ...]
+Loss = Callable[..., Tensor]
+Sizes = tuple[tuple[int, int], ...]  # (B, K)
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Problem:
         inputs: makes them for a size.
         products: matrix products of 2·B·K·D operations that a step needs. CO2 takes two passes over the
             queue, each with the similarities of query and key, and the second with the gradient; InfoNCE
-            has no use for the key's; ConIC's second pass has gradients of views and weight.
+            has no use for the key's; ConIC's second pass has gradients of views and weight. NT-Xent's
+            similarities are symmetric, half of them in either pass are enough, and the gradient is one.
         exponentials: a pair of row and key, in all passes.
         eager_matrices: B×K matrices that eager PyTorch holds at its peak, measured; other peers hold fewer or
             about as many.
-        headline: B of the size that the README tells of.
+        headline: (B, K) of the size that the README tells of.
+        among_rows: rows are compared with one another, so that K is B.
     """
 
     fused: Callable[..., Any]
@@ -51,36 +55,65 @@ class Problem:
     products: int
     exponentials: int
     eager_matrices: int
-    headline: int
+    headline: tuple[int, int]
+    among_rows: bool = False
 
 
 @dataclass(frozen=True)
 class Grid:
     """The sizes that are measured on a kind of device, and what is measured there."""
 
-    sizes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # B and K by loss
+    sizes: dict[str, Sizes]  # by loss
     dims: dict[str, tuple[int, ...]]  # by dtype
     fused: tuple[str, ...]  # backends of the package
     peers: dict[str, tuple[str, ...]]  # by loss
-    longest: int | None = None  # a K beyond `sizes`, for what needs no logits
+    longest: dict[str, tuple[int, int]] = field(default_factory=dict)  # beyond them, for what needs no logits
 
 
-_QUEUES = ((32, 256, 1024), (4096, 65536, 262144))
-_GPU_QUEUES = ((256, 32, 1024, 4096), (65536, 16384, 1 << 20))
+def _with_keys(batches: tuple[int, ...], keys: tuple[int, ...]) -> Sizes:
+    return tuple(itertools.product(batches, keys))
+
+
+def _among_rows(*rows: int) -> Sizes:
+    return tuple((count, count) for count in rows)
+
+
+_QUEUES = _with_keys((32, 256, 1024), (4096, 65536, 262144))
+_GPU_QUEUES = _with_keys((256, 32, 1024, 4096), (65536, 16384, 1 << 20))
 GRIDS = {
     "cpu": Grid(
-        sizes={"co2": _QUEUES, "info_nce": _QUEUES, "conic": ((128, 512), (4096, 65536, 262144))},
+        sizes={
+            "co2": _QUEUES,
+            "info_nce": _QUEUES,
+            "nt_xent": _among_rows(512, 1024, 4096),
+            "nt_xent_co2": _among_rows(512, 1024, 4096),
+            "conic": _with_keys((128, 512), (4096, 65536, 262144)),
+        },
         dims={"float32": (128,), "bfloat16": (128,)},
         fused=("cpu",),
         peers={
             "co2": ("eager", "compile"),
             "info_nce": ("eager", "compile", "lightly"),
+            "nt_xent": ("eager", "compile", "lightly"),
+            "nt_xent_co2": ("eager", "compile"),
             "conic": ("eager", "compile", "linear_cross_entropy"),
         },
-        longest=1 << 20,
+        longest={
+            "co2": (256, 1 << 20),
+            "info_nce": (256, 1 << 20),
+            "nt_xent": (16384, 16384),
+            "nt_xent_co2": (16384, 16384),
+            "conic": (512, 1 << 20),
+        },
     ),
     "cuda": Grid(
-        sizes={"co2": _GPU_QUEUES, "info_nce": _GPU_QUEUES, "conic": ((1024, 128), (65536, 16384, 1 << 20))},
+        sizes={
+            "co2": _GPU_QUEUES,
+            "info_nce": _GPU_QUEUES,
+            "nt_xent": _among_rows(8192, 1024, 65536),
+            "nt_xent_co2": _among_rows(8192, 1024, 65536),
+            "conic": _with_keys((1024, 128), (65536, 16384, 1 << 20)),
+        },
         dims={"bfloat16": (128, 256), "float32": (128,)},
         fused=("triton",),
         peers={
@@ -89,6 +122,8 @@ GRIDS = {
                 "eager", "compile", "max-autotune",
                 "linear_cross_entropy", "liger", "cut_cross_entropy", "inf_cl",
             ),
+            "nt_xent": ("eager", "compile", "max-autotune", "lightly"),
+            "nt_xent_co2": ("eager", "compile", "max-autotune"),
             "conic": (
                 "eager", "compile", "max-autotune", "linear_cross_entropy", "liger", "cut_cross_entropy",
             ),
@@ -101,7 +136,7 @@ GRIDS = {
 class Case:
     """One implementation of a loss at one size; the fields are those of a record in the results.
 
-    B counts rows (ConIC's views times instances), K the rows they are compared with.
+    B counts rows (of ConIC and NT-Xent views times instances), K the rows they are compared with.
     """
 
     loss: str
@@ -123,20 +158,23 @@ class Case:
         """Floating-point operations of the matrix products of a step."""
         return self.problem.products * 2 * self.B * self.K * self.D
 
+    def small(self) -> Case:
+        """The same with few keys."""
+        return replace(self, K=200, B=200 if self.problem.among_rows else self.B)
+
 
 def grid(device: str = "cpu") -> Iterator[Case]:
     """All cases that can run here, the implementations of a size one after the other."""
     chosen = GRIDS[device]
     by_loss, by_dtype = chosen.sizes.items(), chosen.dims.items()
-    for (loss, (batches, queues)), (dtype, dims) in itertools.product(by_loss, by_dtype):
-        for dim, batch, keys in itertools.product(dims, batches, queues):
+    for (loss, sizes), (dtype, dims) in itertools.product(by_loss, by_dtype):
+        for dim, size in itertools.product(dims, sizes):
             for impl in (*chosen.fused, *chosen.peers[loss]):
-                case = Case(loss, impl, dtype, batch, keys, dim)
+                case = Case(loss, impl, dtype, *size, dim)
                 if _is_installed(case, device) and _fits(case, device):
                     yield case
-    if chosen.longest:
-        for loss, dtype, impl in itertools.product(chosen.sizes, chosen.dims, chosen.fused):
-            yield Case(loss, impl, dtype, PROBLEMS[loss].headline, chosen.longest)
+    for (loss, size), dtype, impl in itertools.product(chosen.longest.items(), chosen.dims, chosen.fused):
+        yield Case(loss, impl, dtype, *size)
 
 
 PACKAGES = {
@@ -151,7 +189,7 @@ def _is_installed(case: Case, device: str) -> bool:
     if case.impl == "compile":
         return device != "cpu" or shutil.which("c++") is not None  # torch.compile makes C++ for CPUs
     if case.impl == "max-autotune":
-        return case.problem.headline == case.B  # compiling takes a minute a size
+        return case.problem.headline[0] == case.B  # compiling takes a minute a size
     if case.impl == "linear_cross_entropy":
         return hasattr(F, "linear_cross_entropy")
     if case.impl == "cut_cross_entropy" and case.dtype == "float32":
@@ -188,6 +226,16 @@ def _queue_inputs(case: Case, device: str) -> Inputs:
     return query.to(dtype).requires_grad_(), key.to(dtype), queue.to(dtype)
 
 
+def _view_inputs(case: Case, device: str) -> Inputs:
+    """Two views (B / 2, D) of instances."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows = partial(torch.randn, generator=generator, device=device)
+    view1 = rows(case.B // 2, case.D)
+    view2 = view1 + rows(case.B // 2, case.D)
+    dtype = getattr(torch, case.dtype)
+    return view1.to(dtype).requires_grad_(), view2.to(dtype).requires_grad_()
+
+
 def _classifier_inputs(case: Case, device: str) -> Inputs:
     """Two views (2, B / 2, D) of instances, weight (K, D), target (B / 2,)."""
     generator = torch.Generator(device).manual_seed(0)
@@ -200,14 +248,20 @@ def _classifier_inputs(case: Case, device: str) -> Inputs:
 
 
 _MOCO = {"temperature": 0.07, "consistency_temperature": 0.04, "consistency_weight": 10.0}
+_SIMCLR = {"temperature": 0.1, "consistency_temperature": 0.05, "consistency_weight": 0.0}
 _CONIC = {"num_instances": 1_281_167, "temperature": 0.1, "consistency_weight": 2.5}
 PROBLEMS = {
-    "co2": Problem(co2_loss, eager_co2, _MOCO, _queue_inputs, 5, 6, 12, 256),
+    "co2": Problem(co2_loss, eager_co2, _MOCO, _queue_inputs, 5, 6, 12, (256, 65536)),
     "info_nce": Problem(
-        co2_loss, eager_co2, _MOCO | {"consistency_weight": 0.0}, _queue_inputs, 3, 2, 4, 256
+        co2_loss, eager_co2, _MOCO | {"consistency_weight": 0.0}, _queue_inputs, 3, 2, 4, (256, 65536)
     ),
-    "conic": Problem(conic_loss, eager_conic, _CONIC, _classifier_inputs, 4, 2, 5, 512),
-}
+    "nt_xent": Problem(nt_xent_loss, eager_nt_xent, _SIMCLR, _view_inputs, 2, 2, 4, (4096, 4096), True),
+    "nt_xent_co2": Problem(
+        nt_xent_loss, eager_nt_xent, _SIMCLR | {"consistency_weight": 1.0}, _view_inputs, 2, 4, 23,
+        (4096, 4096), True,
+    ),
+    "conic": Problem(conic_loss, eager_conic, _CONIC, _classifier_inputs, 4, 2, 5, (512, 65536)),
+}  # fmt: skip
 
 
 def implementation(case: Case) -> Loss:
@@ -222,7 +276,8 @@ def implementation(case: Case) -> Loss:
         mode = "max-autotune-no-cudagraphs" if case.impl == "max-autotune" else None
         return partial(torch.compile(problem.eager, dynamic=False, mode=mode), **problem.settings)
     if case.impl == "lightly":
-        return _lightly_nt_xent(problem.settings["temperature"])
+        as_peer = _lightly_nt_xent if problem.among_rows else _lightly_info_nce
+        return as_peer(problem.settings["temperature"])
     if case.impl in LANGUAGE_MODEL_LOSSES:
         as_peer = _classify_views if case.loss == "conic" else _classify_query
         return partial(as_peer, LANGUAGE_MODEL_LOSSES[case.impl](), problem.settings["temperature"])
@@ -283,6 +338,12 @@ LANGUAGE_MODEL_LOSSES = {
 
 
 def _lightly_nt_xent(temperature: float) -> Loss:
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss(temperature)
+
+
+def _lightly_info_nce(temperature: float) -> Loss:
     """lightly's NTXentLoss with a memory bank, which is MoCo's InfoNCE, on a bank that holds the queue."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules.memory_bank import MemoryBankModule

@@ -57,8 +57,7 @@ def sets_beyond_cache(one: Inputs) -> int:
 
 
 def copied(one: Inputs) -> Inputs:
-    first, second, third = (x.detach().clone().requires_grad_(x.requires_grad) for x in one)
-    return first, second, third
+    return tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in one)
 
 
 def forget_gradients(one: Inputs) -> None:

@@ -6,7 +6,6 @@ Resident memory is what the kernel counts (Linux only), so that no allocator and
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,7 +30,7 @@ def _measure(case: Case) -> float:
     loss, tensors = implementation(case), inputs(case)
     # A small step first, which loads libraries and starts threads. What torch.compile makes serves one size
     # only, and compiling is not part of a step: there it is a whole one.
-    step(loss, *(tensors if case.impl == "compile" else inputs(dataclasses.replace(case, K=200))))
+    step(loss, *(tensors if case.impl == "compile" else inputs(case.small())))
     for tensor in tensors:
         tensor.grad = None
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds back could serve the step unseen

@@ -19,7 +19,13 @@ from bench.cases import PROBLEMS
 from bench.machine import RESULTS
 from bench.markdown import README, replace_in_readme, table
 
-LOSSES = {"co2": "CO2", "info_nce": "InfoNCE", "conic": "ConIC"}
+LOSSES = {
+    "co2": "CO2",
+    "info_nce": "InfoNCE",
+    "nt_xent": "NT-Xent",
+    "nt_xent_co2": "NT-Xent with CO2",
+    "conic": "ConIC",
+}
 PEERS = {
     "eager": "eager PyTorch",
     "compile": "torch.compile",
@@ -40,7 +46,7 @@ PEER_COLORS = dict(
 FUSED_COLORS = ("#d1495b", "#e08e45", "#2a9d6f")
 
 PLOTTED = {"loss": "co2", "B": 256, "D": 128}
-HEADLINE = {"K": 65536, "D": 128}  # the size that the README tells of; B is the loss's
+README_DIM = 128  # the D that the README tells of; B and K are the loss's
 
 Records = dict[str, dict]  # of one size, by implementation
 
@@ -84,6 +90,11 @@ class Result:
         return f"{device}; torch {m['torch']}{triton}, Python {m['python']}; {m['date']}"
 
     @property
+    def has_plots(self) -> bool:
+        """Whether what is plotted was measured: a choice of cases may leave it out."""
+        return bool(self.values("loss", **PLOTTED))
+
+    @property
     def on_gpu(self) -> bool:
         return "capability" in self.machine
 
@@ -92,11 +103,12 @@ def write(path: Path) -> None:
     """The report of one JSON file, beside it."""
     result = Result(path)
     result.beside(".md").write_text(report(result))
-    plot(result, "ms", "Time of a step", "milliseconds").savefig(result.beside("-time.png"), dpi=200)
-    plot(result, "peak_mib", "Peak memory of a step", "MiB beyond its input").savefig(
-        result.beside("-memory.png"), dpi=200
-    )
-    print(f"Wrote {result.beside('.md')} and its plots")
+    print(f"Wrote {result.beside('.md')}")
+    if result.has_plots:
+        plot(result, "ms", "Time of a step", "milliseconds").savefig(result.beside("-time.png"), dpi=200)
+        plot(result, "peak_mib", "Peak memory of a step", "MiB beyond its input").savefig(
+            result.beside("-memory.png"), dpi=200
+        )
 
 
 # Tables
@@ -116,13 +128,16 @@ def report(result: Result) -> str:
     parts = [
         f"# The losses on {result.machine['device']}",
         f"{result.caption}; commit {result.machine['commit']}.",
-        "A step is forward and backward to all that gets a gradient. ConIC counts both views of an instance "
-        "among its B rows, and its memory has the gradient of its weight in it. "
+        "A step is forward and backward to all that gets a gradient. ConIC and NT-Xent count both views of "
+        "an instance among their B rows; ConIC's memory has the gradient of its weight in it. "
         f"{MEASURED[result.on_gpu]} Speed-ups are those of the fastest fused implementation.",
-        f"![Time against keys]({result.beside('-time.png').name})",
-        f"![Memory against keys]({result.beside('-memory.png').name})",
-        ceilings_table(result),
     ]
+    if result.has_plots:
+        parts += [
+            f"![Time against keys]({result.beside('-time.png').name})",
+            f"![Memory against keys]({result.beside('-memory.png').name})",
+        ]
+    parts.append(ceilings_table(result))
     for loss in result.values("loss"):
         for dtype in result.values("dtype", loss=loss):
             for dim in result.values("D", loss=loss, dtype=dtype):
@@ -179,10 +194,14 @@ def memory_table(result: Result, **where: object) -> str:
 
 def readme_section(result: Result) -> str:
     """Every loss and dtype at one size, and the plot of time."""
-    impls = result.impls(**HEADLINE)
+    headlines = {
+        loss: {"loss": loss, "D": README_DIM} | dict(zip("BK", PROBLEMS[loss].headline, strict=True))
+        for loss in result.values("loss")
+    }
+    told = {impl for where in headlines.values() for impl in result.impls(**where)}
+    impls = [impl for impl in result.impls() if impl in told]
     rows = []
-    for loss in result.values("loss", **HEADLINE):
-        where = {"loss": loss, "B": PROBLEMS[loss].headline, **HEADLINE}
+    for loss, where in headlines.items():
         for dtype in result.values("dtype", **where):
             (records,) = result.sizes(dtype=dtype, **where).values()
             cells = (
@@ -191,13 +210,14 @@ def readme_section(result: Result) -> str:
                 else "–"
                 for impl in impls
             )
-            rows.append((f"{LOSSES[loss]}, B = {where['B']}, {dtype}", *cells, speed_up(records, "eager")))
+            size = f"{where['B']:,} × {where['K']:,}"
+            rows.append((f"{LOSSES[loss]}, {size}, {dtype}", *cells, speed_up(records, "eager")))
     image = os.path.relpath(result.beside("-time.png"), README.parent)
     return "\n\n".join(
         (
             table(("", *map(label, impls), "speed-up over eager"), rows),
-            f"Forward and backward of B rows against K = {HEADLINE['K']:,}, D = {HEADLINE['D']}: "
-            f"median time, and peak memory beyond the input. {result.caption}.",
+            f"Forward and backward of B rows against K (B × K), D = {README_DIM}: median time, and peak "
+            f"memory beyond the input. {result.caption}.",
             f"![Time of a step against the number of keys]({image})",
         )
     )

@@ -5,7 +5,8 @@ bytes and shared memory, from which follows how many programs a multiprocessor h
 loop over the keys tells how many instructions, and how many exponentials, a pair of row and key costs. Beside
 what tensor cores need for the products, that says what bounds a kernel: at best all three go on at once.
 
-ConIC's rows are the views, and its keys the rows of the weight, in float32 whatever the views are.
+ConIC's rows are the views, and its keys the rows of the weight, in float32 whatever the views are. NT-Xent's
+are both the rows of both views; its gradient without the consistency term goes by the name "plain".
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from pathlib import Path
 
 import torch
 import triton
-from contrastive_ops.kernels import _co2, _conic, _rows, _walk
+from contrastive_ops.kernels import _co2, _conic, _nt_xent, _rows, _walk
 from contrastive_ops.kernels._tiles import (
     CONIC_OTHER,
     CONIC_TABLES,
+    NT_XENT_OTHER,
+    NT_XENT_TABLES,
     OTHER,
     TABLES,
     Tiles,
     select_conic_tiles,
+    select_nt_xent_tiles,
     select_tiles,
 )
 from triton.backends.compiler import GPUTarget
@@ -39,6 +43,7 @@ from bench.markdown import table
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # of a program, at most
 REGISTERS = 65536  # of a multiprocessor
+TENSOR_COLUMNS = 512  # of its tensor memory, where it has one
 # What a multiprocessor does in a clock, by the vendor's data sheets: instructions of a thread, exponentials,
 # and operations of tensor cores in half precision. TF32 goes at half that rate.
 ISSUED, EXPONENTIALS = 128, 16
@@ -48,7 +53,7 @@ UNSPECIALIZED = ("batch", "keys", "ranges", "count", "views_count", "rows", "pad
 SLOWER = {"half": 1, "tf32": 2, "tf32x3": 6}
 CHIPS = {(8, 0): ("A100", 108, 1.41), (9, 0): ("H200", 132, 1.98)}  # multiprocessors, highest clock in GHz
 
-MODULES = {"co2": _co2, "conic": _conic, "rows": _rows}
+MODULES = {"co2": _co2, "conic": _conic, "nt_xent": _nt_xent, "rows": _rows}
 # The kernels that walk: how many products of D operations a pair takes for similarities, and for a gradient.
 WALKING = {
     "co2.statistics": (2, 0),
@@ -56,10 +61,15 @@ WALKING = {
     "conic.statistics": (1, 0),
     "conic.weight": (1, 1),
     "conic.views": (1, 1),
+    "nt_xent.statistics": (1, 0),
+    "nt_xent.gradient": (1, 1),
+    "nt_xent.plain": (1, 1),
 }
-SMALL = ("co2.merge", "co2.finish", "conic.prepare", "conic.merge", "conic.norms", "conic.finish")
-EXPONENTIALS_A_PAIR = {"co2": 3, "conic": 1}
-ROWS = {"co2": 256, "conic": 1024}  # with 65536 keys
+SMALL = (
+    "co2.merge", "co2.finish", "conic.prepare", "conic.merge", "conic.norms", "conic.finish",
+    "nt_xent.prepare", "nt_xent.merge", "nt_xent.finish",
+)  # fmt: skip
+PAIRS = {"co2": 256 << 16, "conic": 1024 << 16, "nt_xent": 8192**2}
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 
@@ -72,7 +82,7 @@ TYPES = {
     "target": "*i64", "grad_loss": "*fp32", "classification_loss": "*fp32", "momentum_buffer": "*fp32",
     "log_compensation": "fp64", "lr": "fp32", "momentum": "fp32", "weight_decay": "fp32", "grad": "*fp32",
     "slots": "*i64", "incoming": "*fp32", "incoming_rows": "*i64", "coefficients": "*fp64",
-    "outgoing": "*fp32", "outgoing_rows": "*i64",
+    "outgoing": "*fp32", "outgoing_rows": "*i64", "size": "*fp32", "scale_c": "fp32",
 }  # fmt: skip
 
 
@@ -83,20 +93,23 @@ class Resources:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    tensor_columns: int
     ptx: str
     loop: dict[str, float]
 
     def programs(self, tiles: Tiles, shared_kib: int) -> int:
         """How many fit on a multiprocessor, whose registers go out by eights a thread."""
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32 * tiles.warps)
-        return min(by_registers, shared_kib * 1024 // (self.shared_bytes + 1024))  # 1 KiB is the system's
+        by_shared = shared_kib * 1024 // (self.shared_bytes + 1024)  # 1 KiB is the system's
+        return min(by_registers, by_shared, TENSOR_COLUMNS // max(1, self.tensor_columns))
 
 
 def tiles_of(name: str, capability: tuple[int, int], precision: str, dim: int) -> Tiles:
     loss, kernel = name.split(".")
     if loss == "co2":
         return select_tiles(capability, precision, dim)[kernel == "gradient"]
-    tiles: Tiles = getattr(select_conic_tiles(capability, precision, dim), kernel)
+    select = select_conic_tiles if loss == "conic" else select_nt_xent_tiles
+    tiles: Tiles = getattr(select(capability, precision, dim), kernel)
     return tiles
 
 
@@ -131,12 +144,17 @@ def compile_kernel(
     keys: int = 65536,
     consistency: bool = True,
     step: bool = True,
+    relative: bool = False,
 ) -> Resources:
-    """One of the kernels, such as "co2.merge", as it is launched for a batch of `ROWS` on a chip of 132
+    """One of the kernels, such as "co2.merge", as it is launched for `PAIRS` on a chip of 132
     multiprocessors; `columns` is the (D, K) order of keys; without `consistency` CO2 is InfoNCE; without
-    `step` ConIC stores the weight's gradient; `tiles` stand in for the table's."""
+    `step` ConIC stores the weight's gradient, and NT-Xent prepares its forward; `relative` is NT-Xent's
+    gradient of rows that are not normalised; `tiles` stand in for the table's."""
     loss, name = name.split(".")
     module, dtype = MODULES[loss], dtype or DTYPES[precision]
+    if name == "plain":
+        name, consistency = "gradient", False
+    relative = relative or precision == "tf32x3"
     kernel = getattr(module, f"_{name}_kernel")
     constants: dict[str, object] = {}
     options: dict[str, object] = {}
@@ -165,6 +183,20 @@ def compile_kernel(
             constants |= dict.fromkeys(("statistics", "grad_loss") if step else ("positive",))
         if name == "weight":
             constants["gradient" if step else "momentum_buffer"] = None
+    elif loss == "nt_xent":
+        plan = _nt_xent._plan(4096, dim, dtype, precision, consistency, (capability, 132))
+        options = dict(getattr(plan, name).options)
+        if tiles:
+            walking = _walk.walk(tiles, 4096, 8192, dim, 132).options
+            options |= {option: value for option, value in walking.items() if option in options}
+            options["STACKED"] = tiles.stacked
+        constants = {
+            "BACKWARD": step, "NORMALIZE": True, "RELATIVE": relative, "CONSISTENCY": consistency,
+            "view_column": 1, "grad_loss_stride": 1,
+        }  # fmt: skip
+        if name == "prepare":
+            backwards = ("grad_loss", "statistics", "norm", "record", "size")
+            constants |= dict.fromkeys(("positive",) if step else backwards)
     else:
         options = {"BLOCK": 128 if name == "exchange" else _rows._BLOCK}
         constants = {"NESTEROV": False, "CONTIGUOUS": True} | {
@@ -175,10 +207,10 @@ def compile_kernel(
     rows = _POINTERS[dtype]
     types = TYPES | dict.fromkeys(("query", "key", "queue", "views", "unit"), rows)
     types["weight"] = types["momentum_buffer"] = _POINTERS[weight_dtype]
-    if loss == "conic" and name == "finish":
+    if loss != "co2" and name == "finish":
         types["gradient"] = rows
-    if name == "merge":
-        types["scale"] = "fp64" if loss == "conic" else "fp32"
+    if loss != "co2" and name in ("prepare", "merge"):
+        types |= dict.fromkeys(("scale", "scale_c", "ratio"), "fp64")
 
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
@@ -197,10 +229,16 @@ def compile_kernel(
     registers, spilled, code = assemble(compiled.asm["ptx"], major)
     loop = loop_instructions(code)
     pairs = options.get("BLOCK_B", 1) * options.get("BLOCK_K", 1) / (32 * warps)
+    exponentials = 3 if loss == "co2" else 1
+    if loss == "nt_xent":
+        pairs *= 2  # of each instance's two views
+        exponentials = (1 + consistency) * (1 + (relative and name == "gradient"))
     # The loop may be unrolled: a pair takes so many exponentials, and a fraction for its lane.
-    pairs *= max(1, loop["MUFU"] // (EXPONENTIALS_A_PAIR.get(loss, 1) * pairs))
+    pairs *= max(1, loop["MUFU"] // (exponentials * pairs))
     per_pair = {instruction: count / pairs for instruction, count in loop.items()}
-    return Resources(registers, spilled, compiled.metadata.shared, compiled.asm["ptx"], per_pair)
+    ptx = compiled.asm["ptx"]
+    tensor_columns = sum(map(int, re.findall(r"^\s*(?:@\S+ )?tcgen05\.alloc.*, (\d+);", ptx, re.MULTILINE)))
+    return Resources(registers, spilled, compiled.metadata.shared, tensor_columns, ptx, per_pair)
 
 
 def assemble(ptx: str, major: int) -> tuple[int, int, str]:
@@ -227,19 +265,32 @@ def assemble(ptx: str, major: int) -> tuple[int, int, str]:
 
 
 def loop_instructions(code: str) -> Counter[str]:
-    """Instructions of the loop that walks, the innermost with the exponentials; none without machine code."""
+    """Instructions of the loop that walks, the innermost with the exponentials, without those that few of its
+    passes take; none without machine code."""
     labels, instructions = {}, []
     for line in map(str.strip, code.splitlines()):
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             instructions.append(instruction[1])
-    loops: list[list[str]] = []
-    for end, instruction in enumerate(instructions):
-        target = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
-        if target and labels.get(target[1], end + 1) <= end:
-            body = instructions[labels[target[1]] : end + 1]
-            loops.append([re.sub(r"^@!?U?P\w+\s+", "", x).split()[0] for x in body])
+    names = [re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0] for instruction in instructions]
+    jumps = {
+        index: labels.get(target[1], len(names))
+        for index, instruction in enumerate(instructions)
+        if (target := re.search(r"\bBRA\b.*?(\.L_\w+)", instruction))
+    }
+    # What masks a tile is jumped over for most of them.
+    masks = [
+        range(index + 1, to)
+        for index, to in jumps.items()
+        if index < to and names[index + 1 : to].count("FSEL") > (to - index) / 4
+    ]
+    masked = set().union(*masks)
+    loops = [
+        [names[i] for i in range(begin, end + 1) if i not in masked or end in masked]
+        for end, begin in jumps.items()
+        if begin <= end
+    ]
     most = max((loop.count("MUFU.EX2") for loop in loops), default=0)
     walks = [loop for loop in loops if loop.count("MUFU.EX2") >= max(1, most / 2)]
     return Counter(instruction.split(".")[0] for instruction in min(walks, key=len, default=[]))
@@ -250,6 +301,8 @@ def entries(loss: str, capability: tuple[int, int]) -> list[tuple[str, int]]:
     keys: Iterable[tuple[str, int]] = TABLES.get(capability, OTHER)
     if loss == "conic":
         keys = CONIC_TABLES.get(capability, CONIC_OTHER)
+    if loss == "nt_xent":
+        keys = NT_XENT_TABLES.get(capability, NT_XENT_OTHER)
     return [(precision, 128 if precision != "half" else largest) for precision, largest in keys]
 
 
@@ -277,8 +330,7 @@ def report(capability: tuple[int, int]) -> str:
                 *(f"{taken[unit]:.3f}" if unit in taken else "–" for unit in UNITS),
             ]  # fmt: skip
             if chip:
-                pairs = ROWS[loss] * 65536
-                row.append(f"{max(taken.values()) * pairs / multiprocessors / gigahertz / 1e3:.1f}")
+                row.append(f"{max(taken.values()) * PAIRS[loss] / multiprocessors / gigahertz / 1e3:.1f}")
             rows.append(row)
     title = f"## Compute capability {capability[0]}.{capability[1]}"
     return f"{title}\n\n{table(header, rows)}"
@@ -292,9 +344,9 @@ def main() -> None:
     print(
         f"# The Triton kernels as Triton {triton.__version__} compiles them\n\n"
         "Instructions, exponentials and clocks of a multiprocessor are those of a pair of row and key. The\n"
-        "last column is for 65536 keys, and 256 rows of CO2 or 1024 of ConIC, at the highest clock, were\n"
-        "the busiest unit never idle: a bound worked out from the compiler's output and the vendor's rates,\n"
-        "not a measurement."
+        "last column is for 65536 keys, and 256 rows of CO2 or 1024 of ConIC, or for 4096 instances of\n"
+        "NT-Xent, at the highest clock, were the busiest unit never idle: a bound worked out from the\n"
+        "compiler's output and the vendor's rates, not a measurement."
     )
     for text in parser.parse_args().capabilities:
         major, minor = map(int, text.split("."))

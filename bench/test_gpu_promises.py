@@ -54,9 +54,10 @@ def test_conic_with_a_sampled_classifier(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_memory_of_a_million_keys(backend: str) -> None:
-    """B = 4096, K = 1,048,576 in less than a GiB, where one matrix of logits takes 8."""
-    case = Case("co2", backend, "bfloat16", B=4096, K=1 << 20)
+@pytest.mark.parametrize(("loss", "size"), [("co2", (4096, 1 << 20)), ("nt_xent_co2", (65536, 65536))])
+def test_memory_of_very_many_keys(loss: str, size: tuple[int, int], backend: str) -> None:
+    """Less than a GiB where one matrix of logits takes 8."""
+    case = Case(loss, backend, "bfloat16", *size)
     one = inputs(case, "cuda")
     step(implementation(case), *one)
     peak = gpu.peak_extra_mib(implementation(case), one)

@@ -38,7 +38,7 @@ def test_step(benchmark, case: Case) -> None:
     [
         case
         for case in grid()
-        if case.dtype == "float32" and case.K == 4096 and case.problem.headline == case.B
+        if case.dtype == "float32" and case.K == 4096 and case.problem.headline[0] == case.B
     ],
     ids=str,
 )
@@ -59,11 +59,13 @@ def test_implementations_compute_the_same(case: Case) -> None:
     step(eager, *expected)
     for of_case, of_eager in zip(tensors, expected, strict=True):
         if of_case.requires_grad:
-            torch.testing.assert_close(of_case.grad.double(), of_eager.grad, rtol=1e-3, atol=1e-6)
+            assert (of_case.grad - of_eager.grad).norm() <= 1e-4 * of_eager.grad.norm()
 
 
 AT_ONCE = {
     "co2": (5, 8, 1.25),  # times faster than eager in float32, in bfloat16; of its matrix products alone
+    "nt_xent": (4, 6, 1),
+    "nt_xent_co2": (10, 15, 1),
     "conic": (2.2, 4, 1.25),
 }
 
@@ -72,7 +74,7 @@ AT_ONCE = {
 @pytest.mark.parametrize("backend", GRIDS["cpu"].fused)
 def test_ratios_at_full_size(loss: str, backend: str, capsys: pytest.CaptureFixture) -> None:
     """In float32 and, where the processor multiplies that, in bfloat16 beside eager float32."""
-    case = Case(loss, backend, "float32", B=PROBLEMS[loss].headline, K=65536)
+    case = Case(loss, backend, "float32", *PROBLEMS[loss].headline)
     half = dataclasses.replace(case, dtype="bfloat16")
     eager = dataclasses.replace(case, impl="eager")
     fused_s, half_s, eager_s, products_s = interleaved(

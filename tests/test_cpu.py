@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.cases import Case
-from tests.oracles import distance, fused, oracle
+from contrastive_ops import nt_xent_loss
+from tests.cases import Case, NTXentCase
+from tests.oracles import distance, fused, nt_xent_loss_and_gradients, nt_xent_oracle, oracle
 
 
 @pytest.fixture
@@ -33,6 +34,19 @@ def test_any_number_of_threads(batch: int, threads: int) -> None:
     actual_loss, actual_gradient = fused(*case.tensors(), **case.settings(), backend="cpu")
     assert distance(actual_loss, loss) <= 1e-6 * loss.norm()
     assert distance(actual_gradient, gradient) <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("batch", [1, 40, 300])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 16])
+def test_any_number_of_threads_for_nt_xent(batch: int, threads: int) -> None:
+    """Every two groups of instances meet once, however many there are for each block."""
+    case = NTXentCase(batch=batch, dim=512)  # so that work is no bound on threads
+    torch.set_num_threads(threads)
+    expected = nt_xent_oracle(*case.tensors(), **case.settings())
+    actual = nt_xent_loss_and_gradients(nt_xent_loss, *case.tensors(), **case.settings(), backend="cpu")
+    for a, e, relative in zip(actual, expected, (1e-6, 1e-5), strict=True):
+        assert distance(a, e) <= relative * e.norm()
 
 
 @pytest.mark.slow
@@ -61,6 +75,7 @@ def test_older_instruction_sets_pass_the_same_tests(capability: str) -> None:
             "-x",
             "tests/test_co2.py",
             "tests/test_conic.py",
+            "tests/test_nt_xent.py",
             "-k",
             selection,
         ],

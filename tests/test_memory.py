@@ -21,6 +21,14 @@ def test_conic_needs_its_weights_gradient_and_little_else(dtype: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", ["nt_xent", "nt_xent_co2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nt_xent_needs_a_few_copies_of_its_rows(loss: str, dtype: str) -> None:
+    """At most 48 MiB: twelve of 8192 × 128 float32 numbers, where one matrix of similarities takes 256."""
+    assert peak_extra_mib(Case(loss, "cpu", dtype, B=8192, K=8192)) <= 48
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("keys", [65536, 1 << 20])
 def test_a_fused_call_needs_no_logits(keys: int, dtype: str) -> None:

@@ -160,6 +160,17 @@ class TestGradient:
         assert torch.equal(views[which].grad.double(), expected[which])
         assert views[1 - which].grad is None
 
+    def test_incoming_gradients_of_any_stride(self, backend: str) -> None:
+        """That of a mean is one number, expanded."""
+        views, settings = torch.stack(NTXentCase().tensors()), (0.5, 0.05, 1.0, True, backend)
+        *_, statistics = torch.ops.contrastive_ops.nt_xent(views, *settings)
+        of_ones, of_expanded, of_strided = (
+            torch.ops.contrastive_ops.nt_xent_backward(incoming, views, statistics, *settings)
+            for incoming in (torch.ones(16), torch.ones(1).expand(16), torch.ones(32)[::2])
+        )
+        assert torch.equal(of_expanded, of_ones)
+        assert torch.equal(of_strided, of_ones)
+
     def test_float16_gradients_survive_small_incoming_ones(self, backend: str) -> None:
         """Both that of the mean over a batch and the softmax over its rows, on top of each other."""
         require(backend, torch.float16)
@@ -197,6 +208,14 @@ class TestValue:
         loss, gradient = evaluate(backend, NTXentCase(batch=1))
         assert not loss.any()
         assert not gradient.any()
+
+    @pytest.mark.parametrize("batch", [1, 2, 33, 70])
+    def test_statistics_are_the_references(self, backend: str, batch: int) -> None:
+        views, settings = torch.stack(NTXentCase(batch=batch).tensors()), (0.5, 0.05, 1.0, True)
+        *_, actual = torch.ops.contrastive_ops.nt_xent(views, *settings, backend)
+        *_, expected = torch.ops.contrastive_ops.nt_xent(views.double(), *settings, "reference")
+        assert actual.is_contiguous()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
     def test_both_views_of_an_instance_have_the_same_consistency(self, backend: str) -> None:
         case = NTXentCase(batch=40)

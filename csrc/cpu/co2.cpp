@@ -23,9 +23,8 @@
 namespace contrastive_ops {
 namespace {
 
-constexpr int64_t kBlockPanels = 8;           // panels that share a loaded tile
-constexpr int64_t kPartialBytes = 16 << 20;   // at most this for gradients of separate key ranges
-constexpr int64_t kTaskOperations = 1 << 21;  // multiply-adds that are worth a thread
+constexpr int64_t kBlockPanels = 8;          // panels that share a loaded tile
+constexpr int64_t kPartialBytes = 16 << 20;  // at most this for gradients of separate key ranges
 
 // The whole call, for one product engine and one choice of terms.
 template <typename Product, bool kInstance, bool kConsistency>
@@ -135,17 +134,18 @@ class CO2 {
     coefficients_.resize(panels_), grad_positive_.resize(rows_);
     for (int64_t row = 0; row < query_.count; ++row) {
       const int64_t panel = row / kPanel<T>, lane = row % kPanel<T>;
-      const RowLosses losses =
-          finish_row<kInstance, kConsistency>(&statistics_[panel], ranges_, panels_, lane,
-                                              positive_.similarity[row], settings_, coefficients_[panel]);
+      const FinishedRow finished = finish_row<kInstance, kConsistency>(
+          &statistics_[panel], ranges_, panels_, lane, positive_.similarity[row], settings_);
+      coefficients_[panel].set(lane, finished);
       int64_t rank = 0;
       for (int64_t range = 0; range < ranges_; ++range)
         rank += statistics_[range * panels_ + panel].rank[lane];
-      grad_positive_[row] = losses.grad_positive;
-      loss_.mutable_data_ptr<T>()[row] = static_cast<T>(settings_.instance_weight * losses.instance +
-                                                        settings_.consistency_weight * losses.consistency);
-      instance_loss_.mutable_data_ptr<T>()[row] = static_cast<T>(losses.instance);
-      consistency_loss_.mutable_data_ptr<T>()[row] = static_cast<T>(losses.consistency);
+      grad_positive_[row] = finished.grad_positive;
+      loss_.mutable_data_ptr<T>()[row] =
+          static_cast<T>(settings_.instance_weight * finished.instance_loss +
+                         settings_.consistency_weight * finished.consistency_loss);
+      instance_loss_.mutable_data_ptr<T>()[row] = static_cast<T>(finished.instance_loss);
+      consistency_loss_.mutable_data_ptr<T>()[row] = static_cast<T>(finished.consistency_loss);
       rank_.mutable_data_ptr<int64_t>()[row] = rank;
     }
   }

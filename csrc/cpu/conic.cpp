@@ -6,8 +6,7 @@
 //   forward    s = N x^T of the tile, then per view the running maximum, the partition sum of its negatives,
 //              and the rank of its own row
 //   backward   s again, g = d loss / d s in place of it, then grad views += N^T g, in a part of each range,
-//   and
-//              the tile's own gradient += g x. That is complete when the tile has met all views: it is
+//              and the tile's own gradient += g x. That is complete when the tile has met all views: it is
 //              differentiated through the norm and written, or spent on a step of SGD there and then.
 //
 // Ranges are merged in a fixed order, and a row of the weight belongs to one of them: equal input on equal
@@ -36,13 +35,14 @@ class ConIC {
   using Operand = typename Product::Operand;
 
  public:
-  ConIC(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target, const Settings& settings)
+  ConIC(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target, const Settings& settings,
+        bool weight_needs_grad = false)
       : views_(views),
         weight_(weight),
         settings_(settings),
         batch_(views.size(1)),
         dim_(views.size(2)),
-        unit_views_(Rows::of(views.reshape({-1, dim_})), true),
+        unit_views_(Rows::of(views.reshape({-1, dim_})), true, weight_needs_grad),
         tiles_(at::divup(weight.size(0), kTile)),
         ranges_(std::min<int64_t>(at::get_num_threads(), tiles_)),
         own_(unit_views_.panels * kPanel<T>, -1) {
@@ -71,18 +71,17 @@ class ConIC {
     const at::IntArrayRef shape = views_.sizes().slice(0, 2);
     at::Tensor classification = at::empty(shape, options), rank = at::empty(shape, options.dtype(at::kLong));
     at::Tensor statistics = at::empty({shape[0], shape[1], 3}, options.dtype(at::kDouble));
-    PanelCoefficients<T> coefficients;
     for (int64_t row = 0; row < unit_views_.count; ++row) {
       const int64_t panel = row / kPanel<T>, lane = row % kPanel<T>;
-      const RowLosses losses = finish_row<true, false>(&parts[panel], ranges_, unit_views_.panels, lane,
-                                                       positive.similarity[row], settings_, coefficients);
-      classification.mutable_data_ptr<T>()[row] = static_cast<T>(losses.instance);
+      const FinishedRow finished = finish_row<true, false>(&parts[panel], ranges_, unit_views_.panels, lane,
+                                                           positive.similarity[row], settings_);
+      classification.mutable_data_ptr<T>()[row] = static_cast<T>(finished.instance_loss);
       int64_t above = 0;
       for (int64_t range = 0; range < ranges_; ++range)
         above += parts[range * unit_views_.panels + panel].rank[lane];
       rank.mutable_data_ptr<int64_t>()[row] = above;
       double* out = statistics.mutable_data_ptr<double>() + 3 * row;
-      out[0] = coefficients.max_s[lane], out[1] = coefficients.instance[lane], out[2] = losses.grad_positive;
+      out[0] = finished.max_s, out[1] = finished.instance, out[2] = finished.grad_positive;
     }
     auto [loss, consistency] = finish_losses(classification);
     return {loss, classification, consistency, rank, statistics};
@@ -113,7 +112,8 @@ class ConIC {
           for_own_rows(tile, panel, [this](T& g, int64_t row) { g = grad_own_[row]; });
           if (views_need_grad)
             tile.product.accumulate(tile.s, &parts[(tile.range * block_ + panel - first) * kPanel<T> * dim_]);
-          if (weight_needs_grad) tile.product.accumulate_keys(tile.s, packed_rows(panel), tile.grad.data());
+          if (weight_needs_grad)
+            tile.product.accumulate_keys(tile.s, unit_views_.packed_rows(panel), tile.grad.data());
         }
         if (!weight_needs_grad) return;
         std::vector<T>& row = tile.row;
@@ -210,22 +210,14 @@ class ConIC {
     double largest = 0;
     for (int64_t instance = 0; instance < batch_; ++instance)
       largest = std::max(largest, std::abs(incoming[instance]));
-    const bool usable = largest > 0 && std::isfinite(largest);
-    scale_ = usable ? std::exp2(14 - std::ceil(std::log2(largest / settings_.temperature))) : 1;
+    scale_ = scale_to_half(largest / settings_.temperature);
     coefficients_.resize(unit_views_.panels), grad_own_.resize(own_.size());
     for (int64_t row = 0; row < unit_views_.count; ++row, of += 3) {
-      auto& panel = coefficients_[row / kPanel<T>];
-      const int64_t lane = row % kPanel<T>;
-      panel.max_s[lane] = static_cast<T>(of[0]);
-      panel.instance[lane] = static_cast<T>(scale_ * incoming[row % batch_] * of[1]);
+      coefficients_[row / kPanel<T>].set(
+          row % kPanel<T>, {.max_s = of[0], .instance = scale_ * incoming[row % batch_] * of[1]});
       grad_own_[row] = static_cast<T>(scale_ * incoming[row % batch_] * of[2]);
     }
-    packed_rows_.resize(unit_views_.panels * Product::packed_rows_elements(dim_));
-    for (int64_t panel = 0; panel < unit_views_.panels; ++panel)
-      Product::pack_rows(unit_views_.unit(panel * kPanel<T>), dim_, packed_rows(panel));
   }
-
-  Operand* packed_rows(int64_t panel) { return &packed_rows_[panel * Product::packed_rows_elements(dim_)]; }
 
   // dL/dx^ = sum_j g_j n_j - 4 alpha sum_j (1 - x^.x^j) x^j, then the derivative of the norm.
   void finish_views(int64_t first_panel, int64_t last_panel, const std::vector<T>& parts,
@@ -255,16 +247,6 @@ class ConIC {
     });
   }
 
-  template <typename From>
-  static void write_row(const at::Tensor& out, int64_t row, const From* values) {
-    with_dtype(out.scalar_type(), [&](auto element) {
-      using to_t = decltype(element);
-      const int64_t dim = out.size(-1);
-      to_t* to = out.mutable_data_ptr<to_t>() + row * dim;
-      for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<to_t>(values[d]);
-    });
-  }
-
   const at::Tensor views_, weight_;
   const Settings settings_;
   const int64_t batch_, dim_;
@@ -275,7 +257,6 @@ class ConIC {
   double scale_ = 1;
   std::vector<PanelCoefficients<T>> coefficients_;
   std::vector<T> grad_own_;
-  std::vector<Operand> packed_rows_;
 };
 
 void check(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target) {
@@ -296,7 +277,7 @@ auto backward(const at::Tensor& grad_loss, const at::Tensor& views, const at::Te
   check(views, weight, target);
   const Settings settings{.temperature = temperature, .consistency_weight = consistency_weight};
   return with_product(views.scalar_type(), true, [&](auto product) {
-    return ConIC<typename decltype(product)::type>(views, weight, target, settings)
+    return ConIC<typename decltype(product)::type>(views, weight, target, settings, weight_needs_grad)
         .backward(grad_loss, statistics, views_need_grad, weight_needs_grad, step);
   });
 }

@@ -14,6 +14,13 @@ LossTensors co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor
                 double consistency_temperature, double instance_weight, double consistency_weight,
                 bool include_positive, bool normalize, bool compute_gradient);
 
+LossTensors nt_xent(const at::Tensor& views, double temperature, double consistency_temperature,
+                    double consistency_weight, bool normalize);
+
+at::Tensor nt_xent_backward(const at::Tensor& grad_loss, const at::Tensor& views,
+                            const at::Tensor& statistics, double temperature, double consistency_temperature,
+                            double consistency_weight, bool normalize);
+
 LossTensors conic(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target,
                   double temperature, double compensation, double consistency_weight);
 

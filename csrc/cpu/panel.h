@@ -38,18 +38,53 @@ struct PanelStatistics {
   }
 };
 
-// What the second pass needs: with a, b and d as above,
+// What a row's statistics come to, in double: its losses, the gradient of its positive, and what the second
+// pass needs. With a, b and d as above,
 //
-//   Q = query e^{a/tau_c}      P = -minus_key e^{b/tau_c}      g = instance e^{a/tau} + Q - P + Q (d -
-//   mean)/tau_c
+//   Q = query e^{a/tau_c}     P = key e^{b/tau_c}     g = instance e^{a/tau} + Q - P + Q (d - mean)/tau_c
 //
-// is d loss / d s. Where Q and P nearly agree, an error of their factors would be all that is left of them,
-// and the same for every key: the factors are kept in two parts, high and low.
+// is d loss / d s. mean and mean_of_key are those of d under Q and P.
+struct FinishedRow {
+  double instance_loss = 0, consistency_loss = 0, grad_positive = 0;  // grad_positive: d loss / d s_+
+  double max_s = 0, max_y = 0, instance = 0, query = 0, key = 0, mean = 0, mean_of_key = 0;
+};
+
+// The second pass's coefficients in vectors: a panel's rows in their lanes, or one row in all lanes.
+template <typename T>
+struct Coefficients {
+  Vec<T> max_s, max_y, instance, mean, query, query_low, minus_key, minus_key_low;
+};
+
+// Those of a panel's rows. Where Q and P nearly agree, an error of their factors would be all that is left of
+// them, and the same for every key: the factors are kept in two parts, high and low.
 template <typename T>
 struct PanelCoefficients {
   T max_s[kPanel<T>] = {}, max_y[kPanel<T>] = {}, instance[kPanel<T>] = {}, mean[kPanel<T>] = {};
   T query[kPanel<T>] = {}, query_low[kPanel<T>] = {}, minus_key[kPanel<T>] = {},
     minus_key_low[kPanel<T>] = {};
+
+  void set(int64_t lane, const FinishedRow& row) {
+    max_s[lane] = static_cast<T>(row.max_s), max_y[lane] = static_cast<T>(row.max_y);
+    instance[lane] = static_cast<T>(row.instance), mean[lane] = static_cast<T>(row.mean);
+    query[lane] = static_cast<T>(row.query), minus_key[lane] = static_cast<T>(-row.key);
+    query_low[lane] = static_cast<T>(row.query - query[lane]);
+    minus_key_low[lane] = static_cast<T>(-row.key - minus_key[lane]);
+  }
+
+  Coefficients<T> lanes(int64_t first) const {
+    return vectors([first](const T* field) { return Vec<T>::loadu(field + first); });
+  }
+
+  Coefficients<T> row(int64_t lane) const {
+    return vectors([lane](const T* field) { return Vec<T>(field[lane]); });
+  }
+
+ private:
+  template <typename Load>
+  Coefficients<T> vectors(const Load& load) const {
+    return {load(max_s), load(max_y),     load(instance),  load(mean),
+            load(query), load(query_low), load(minus_key), load(minus_key_low)};
+  }
 };
 
 // Adds a tile's similarities s and y (keys x panel). `threshold` holds each row's s_+, for the rank.
@@ -66,9 +101,10 @@ void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Se
 
     const auto old_s = Vec<T>::loadu(total.max_s + lane), old_y = Vec<T>::loadu(total.max_y + lane);
     Vec<T> max_s = old_s, max_y = old_y;
+    // Unlike maximum(), this may lose a NaN, and so is one instruction. The sums keep it.
     for (int64_t j = 0; j < keys; ++j) {
-      max_s = at::vec::maximum(max_s, load_s(j));
-      if constexpr (kConsistency) max_y = at::vec::maximum(max_y, load_y(j));
+      max_s = at::vec::clamp_min(load_s(j), max_s);
+      if constexpr (kConsistency) max_y = at::vec::clamp_min(load_y(j), max_y);
     }
     max_s.store(total.max_s + lane), max_y.store(total.max_y + lane);
 
@@ -120,47 +156,64 @@ void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Se
   }
 }
 
-// Replaces s by g = d loss / d s.
+template <typename T>
+struct Scales {
+  Vec<T> instance, consistency, inverse_tau_c;  // log2(e)/tau, log2(e)/tau_c, 1/tau_c
+
+  explicit Scales(const Settings& settings)
+      : instance(static_cast<T>(M_LOG2E / settings.temperature)),
+        consistency(static_cast<T>(M_LOG2E / settings.consistency_temperature)),
+        inverse_tau_c(static_cast<T>(1 / settings.consistency_temperature)) {}
+};
+
+// g = d loss / d s of a vector of pairs; e_query = e^{a/tau_c} and e_key = e^{b/tau_c}.
+template <bool kInstance, bool kConsistency, typename T>
+inline Vec<T> gradient(Vec<T> a, Vec<T> d, Vec<T> e_query, Vec<T> e_key, const Coefficients<T>& of,
+                       const Scales<T>& scales) {
+  Vec<T> g(T(0));
+  if constexpr (kConsistency) {
+    const auto q = e_query * of.query;
+    g = q + e_key * of.minus_key;  // not fused: equal terms must cancel
+    g = at::vec::fmadd(e_query, of.query_low, g);
+    g = at::vec::fmadd(e_key, of.minus_key_low, g);
+    g = at::vec::fmadd(q, (d - of.mean) * scales.inverse_tau_c, g);
+  }
+  if constexpr (kInstance) g = at::vec::fmadd(exp2_nonpositive(a * scales.instance), of.instance, g);
+  return g;
+}
+
+// Replaces s by g.
 template <bool kInstance, bool kConsistency, typename T>
 void replace_by_gradient(T* s, const T* y, int64_t keys, const Settings& settings,
-                         const PanelCoefficients<T>& of) {
-  const Vec<T> scale(static_cast<T>(M_LOG2E / settings.temperature));
-  const Vec<T> scale_c(static_cast<T>(M_LOG2E / settings.consistency_temperature));
-  const Vec<T> inverse_tau_c(static_cast<T>(1 / settings.consistency_temperature));
+                         const PanelCoefficients<T>& coefficients) {
+  const Scales<T> scales(settings);
   for (int64_t lane = 0; lane < kPanel<T>; lane += kWidth<T>) {
-    const auto load = [lane](const T* field) { return Vec<T>::loadu(field + lane); };
-    const auto max_s = load(of.max_s), max_y = load(of.max_y), instance = load(of.instance),
-               mean = load(of.mean);
-    const auto query = load(of.query), query_low = load(of.query_low);
-    const auto minus_key = load(of.minus_key), minus_key_low = load(of.minus_key_low);
+    const auto of = coefficients.lanes(lane);
     for (int64_t j = 0; j < keys; ++j) {
       T* at = s + j * kPanel<T> + lane;
-      const auto a = Vec<T>::loadu(at) - max_s;
-      Vec<T> g(T(0));
+      const auto a = Vec<T>::loadu(at) - of.max_s;
+      Vec<T> b(T(0)), e_query(T(0)), e_key(T(0));
       if constexpr (kConsistency) {
-        const auto b = load(y + j * kPanel<T>) - max_y;
-        const auto e_query = exp2_nonpositive(a * scale_c), e_key = exp2_nonpositive(b * scale_c);
-        const auto q = e_query * query;
-        g = q + e_key * minus_key;  // not fused: equal terms must cancel
-        g = at::vec::fmadd(e_query, query_low, g);
-        g = at::vec::fmadd(e_key, minus_key_low, g);
-        g = at::vec::fmadd(q, (a - b - mean) * inverse_tau_c, g);
+        b = Vec<T>::loadu(y + j * kPanel<T> + lane) - of.max_y;
+        e_query = exp2_nonpositive(a * scales.consistency), e_key = exp2_nonpositive(b * scales.consistency);
       }
-      if constexpr (kInstance) g = at::vec::fmadd(exp2_nonpositive(a * scale), instance, g);
-      g.store(at);
+      gradient<kInstance, kConsistency>(a, a - b, e_query, e_key, of, scales).store(at);
     }
   }
 }
 
-struct RowLosses {
-  double instance, consistency, grad_positive;  // grad_positive: d loss / d s_+
-};
+// A power of two that takes numbers up to `bound` to the upper end of half precision, with room for a sum of
+// two.
+inline double scale_to_half(double bound) {
+  const bool usable = bound > 0 && std::isfinite(bound);
+  return usable ? std::exp2(14 - std::ceil(std::log2(bound))) : 1;
+}
 
-// Merges one row's statistics over separate ranges of keys (`parts`, lane `lane` of each), adds its positive,
-// and gives its losses and its coefficients for the second pass. All in double.
+// Merges one row's statistics over separate ranges of keys (`parts`, lane `lane` of each) and adds its
+// positive.
 template <bool kInstance, bool kConsistency, typename T>
-RowLosses finish_row(const PanelStatistics<T>* parts, int64_t ranges, int64_t stride, int64_t lane,
-                     double positive, const Settings& settings, PanelCoefficients<T>& out) {
+FinishedRow finish_row(const PanelStatistics<T>* parts, int64_t ranges, int64_t stride, int64_t lane,
+                       double positive, const Settings& settings) {
   const double tau = settings.temperature, tau_c = settings.consistency_temperature;
   double max_s = std::numeric_limits<T>::lowest(), max_y = max_s;
   for (int64_t range = 0; range < ranges; ++range) {
@@ -180,17 +233,16 @@ RowLosses finish_row(const PanelStatistics<T>* parts, int64_t ranges, int64_t st
     z_key += part.z_key[lane] * scale_key;
   }
 
-  RowLosses losses{};
-  out.max_s[lane] = static_cast<T>(max_s), out.max_y[lane] = static_cast<T>(max_y);
+  FinishedRow row{.max_s = max_s, .max_y = max_y};
   if constexpr (kInstance) {
     // Relative to the largest logit, be it the positive's; log1p keeps a small loss's digits.
     const double gap = (positive - max_s) / tau,
                  to_top = settings.compensation * std::exp(std::min(-gap, 0.));
     const double negatives = z_instance * to_top, sum = negatives + std::exp(std::min(gap, 0.));
-    losses.instance = gap > 0 ? std::log1p(negatives) : std::log(sum) - gap;
+    row.instance_loss = gap > 0 ? std::log1p(negatives) : std::log(sum) - gap;
     const double weight = settings.instance_weight / tau / sum;
-    out.instance[lane] = static_cast<T>(weight * to_top);
-    losses.grad_positive -= weight * negatives;  // (p_+ - 1)/tau
+    row.instance = weight * to_top;
+    row.grad_positive -= weight * negatives;  // (p_+ - 1)/tau
   }
   if constexpr (kConsistency) {
     double scale_query = 1, scale_key = 1, e_query = 0, e_key = 0;
@@ -202,16 +254,13 @@ RowLosses finish_row(const PanelStatistics<T>* parts, int64_t ranges, int64_t st
       z_query = z_query * scale_query + e_query, d_query = d_query * scale_query + d_positive * e_query;
       z_key = z_key * scale_key + e_key, d_key = d_key * scale_key + d_positive * e_key;
     }
-    const double mean = d_query / z_query, weight = settings.consistency_weight / (2 * tau_c);
-    losses.consistency = (mean - d_key / z_key) / (2 * tau_c);
-    losses.grad_positive += weight * (e_query / z_query * ((d_positive - mean) / tau_c + 1) - e_key / z_key);
-    const double query = weight * scale_query / z_query, minus_key = -weight * scale_key / z_key;
-    out.mean[lane] = static_cast<T>(mean);
-    out.query[lane] = static_cast<T>(query), out.query_low[lane] = static_cast<T>(query - out.query[lane]);
-    out.minus_key[lane] = static_cast<T>(minus_key);
-    out.minus_key_low[lane] = static_cast<T>(minus_key - out.minus_key[lane]);
+    const double weight = settings.consistency_weight / (2 * tau_c);
+    row.mean = d_query / z_query, row.mean_of_key = d_key / z_key;
+    row.query = weight * scale_query / z_query, row.key = weight * scale_key / z_key;
+    row.consistency_loss = (row.mean - row.mean_of_key) / (2 * tau_c);
+    row.grad_positive += weight * (e_query / z_query * ((d_positive - row.mean) / tau_c + 1) - e_key / z_key);
   }
-  return losses;
+  return row;
 }
 
 }  // namespace contrastive_ops

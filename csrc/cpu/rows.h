@@ -72,6 +72,17 @@ void copy(const Rows& from, T* out, int64_t row_stride, int64_t column_stride) {
   });
 }
 
+// Writes a row of a contiguous tensor, of any floating dtype.
+template <typename T>
+void write_row(const at::Tensor& out, int64_t row, const T* values) {
+  with_dtype(out.scalar_type(), [&](auto element) {
+    using to_t = decltype(element);
+    const int64_t dim = out.size(-1);
+    to_t* to = out.mutable_data_ptr<to_t>() + row * dim;
+    for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<to_t>(values[d]);
+  });
+}
+
 // Sum of a function's values, in eight chains so that the compiler makes vectors of them.
 template <typename Function>
 double sum_of(int64_t count, const Function& value) {
