@@ -4,6 +4,7 @@ import torch
 
 from ._co2 import co2
 from ._conic import conic, conic_backward, conic_backward_sgd_
+from ._nt_xent import nt_xent, nt_xent_backward
 from ._rows import exchange_rows_, sgd_
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "conic_backward",
     "conic_backward_sgd_",
     "exchange_rows_",
+    "nt_xent",
+    "nt_xent_backward",
     "sgd_",
 ]
 

@@ -30,7 +30,7 @@ Merge and finish move 0.5 MiB and 2 × 8 MiB, all in the cache. None of this has
 
 What was tried, by what the compiler made of it (Hopper, D = 128, bfloat16; instructions a pair):
 
-- A row's maxima and sums reduced for each tile: 27.0, one of them a shuffle. In lanes (see _lanes): 25.4.
+- A row's maxima and sums reduced for each tile: 27.0, one of them a shuffle. In lanes (see _walk.py): 25.4.
 - Statistics in tiles of 64 × 128: 23.7, but 255 registers and a spill. 128 × 128 with 8 warps: 22.9, but a
   multiprocessor holds one such program, whose halves wait for each other: tensor cores would idle during its
   exponentials.
@@ -59,7 +59,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tiles import select_tiles
-from ._walk import LOWEST, NORM_EPSILON, Chip, Launch, chip_of, load, move, precision_of, product, walk
+from ._walk import (
+    LOWEST,
+    NORM_EPSILON,
+    Chip,
+    Launch,
+    add_tile,
+    chip_of,
+    lanes,
+    load,
+    load_double,
+    measure_rows,
+    merge,
+    move,
+    precision_of,
+    product,
+    similarities,
+    split,
+    walk,
+)
 
 _LN_2 = tl.constexpr(math.log(2))
 
@@ -81,71 +99,9 @@ def _of_row(merged, field: tl.constexpr, rows, batch):
 
 
 @triton.jit
-def _split(x):
-    """A float64 as the sum of two float32."""
-    high = x.to(tl.float32)
-    return high, (x - high.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def _measure_rows(
-    query, key, rows, batch, dim, query_row, query_column, key_row, key_column,
-    NORMALIZE: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """max(‖q‖, ε), max(‖k‖, ε) (1 unless NORMALIZE) and q·k̂ of each row; float64 holds any square."""
-    zero = tl.zeros([BLOCK_B], tl.float64)
-    qq, kk, qk = zero, zero, zero
-    for first in tl.range(0, dim, DEPTH, loop_unroll_factor=4):
-        columns = first + tl.arange(0, DEPTH)
-        q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
-        k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
-        q, k = q.to(tl.float32).to(tl.float64), k.to(tl.float32).to(tl.float64)
-        qq += tl.sum(q * q, axis=1)
-        kk += tl.sum(k * k, axis=1)
-        qk += tl.sum(q * k, axis=1)
-    norm_q, norm_k = zero + 1.0, zero + 1.0
-    if NORMALIZE:
-        norm_q, norm_k = tl.maximum(tl.sqrt(qq), NORM_EPSILON), tl.maximum(tl.sqrt(kk), NORM_EPSILON)
-    return norm_q, norm_k, qk / norm_k
-
-
-@triton.jit
 def _scales(scale, norm_q, norm_k):
     """λ/‖q‖ and λ/‖k‖, which make logits of products of stored rows; every kernel rounds them alike."""
     return (scale / norm_q).to(tl.float32), (scale / norm_k).to(tl.float32)
-
-
-@triton.jit
-def _similarities(
-    query, key, queue, q, k, rows, tile_rows, batch, keys, dim,
-    query_row, query_column, key_row, key_column, queue_row, queue_column,
-    CONSISTENCY: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """q Nᵀ and k Nᵀ of a tile of keys, and the tile; CHUNKED, DEPTH dimensions at a time, and no tile."""
-    s, y = tl.zeros([BLOCK_B, BLOCK_K], tl.float32), tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
-    columns = tl.arange(0, DEPTH)
-    if CHUNKED:
-        tile = columns  # stands for none, which Triton cannot return
-        for first in range(0, dim, DEPTH):
-            these = first + columns
-            keys_chunk = load(
-                queue, tile_rows, these, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
-            )  # fmt: skip
-            keys_chunk = tl.trans(keys_chunk.to(DTYPE))
-            q_chunk = load(query, rows, these, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
-            s = product(q_chunk.to(DTYPE), keys_chunk, s, PRECISION)
-            if CONSISTENCY:
-                k_chunk = load(key, rows, these, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
-                y = product(k_chunk.to(DTYPE), keys_chunk, y, PRECISION)
-    else:
-        tile = load(queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS)
-        tile = tile.to(DTYPE)
-        s = product(q, tl.trans(tile), s, PRECISION)
-        if CONSISTENCY:
-            y = product(k, tl.trans(tile), y, PRECISION)
-    return s, y, tile
 
 
 @triton.jit
@@ -158,23 +114,6 @@ def _relative(s, top, scale, valid, WHOLE_KEYS: tl.constexpr):
     if not WHOLE_KEYS:
         a = tl.where(valid, a, LOWEST)
     return a, top
-
-
-@triton.jit
-def _merge(
-    top_s, top_y, z_instance, z_query, z_key, d_query, d_key, scale_q, scale_k, ratio, AXIS: tl.constexpr
-):  # fmt: skip
-    """Sums taken relative to different maxima, as one relative to the highest of them."""
-    max_s, max_y = tl.max(top_s, axis=AXIS), tl.max(top_y, axis=AXIS)
-    moved_s = move(top_s, tl.expand_dims(max_s, AXIS), scale_q)
-    moved_y = move(top_y, tl.expand_dims(max_y, AXIS), scale_k)
-    z_instance = tl.sum(z_instance * tl.exp2(moved_s * ratio), axis=AXIS)
-    factor_query, factor_key = tl.exp2(moved_s), tl.exp2(moved_y)
-    shift = moved_s - moved_y  # of every d
-    d_query = tl.sum((d_query + shift * z_query) * factor_query, axis=AXIS)
-    d_key = tl.sum((d_key + shift * z_key) * factor_key, axis=AXIS)
-    z_query, z_key = tl.sum(z_query * factor_query, axis=AXIS), tl.sum(z_key * factor_key, axis=AXIS)
-    return max_s, max_y, z_instance, z_query, z_key, d_query, d_key
 
 
 @triton.jit(do_not_specialize=["batch", "keys"])
@@ -193,7 +132,7 @@ def _statistics_kernel(
     inside = rows < batch
     columns = tl.arange(0, DEPTH)
 
-    norm_q, norm_k, positive = _measure_rows(
+    norm_q, norm_k, positive = measure_rows(
         query, key, rows, batch, dim, query_row, query_column, key_row, key_column,
         NORMALIZE, WHOLE_COLUMNS, BLOCK_B, 32 if DEPTH > 32 else DEPTH,
     )  # fmt: skip
@@ -210,17 +149,17 @@ def _statistics_kernel(
         q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
         k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
 
-    lanes: tl.constexpr = [BLOCK_B, LANES]
+    shape: tl.constexpr = [BLOCK_B, LANES]
     tile_shape: tl.constexpr = [BLOCK_B, BLOCK_K // LANES, LANES]
-    top_s, top_y = tl.full(lanes, LOWEST, tl.float32), tl.full(lanes, LOWEST, tl.float32)
-    zero = tl.zeros(lanes, tl.float32)
+    top_s, top_y = tl.full(shape, LOWEST, tl.float32), tl.full(shape, LOWEST, tl.float32)
+    zero = tl.zeros(shape, tl.float32)
     z_instance, z_query, z_key, d_query, d_key = zero, zero, zero, zero, zero
-    rank = tl.zeros(lanes, tl.int32)
+    rank = tl.zeros(shape, tl.int32)
 
     begin = part.to(tl.int64) * keys_a_range
     for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
         tile_rows = start + tl.arange(0, BLOCK_K)
-        s, y, _ = _similarities(
+        s, y, _ = similarities(
             query, key, queue, q, k, rows, tile_rows, batch, keys, dim,
             query_row, query_column, key_row, key_column, queue_row, queue_column,
             CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, CHUNKED, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
@@ -238,19 +177,17 @@ def _statistics_kernel(
         if CONSISTENCY:
             b, new_y = _relative(tl.reshape(y, tile_shape), top_y, scale_k, valid, WHOLE_KEYS)
             moved_y = move(top_y, new_y, scale_k)
-            e_query, e_key, d = tl.exp2(a), tl.exp2(b), a - b
-            moved_query, moved_key, shift = tl.exp2(moved_s), tl.exp2(moved_y), moved_s - moved_y
-            d_query = (d_query + shift * z_query) * moved_query + tl.sum(e_query * d, axis=1)
-            d_key = (d_key + shift * z_key) * moved_key + tl.sum(e_key * d, axis=1)
-            z_query = z_query * moved_query + tl.sum(e_query, axis=1)
-            z_key = z_key * moved_key + tl.sum(e_key, axis=1)
+            z_query, z_key, d_query, d_key = add_tile(
+                z_query, z_key, d_query, d_key, a, b, moved_s, moved_y
+            )  # fmt: skip
             top_y = new_y
         top_s = new_s
 
     # New names: a variable keeps its shape.
-    max_s, max_y, z_i, z_q, z_k, d_q, d_k = _merge(
-        top_s, top_y, z_instance, z_query, z_key, d_query, d_key, scale_q, scale_k, ratio, 1
+    max_s, max_y, moves, _, z_q, z_k, d_q, d_k = merge(
+        top_s, top_y, z_query, z_key, d_query, d_key, scale_q, scale_k, 1
     )  # fmt: skip
+    z_i = tl.sum(z_instance * tl.exp2(moves * ratio), axis=1)
     to = partial + (part.to(tl.int64) * batch + rows) * _PARTIAL
     tl.store(to + _MAX_S, max_s, mask=inside)
     tl.store(to + _MAX_Y, max_y, mask=inside)
@@ -260,11 +197,6 @@ def _statistics_kernel(
     tl.store(to + _D_QUERY, d_q, mask=inside)
     tl.store(to + _D_KEY, d_k, mask=inside)
     tl.store(to + _RANK, tl.sum(rank, axis=1).to(tl.float32, bitcast=True), mask=inside)
-
-
-@triton.jit
-def _load_all(field, there, other):
-    return tl.load(field, mask=there, other=other).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["batch", "ranges"])
@@ -288,13 +220,13 @@ def _merge_kernel(
     scale_q, scale_k = _scales(scale, norm_q, norm_k)
     scale_q, scale_k = scale_q.to(tl.float64), scale_k.to(tl.float64)
 
-    top_s, top_y, z_instance, z_query, z_key, d_query, d_key = _merge(
-        _load_all(record + _MAX_S, there, LOWEST), _load_all(record + _MAX_Y, there, LOWEST),
-        _load_all(record + _Z_INSTANCE, there, 0.0),
-        _load_all(record + _Z_QUERY, there, 0.0), _load_all(record + _Z_KEY, there, 0.0),
-        _load_all(record + _D_QUERY, there, 0.0), _load_all(record + _D_KEY, there, 0.0),
-        scale_q[None, :], scale_k[None, :], ratio, 0,
+    top_s, top_y, moved_s, _, z_query, z_key, d_query, d_key = merge(
+        load_double(record + _MAX_S, there, LOWEST), load_double(record + _MAX_Y, there, LOWEST),
+        load_double(record + _Z_QUERY, there, 0.0), load_double(record + _Z_KEY, there, 0.0),
+        load_double(record + _D_QUERY, there, 0.0), load_double(record + _D_KEY, there, 0.0),
+        scale_q[None, :], scale_k[None, :], 0,
     )  # fmt: skip
+    z_instance = tl.sum(load_double(record + _Z_INSTANCE, there, 0.0) * tl.exp2(moved_s * ratio), axis=0)
     ranks = tl.load(record + _RANK, mask=there, other=0.0).to(tl.int32, bitcast=True)
     tl.store(positive_rank + rows, tl.sum(ranks.to(tl.int64), axis=0), mask=inside)
 
@@ -382,8 +314,8 @@ def _gradient_kernel(
     # Logits of millions leave Q one key, whose d − mean is 0, not the rounding of two such numbers.
     ln_2 = tl.where(tl.abs(mean) < 1e6, _LN_2, 0.0)
     weight_instance = _of_row(merged, _INSTANCE, rows, batch).to(tl.float32)
-    weight_query, weight_query_low = _split(_of_row(merged, _QUERY, rows, batch))
-    weight_key, weight_key_low = _split(_of_row(merged, _KEY, rows, batch))
+    weight_query, weight_query_low = split(_of_row(merged, _QUERY, rows, batch))
+    weight_key, weight_key_low = split(_of_row(merged, _KEY, rows, batch))
 
     q, k = None, None
     if not CHUNKED:
@@ -393,7 +325,7 @@ def _gradient_kernel(
     begin = part * keys_a_range
     for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
         tile_rows = start + tl.arange(0, BLOCK_K)
-        s, y, tile = _similarities(
+        s, y, tile = similarities(
             query, key, queue, q, k, rows, tile_rows, batch, keys, dim,
             query_row, query_column, key_row, key_column, queue_row, queue_column,
             CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, CHUNKED, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
@@ -470,7 +402,7 @@ def _plan(batch: int, keys: int, dim: int, dtype: torch.dtype, precision: str, c
     tiles = select_tiles(capability, precision, dim)
     statistics, gradient = (walk(each, batch, keys, dim, multiprocessors) for each in tiles)
     numbers = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "PRECISION": precision}
-    statistics.options.update(numbers, LANES=_lanes(capability))
+    statistics.options.update(numbers, LANES=lanes(capability))
     gradient.options.update(numbers)
 
     ranges = triton.next_power_of_2(statistics.ranges)
@@ -533,10 +465,3 @@ def co2(
                 NORMALIZE=normalize, **plan.finish.options,
             )  # fmt: skip
     return loss, instance_loss, consistency_loss, rank, gradient
-
-
-def _lanes(capability: tuple[int, int]) -> int:
-    """In how many lanes the statistics of a row are kept, to be merged at the end: lane i has the keys that
-    are i modulo this number. The registers of a matrix product repeat every 8 columns, so one thread holds
-    all of a lane, and threads exchange nothing on the way. From tensor memory a thread loads whole rows."""
-    return 1 if capability[0] == 10 else 8

@@ -72,12 +72,17 @@ from ._walk import (
     Chip,
     Launch,
     chip_of,
+    largest_size,
     load,
     move,
     precision_of,
     product,
+    softplus,
     steps_a_range,
     store,
+    store_unit,
+    sum_of_parts,
+    through_norm,
     tile_options,
     walk,
 )
@@ -172,12 +177,7 @@ def _prepare_kernel(
     instance = of_view % batch
     length = _norms(views, rows, count, dim, view_row, view_column, False, BLOCK, DEPTH)
     tl.store(norm + rows, length, mask=inside)
-    for first in range(0, unit_row, DEPTH):
-        columns = first + tl.arange(0, DEPTH)
-        x = load(views, rows, columns, count, dim, view_row, view_column, False, False)
-        x = (x.to(tl.float32).to(tl.float64) / length[:, None]).to(tl.float32)
-        tl.store(unit + of_view[:, None] * unit_row + columns[None, :], x.to(unit.dtype.element_ty))
-
+    store_unit(unit, rows, unit_row, views, length, rows, count, dim, view_row, view_column, DEPTH)
     own = tl.load(target + instance * target_stride, mask=inside, other=-1)
     exists = (own >= 0) & (own < keys)
     own = tl.where(exists, own, -1)
@@ -290,11 +290,8 @@ def _merge_kernel(
 
         s = tl.load(positive + row, mask=inside, other=0.0)
         largest = tl.where(sum == 0.0, s, largest)  # the only key has no negatives
-        # ℓ_s = log(1 + e^gap)
-        gap = tl.log(sum) + ((largest - s) / tau + log_compensation)
-        e = tl.exp(-tl.abs(gap))
-        value = tl.maximum(gap, 0.0) + tl.where(e < 1e-8, e, tl.log(1.0 + e))
-        pull = tl.where(gap > 0.0, 1.0, e) / (1.0 + e) / tau  # 1/(1 + e^−gap) is what the negatives weigh
+        value, negatives = softplus(tl.log(sum) + ((largest - s) / tau + log_compensation))  # ℓ_s
+        pull = negatives / tau
         classification += value
         tl.store(classification_loss + row, value.to(tl.float32), mask=inside)
         tl.store(positive_rank + row, tl.sum(ranks.to(tl.int64), axis=0), mask=inside)
@@ -346,12 +343,8 @@ def _weight_kernel(
 
     unit_scale = 1.0
     if tl.float16 == DTYPE:  # the largest gradient becomes _UNIT, or up to half of it
-        largest = tl.zeros([1024], tl.float32)
-        for first in range(0, padded_rows, 1024):
-            rows = first + tl.arange(0, 1024)
-            size = tl.load(record + _SIZE * padded_rows.to(tl.int64) + rows, mask=rows < padded_rows, other=0)
-            largest = tl.maximum(largest, tl.abs(size))
-        unit_scale = _UNIT * tl.exp2(-tl.ceil(tl.maximum(tl.log2(tl.max(largest, axis=0)), -100.0)))
+        largest = largest_size(record + _SIZE * padded_rows.to(tl.int64), padded_rows)
+        unit_scale = _UNIT * tl.exp2(-tl.ceil(tl.maximum(tl.log2(largest), -100.0)))
 
     w = None
     if not CHUNKED:
@@ -489,13 +482,8 @@ def _finish_kernel(
     columns = tl.arange(0, BLOCK_D)
     inside = row < rows
     there = inside[:, None] & (columns < dim)[None, :]
-    sum = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-    of_part = parts + row[:, None] * unit_row + columns[None, :]
     part_stride = padded_rows.to(tl.int64) * unit_row
-    for part in tl.range(0, ranges, loop_unroll_factor=8):
-        sum += tl.load(of_part + part * part_stride, mask=there, other=0.0)
-
-    grad = sum.to(tl.float64)
+    grad = sum_of_parts(parts, row, columns, there, ranges, part_stride, unit_row, BLOCK_B, BLOCK_D)
     length = tl.load(norm + row, mask=inside, other=1.0)
     x = load(views, row, columns, rows, dim, view_row, view_column, False, False)
     x = x.to(tl.float32).to(tl.float64) / length[:, None]
@@ -509,9 +497,7 @@ def _finish_kernel(
         y /= tl.load(norm + other, mask=other < rows, other=1.0)[:, None]
         disagreement = tl.where(other != row, 1.0 - tl.sum(x * y, axis=1), 0.0)
         grad += (factor * disagreement)[:, None] * y
-    # dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖; a row below the epsilon was only scaled, so it has no projection
-    radial = tl.where(length > NORM_EPSILON, tl.sum(x * grad, axis=1), 0.0)
-    grad = (grad - x * radial[:, None]) / length[:, None]
+    grad = through_norm(grad, x, length)
     store(gradient, grad.to(tl.float32), row, columns, rows, dim, dim, 1, False, False)
 
 

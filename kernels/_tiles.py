@@ -23,6 +23,8 @@ class Tiles:
         programs: programs that a multiprocessor holds at a time.
         width: dimensions of the gradient that a program adds up where rows are multiplied in chunks. Each
             further program for the same rows and keys computes their similarities again.
+        stacked: whether NT-Xent's gradient multiplies the rows of both views as one block; where a product
+            takes two groups of warps, each then has the rows of a view, and not half of every row.
     """
 
     rows: int
@@ -32,6 +34,7 @@ class Tiles:
     stages: int
     programs: int
     width: int = 0
+    stacked: bool = False
 
 
 # By precision and the largest D served: the tiles of the statistics and those of the gradient.
@@ -170,6 +173,100 @@ CONIC_TABLES = {
 def select_conic_tiles(capability: tuple[int, int], precision: str, dim: int) -> ConICTiles:
     """The tiles of ConIC's kernels; arguments as of `select_tiles`."""
     return _entry(CONIC_TABLES.get(capability, CONIC_OTHER), precision, dim)
+
+
+class NTXentTiles(NamedTuple):
+    """Those of NT-Xent's kernels that walk: `rows` are of instances, two views each, and `keys` rows of both
+    views. Without the consistency term, the plain gradient, registers are left for longer tiles."""
+
+    statistics: Tiles
+    gradient: Tiles
+    plain: Tiles
+
+
+NTXentTable = dict[tuple[str, int], NTXentTiles]
+
+NT_XENT_AMPERE: NTXentTable = {
+    ("half", 128): NTXentTiles(
+        Tiles(64, 64, 128, 4, 2, 2), Tiles(32, 64, 128, 4, 2, 2, 128), Tiles(32, 64, 128, 4, 2, 2, 128)
+    ),
+    ("half", 256): NTXentTiles(
+        Tiles(64, 64, 256, 8, 2, 1), Tiles(32, 64, 256, 8, 2, 1, 256), Tiles(32, 64, 256, 8, 2, 1, 256)
+    ),
+    ("half", 1024): NTXentTiles(
+        Tiles(64, 64, 32, 4, 3, 2), Tiles(32, 64, 64, 8, 2, 1, 256), Tiles(32, 64, 64, 8, 2, 1, 256)
+    ),
+    ("tf32", 1024): NTXentTiles(
+        Tiles(64, 32, 32, 4, 2, 2), Tiles(32, 64, 32, 8, 2, 1, 128), Tiles(32, 64, 32, 8, 2, 1, 128)
+    ),
+    ("tf32x3", 1024): NTXentTiles(
+        Tiles(64, 32, 16, 4, 2, 2), Tiles(32, 64, 16, 8, 2, 1, 64), Tiles(32, 64, 16, 8, 2, 1, 64)
+    ),
+}
+NT_XENT_HOPPER: NTXentTable = {
+    ("half", 128): NTXentTiles(
+        Tiles(64, 128, 128, 4, 2, 2), Tiles(64, 32, 128, 4, 3, 2, 128), Tiles(64, 64, 128, 4, 3, 2, 128)
+    ),
+    ("half", 256): NTXentTiles(
+        Tiles(128, 64, 256, 8, 2, 1),
+        Tiles(64, 64, 256, 8, 2, 1, 256, stacked=True),
+        Tiles(64, 64, 256, 8, 2, 1, 256, stacked=True),
+    ),
+    ("half", 1024): NTXentTiles(
+        Tiles(64, 64, 64, 4, 3, 2), Tiles(64, 32, 64, 8, 2, 1, 256), Tiles(64, 64, 32, 8, 2, 1, 256)
+    ),
+    ("tf32", 1024): NTXentTiles(
+        Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 32, 32, 8, 2, 1, 128), Tiles(64, 32, 32, 8, 2, 1, 128)
+    ),
+    ("tf32x3", 1024): NTXentTiles(
+        Tiles(64, 64, 16, 4, 2, 2), Tiles(64, 32, 16, 4, 1, 2, 64), Tiles(64, 32, 16, 4, 2, 2, 64)
+    ),
+}
+NT_XENT_BLACKWELL: NTXentTable = {
+    ("half", 128): NTXentTiles(
+        Tiles(64, 64, 128, 4, 3, 2), Tiles(64, 32, 128, 4, 2, 2, 128), Tiles(64, 64, 128, 4, 3, 2, 128)
+    ),
+    ("half", 256): NTXentTiles(
+        Tiles(64, 64, 256, 4, 2, 1), Tiles(64, 64, 256, 8, 2, 1, 256), Tiles(64, 64, 256, 8, 2, 1, 256)
+    ),
+    ("half", 1024): NTXentTiles(
+        Tiles(64, 64, 64, 4, 3, 2), Tiles(64, 64, 64, 8, 2, 1, 256), Tiles(64, 64, 64, 8, 2, 1, 256)
+    ),
+    ("tf32", 1024): NTXentTiles(
+        Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 32, 32, 4, 2, 2, 128), Tiles(64, 32, 32, 4, 2, 2, 128)
+    ),
+    ("tf32x3", 1024): NTXentTiles(
+        Tiles(64, 64, 16, 4, 2, 2), Tiles(64, 32, 16, 8, 2, 1, 128), Tiles(64, 32, 16, 8, 2, 1, 128)
+    ),
+}
+NT_XENT_OTHER: NTXentTable = NT_XENT_AMPERE | {
+    ("half", 128): NTXentTiles(
+        Tiles(64, 32, 128, 4, 2, 2), Tiles(32, 64, 128, 4, 2, 2, 128), Tiles(32, 64, 128, 4, 2, 2, 128)
+    ),
+    ("half", 256): NTXentTiles(
+        Tiles(64, 32, 256, 4, 2, 1), Tiles(32, 64, 256, 8, 2, 1, 256), Tiles(32, 64, 256, 8, 2, 1, 256)
+    ),
+    ("tf32x3", 1024): NTXentTiles(
+        Tiles(64, 32, 16, 4, 2, 2), Tiles(32, 32, 16, 4, 2, 2, 64), Tiles(32, 32, 16, 4, 2, 2, 64)
+    ),
+}
+NT_XENT_INTERPRETER: NTXentTable = {
+    (precision, 1024): NTXentTiles(
+        Tiles(256, 256, 512, 4, 1, 1),
+        Tiles(256, 256, 512, 4, 1, 1, 512),
+        Tiles(256, 256, 1024, 4, 1, 1, 1024, stacked=True),
+    )
+    for precision in ("half", "tf32", "tf32x3")
+}
+NT_XENT_TABLES = {
+    (0, 0): NT_XENT_INTERPRETER, (8, 0): NT_XENT_AMPERE, (9, 0): NT_XENT_HOPPER,
+    (10, 0): NT_XENT_BLACKWELL, (10, 3): NT_XENT_BLACKWELL,
+}  # fmt: skip
+
+
+def select_nt_xent_tiles(capability: tuple[int, int], precision: str, dim: int) -> NTXentTiles:
+    """The tiles of NT-Xent's kernels; arguments as of `select_tiles`."""
+    return _entry(NT_XENT_TABLES.get(capability, NT_XENT_OTHER), precision, dim)
 
 
 T = TypeVar("T")

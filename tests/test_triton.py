@@ -16,17 +16,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contrastive_ops import _backends
-from tests.cases import INTERPRETED, Case, ConICCase
-from tests.oracles import conic_loss_and_gradients, conic_oracle, distance, fused, oracle
+from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase
+from tests.oracles import (
+    conic_loss_and_gradients,
+    conic_oracle,
+    distance,
+    fused,
+    nt_xent_loss_and_gradients,
+    nt_xent_oracle,
+    oracle,
+)
 
 triton = pytest.importorskip("triton")
 
 # ruff: noqa: E402
-from contrastive_ops.kernels import _co2, _conic
+from contrastive_ops.kernels import _co2, _conic, _nt_xent
 from contrastive_ops.kernels._walk import steps_a_range
 
 from bench import resources
-from contrastive_ops import conic_loss
+from contrastive_ops import conic_loss, nt_xent_loss
 
 
 def version(module: ModuleType) -> tuple[int, int]:
@@ -45,8 +53,9 @@ TUNED_FOR_THIS_COMPILER = version(triton) >= (3, 8)
 def test_the_interpreter_passes_the_same_tests() -> None:
     """The kernels' own code, tile by tile on the CPU, held to the harness of all backends."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": "few"}
-    tests = [f"tests/test_{of}.py" for of in ("co2", "conic", "rows_ops", "ops", "backends")]
-    tests += [f"tests/test_triton.py::{test.__name__}" for test in (test_ranges_of_co2, test_ranges_of_conic)]
+    tests = [f"tests/test_{of}.py" for of in ("co2", "conic", "nt_xent", "rows_ops", "ops", "backends")]
+    ranges = (test_ranges_of_co2, test_ranges_of_conic, test_ranges_of_nt_xent)
+    tests += [f"tests/test_triton.py::{test.__name__}" for test in ranges]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *tests, "-k", "triton"],
         env=environment,
@@ -79,9 +88,23 @@ def test_ranges_of_conic(monkeypatch: pytest.MonkeyPatch, batch: int, rows: int)
         assert distance(a, e) <= 1e-5 * e.norm()
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, all tests have several ranges")
+@pytest.mark.parametrize("consistency_weight", [0.0, 1.0])
+def test_ranges_of_nt_xent(monkeypatch: pytest.MonkeyPatch, consistency_weight: float) -> None:
+    """Three blocks of instances, and their keys in four ranges of which the last is shorter."""
+    monkeypatch.setattr(_nt_xent, "chip_of", lambda device: ((0, 0), 12))
+    case = NTXentCase(batch=800, consistency_weight=consistency_weight)
+    plan = _nt_xent._plan(800, 16, torch.float32, "tf32x3", bool(consistency_weight), ((0, 0), 12))
+    assert plan.statistics.grid[:2] == plan.gradient.grid[:2] == (4, 3)
+    actual = nt_xent_loss_and_gradients(nt_xent_loss, *case.tensors(), **case.settings(), backend="triton")
+    for a, e in zip(actual, nt_xent_oracle(*case.tensors(), **case.settings()), strict=True):
+        assert distance(a, e) <= 1e-5 * e.norm()
+
+
 # What each architecture multiplies matrices with.
 TENSOR_CORES = {(8, 0): "mma.sync", (8, 9): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
-VARIANTS: list[dict[str, Any]] = [{"columns": True, "dtype": torch.float16}, {"keys": 65535}]
+HALF: dict[str, Any] = {"dtype": torch.float16}
+VARIANTS: list[dict[str, Any]] = [{"columns": True, **HALF}, {"keys": 65535}]
 COMPILED = [
     (capability, name, precision, dim)
     for capability in TENSOR_CORES
@@ -108,17 +131,21 @@ def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: s
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
-        *((name, variant) for name in resources.WALKING for variant in VARIANTS),
+        *((name, variant) for name in resources.WALKING if "nt_xent" not in name for variant in VARIANTS),
         *((f"co2.{name}", {"consistency": False}) for name in ("statistics", "gradient")),
         *((f"conic.{name}", {"weight_dtype": torch.bfloat16}) for name in ("statistics", "weight", "views")),
         ("conic.weight", {"step": False}),
+        ("nt_xent.statistics", {"consistency": False}),
+        *((f"nt_xent.{name}", HALF) for name in ("statistics", "gradient", "plain")),
+        *((f"nt_xent.{name}", {"relative": True, **HALF}) for name in ("gradient", "plain")),
     ],
 )
 def test_other_calls_spill_nothing_in_the_loop(
     capability: tuple[int, int], name: str, variant: dict[str, Any]
 ) -> None:
-    """The (D, K) order of keys, a ragged number of them, InfoNCE alone, a classifier in half precision, and a
-    backward that only stores its gradient, on the same matrix instructions."""
+    """The (D, K) order of keys, a ragged number of them, InfoNCE alone, a classifier in half precision, a
+    backward that only stores its gradient, float16, and views that are not normalised, on the same matrix
+    instructions."""
     made = resources.compile_kernel(name, capability, "half", 128, **variant)
     assert TENSOR_CORES[capability] in made.ptx
     if TUNED_FOR_THIS_COMPILER:
@@ -131,7 +158,7 @@ def test_other_calls_spill_nothing_in_the_loop(
 @pytest.mark.parametrize("dim", [128, 1024])
 def test_the_small_kernels_spill_nothing(capability: tuple[int, int], name: str, dim: int) -> None:
     assert resources.compile_kernel(name, capability, "half", dim).spilled_bytes == 0
-    if name == "conic.prepare":  # backward's
+    if name.endswith("prepare"):  # of the other pass
         assert resources.compile_kernel(name, capability, "half", dim, step=False).spilled_bytes == 0
 
 
@@ -214,3 +241,18 @@ def test_memory_of_conic_is_bounded_whatever_the_classifier(
         assert max(partial, parts) <= max(160 << 20, 4 * plan.padded_rows * (plan.padded_dim + 3) * 4)
         if (batch, dim) == (512, 128):
             assert max(partial, parts) <= 24 << 20
+
+
+@pytest.mark.parametrize("multiprocessors", [4, 108, 132])
+@pytest.mark.parametrize("consistency", [False, True])
+@pytest.mark.parametrize("dim", [16, 128, 256, 1024])
+def test_memory_of_nt_xent_is_bounded_whatever_the_batch(
+    multiprocessors: int, consistency: bool, dim: int
+) -> None:
+    for batch in (1, 256, 4096, 100_000):
+        plan = _nt_xent._plan(batch, dim, torch.bfloat16, "half", consistency, ((9, 0), multiprocessors))
+        partial = plan.statistics.ranges * plan.padded_rows * 5 * 4
+        parts = plan.gradient.ranges * plan.padded_rows * plan.padded_dim * 4
+        assert max(partial, parts) <= max(160 << 20, 4 * plan.padded_rows * (plan.padded_dim + 5) * 4)
+        if (batch, dim) == (4096, 128):
+            assert max(partial, parts) <= 48 << 20
