@@ -1,0 +1,83 @@
+"""What CO2 adds to MoCo (Wei et al., ICLR 2021): features that a few labels say more about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from matplotlib.figure import Figure
+
+from ..methods import MoCo
+from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
+
+V1 = {"head": "linear", "temperature": 0.07, "schedule": "step", "consistency_temperature": 0.04}
+V2 = {"head": "mlp", "temperature": 0.2, "schedule": "cosine", "consistency_temperature": 0.05}
+# Name: label in the figure, version, α. The paper's α are 10 for v1 and 0.3 for v2; the recipe's for digits
+# is 1 for v1.
+VARIANTS = {
+    "MoCo": ("MoCo", V1, 0.0),
+    "MoCo + CO2, α = 1": ("+ CO2\nα = 1", V1, 1.0),
+    "MoCo + CO2, α = 10": ("+ CO2\nα = 10", V1, 10.0),
+    "MoCo v2": ("MoCo v2", V2, 0.0),
+    "MoCo v2 + CO2, α = 0.3": ("+ CO2\nα = 0.3", V2, 0.3),
+}
+PAIRS = [
+    ("MoCo + CO2, α = 1", "MoCo"),
+    ("MoCo + CO2, α = 10", "MoCo"),
+    ("MoCo v2 + CO2, α = 0.3", "MoCo v2"),
+]
+
+
+def study(
+    epochs: PositiveInt = 30,
+    seeds: PositiveInt = 5,
+    batch_size: PositiveInt = 64,
+    learning_rate: PositiveFloat = 0.03,
+    queue_size: PositiveInt = 1024,
+    momentum: ClosedUnitInterval = 0.99,
+    quick: bool = False,
+    directory: str = "runs/studies",
+) -> dict[str, Any]:
+    """MoCo against MoCo + CO2, with the settings of MoCo v1 and of v2.
+
+    Leaves co2.png and co2.json. All variants have the same views, MoCo v2's like for digits.
+
+    Args:
+        epochs: of each training.
+        seeds: how many trainings of each variant.
+        batch_size: images a step.
+        learning_rate: at the start of the schedule.
+        queue_size: negative keys of 1437 images, so that none is older than an epoch.
+        momentum: of the key encoder, which is to follow within few epochs.
+        quick: two seeds of two short epochs, to see that it works.
+        directory: where the figure and its numbers go.
+
+    Returns:
+        What the JSON holds.
+    """
+    if quick:
+        epochs, seeds = 2, 2
+    settings = {"learning_rate": learning_rate, "queue_size": queue_size, "momentum": momentum}
+    variants = {
+        name: Variant(MoCo, {**version, **settings, "consistency_weight": weight}, batch_size)
+        for name, (_, version, weight) in VARIANTS.items()
+    }
+    runs = compare(variants, epochs, seeds, quick)
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for row, version in zip(figure.subplots(2, len(MEASURES), sharey="col"), (V1, V2), strict=True):
+        labels = {name: label for name, (label, which, _) in VARIANTS.items() if which is version}
+        for axes, measure in zip(row, MEASURES, strict=True):
+            dots(axes, runs, labels, measure)
+    figure.suptitle(f"MoCo on digits: {over(seeds)}")
+    return keep(
+        "co2",
+        {"epochs": epochs, "seeds": seeds, "batch_size": batch_size, **settings},
+        {
+            "Accuracy": table(runs, MEASURES),
+            "Paired differences": differences(runs, PAIRS, MEASURES),
+        },
+        runs,
+        figure,
+        directory,
+    )

@@ -1,0 +1,359 @@
+"""What the studies share: trainings of every variant with every seed, what they are worth, tables and files.
+
+A study's JSON holds its settings, the values of every training, and the rows of its tables. A value's name
+tells its unit: it ends in "%", in "°", or is a loss in nats.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import DrawnViews, Views
+from ..errors import UsageError
+from ..evaluation import Score, extract_features, format_table, knn_accuracy, probe_score
+from ..methods import Method
+
+UNTRAINED = "untrained"
+KNN, PROBE_1, PROBE_10 = "20 nearest neighbours, %", "probe of 1 % of the labels, %", "probe of 10 %, %"
+MEASURES = (KNN, PROBE_1, PROBE_10)
+LIMIT = 2**30  # bytes of views that are kept
+
+Run = dict[str, Any]  # what a training came to: values by name, and its curves
+Runs = dict[str, list[Run]]  # of each variant, a training a seed
+Row = dict[str, Any]  # of a table: names, and cells {"mean", "std"} or {"mean", "std", "p"}
+AtEnd = Callable[[Method, "SharedViews"], Run]
+
+
+# Views
+
+
+class Kept(Dataset):
+    """Batches of views that are drawn when they are first asked for, and kept for the next training of the
+    seed: an item is a list of (epoch, index), as `Order` gives them."""
+
+    def __init__(self, views: DrawnViews, epochs: int, size: int) -> None:
+        self.views = views
+        count = len(views.images)
+        self.drawn = np.zeros((epochs, count), dtype=bool)
+        self.kept = torch.empty(epochs, count, 2, 3, size, size)
+        self.labels = torch.empty(count, dtype=torch.int64)
+
+    def __getitem__(self, batch: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
+        for item in batch:
+            if not self.drawn[item]:
+                views, self.labels[item[1]], _ = self.views[item]
+                self.kept[item] = torch.stack(views)
+                self.drawn[item] = True
+        epochs, instances = torch.tensor(batch).T  # (B,) each
+        views = self.kept[epochs, instances].transpose(0, 1)  # (2, B, 3, H, W)
+        return list(views.contiguous()), self.labels[instances], instances
+
+
+class SharedViews(Views):
+    """The views of one seed, for all its trainings: to draw them takes longer than a small network's steps.
+
+    They are functions of (seed, epoch, instance), their order of (seed, epoch); batches of any size have the
+    same ones, so ``hparams.batch_size`` may change between trainings.
+
+    Args:
+        seed: of the views and their order.
+        epochs: of the longest training.
+        **views: arguments of `Views`.
+
+    Raises:
+        UsageError: the views of all epochs would take more than 1 GiB.
+    """
+
+    def __init__(self, seed: int, epochs: int, **views: Any) -> None:
+        super().__init__(**views)
+        self.of, self.epochs = seed, epochs
+        self.setup()
+        needed = 2 * epochs * self.num_instances * 4 * 3 * self.hparams.image_size**2
+        if needed > LIMIT:
+            raise UsageError(
+                f"epochs is {epochs}, whose views would take {needed / LIMIT:.1f} GiB; 1 GiB is kept at most"
+            )
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        self.seed = self.of
+
+    @cached_property
+    def kept(self) -> Kept:
+        return Kept(super().train_dataloader().dataset, self.epochs, self.hparams.image_size)
+
+    def train_dataloader(self) -> DataLoader:
+        # As its sampler, and not its batch sampler, Lightning tells the order each epoch.
+        return DataLoader(
+            self.kept, sampler=super().train_dataloader().batch_sampler, batch_size=None, **self._loading()
+        )
+
+    @cached_property
+    def fixed(self) -> Tensor:
+        """A view (N, 3, H, W) of every training image, none of those that are trained on."""
+        return torch.stack([self.kept.views[self.epochs, i][0][0] for i in range(self.num_instances)])
+
+    @cached_property
+    def plain(self) -> list[list[Any]]:
+        """Batches of the training images, and of the test images, without augmentation."""
+        return [list(loader) for loader in self.evaluation_dataloaders()]
+
+
+# Trainings
+
+
+class Variant(NamedTuple):
+    """One of the trainings that a study compares.
+
+    Attributes:
+        method: what is trained.
+        settings: its arguments.
+        batch_size: images a step.
+    """
+
+    method: type[Method]
+    settings: dict[str, Any]
+    batch_size: int = 64
+
+    def module(self, seed: int) -> Method:
+        """The untrained method. Of one seed, all of one architecture begin with the same backbone."""
+        seed_everything(seed, verbose=False)
+        return self.method(**{"arch": "convnet", "seed": seed, **self.settings})
+
+
+class EpochMeans(Callback):
+    """The mean of every value of a step, over each epoch, and what there is to say at its end."""
+
+    def __init__(self, at_end: AtEnd | None) -> None:
+        self.at_end = at_end
+        self.epochs: list[Run] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, module: Method) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: Method, *_: Any) -> None:
+        self.steps.append(module.values)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Method) -> None:
+        means = {
+            name: float(torch.stack([step[name] for step in self.steps]).mean()) for name in module.values
+        }
+        self.epochs.append(means | (self.at_end(module, trainer.datamodule) if self.at_end else {}))
+
+
+def train(
+    module: Method, views: SharedViews, epochs: int, quick: bool = False, at_end: AtEnd | None = None
+) -> list[Run]:
+    """Train on the CPU; returns the values of each epoch. `quick` ends an epoch after two steps."""
+    means = EpochMeans(at_end)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        limit_train_batches=2 if quick else None,
+        callbacks=[means],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers")  # nor needs them
+        trainer.fit(module, views)
+    if not np.isfinite(means.epochs[-1]["loss"]):
+        raise UsageError("the training diverged: its loss is no longer finite; lower the learning rate")
+    return means.epochs
+
+
+def worth(module: Method, views: SharedViews) -> Run:
+    """The measures of frozen features, of the 360 test images; probes are means over twenty draws of the
+    labels, the same for every network."""
+    train, test = (extract_features(module.backbone, batches, "cpu") for batches in views.plain)
+    return {
+        KNN: knn_accuracy(train, test, k=20),  # of 144 images a class
+        PROBE_1: probe_score(train, test, 0.01, seeds=20).mean,
+        PROBE_10: probe_score(train, test, 0.1, seeds=20).mean,
+    }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So small networks and probes are slower with more, and differ with their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def compare(
+    variants: Mapping[str, Variant],
+    epochs: int,
+    seeds: int,
+    quick: bool = False,
+    views: Callable[[int, int], SharedViews] = SharedViews,
+    measure: AtEnd = worth,
+    at_end: AtEnd | None = None,
+    after: Callable[[list[Run]], Run] | None = None,
+) -> Runs:
+    """Train every variant with every seed. All of a seed see the same views in the same order.
+
+    Args:
+        variants: by name.
+        epochs: of each training.
+        seeds: how many; they are 0, 1, …
+        quick: two steps an epoch.
+        views: of a seed, and so many epochs.
+        measure: what a network is worth.
+        at_end: values of an epoch, beside the means of its steps.
+        after: what a training came to beside its network, from the values of its epochs.
+
+    Returns:
+        The values of all trainings, and before them of the untrained networks.
+    """
+    runs: Runs = {UNTRAINED: [], **{name: [] for name in variants}}
+    for seed in range(seeds):
+        shared = views(seed, epochs)
+        for name, variant in variants.items():
+            shared.hparams.batch_size = variant.batch_size
+            module = variant.module(seed)
+            if len(runs[UNTRAINED]) == seed:
+                runs[UNTRAINED].append(measure(module, shared))
+            means = train(module, shared, epochs, quick, at_end)
+            runs[name].append(measure(module, shared) | (after(means) if after else {}))
+            said = (
+                f"{text(key, value)} {key}"
+                for key, value in runs[name][-1].items()
+                if isinstance(value, float)
+            )
+            print(f"seed {seed}, {name}: {', '.join(said)}", flush=True)
+    return runs
+
+
+# Tables
+
+
+def score(values: Sequence[float]) -> Row:
+    """A table's cell: mean and deviation over seeds; of one seed there is no deviation."""
+    return Score.of(values)._asdict()
+
+
+def table(runs: Runs, columns: Sequence[str]) -> list[Row]:
+    """A row a variant: mean and deviation of each value over the seeds."""
+    return [
+        {
+            "variant": name,
+            **{
+                column: score([run[column] for run in runs[name]]) if column in runs[name][0] else None
+                for column in columns
+            },
+        }
+        for name in runs
+    ]
+
+
+def differences(runs: Runs, pairs: Iterable[tuple[str, str]], columns: Sequence[str]) -> list[Row]:
+    """A row a pair of variants: mean and deviation of their difference, seed by seed, and the probability p
+    of one as large if there were none (Student's paired test, two-sided, each cell for itself)."""
+    rows = []
+    for one, other in pairs:
+        row: Row = {"difference": f"{one} against {other}"}
+        for column in columns:
+            here, there = ([run[column] for run in runs[name]] for name in (one, other))
+            p = ttest_rel(here, there).pvalue if len(here) > 1 else float("nan")
+            row[column] = score(np.subtract(here, there)) | {"p": float(p) if np.isfinite(p) else None}
+        rows.append(row)
+    return rows
+
+
+def text(column: str, cell: Any) -> str:
+    """A cell as it is read: one digit after the point in percent and degrees, three in a loss."""
+    if cell is None:
+        return "–"
+    if isinstance(cell, str):
+        return cell
+    digits = 1 if column.endswith(("%", "°")) else 3
+    if isinstance(cell, float):
+        return f"{cell:.{digits}f}"
+    paired = "p" in cell
+    words = f"{cell['mean']:{'+' if paired else ''}.{digits}f}".replace("-", "−")
+    if cell["std"] is not None:
+        words += f" ± {cell['std']:.{digits}f}"
+    if paired and cell["p"] is not None:
+        words += f" (p = {cell['p']:.2g})" if cell["p"] >= 0.001 else " (p < 0.001)"
+    return words
+
+
+def texts(rows: Sequence[Row]) -> list[dict[str, str]]:
+    return [{column: text(column, cell) for column, cell in row.items()} for row in rows]
+
+
+# Figures and files
+
+
+def dots(axes: Axes, runs: Runs, variants: Mapping[str, str], value: str, **line: Any) -> None:
+    """A value against variants, each with its label: a pale line a seed, and mean and deviation over them."""
+    values = np.array([[run[value] for run in runs[name]] for name in variants])  # (variants, seeds)
+    places = range(len(variants))
+    deviation = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
+    style = {"marker": "o", "capsize": 4, "zorder": 2} | line
+    mean, *_ = axes.errorbar(places, values.mean(axis=1), deviation, **style)
+    axes.plot(places, values, color=mean.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
+    axes.set_xticks(places, variants.values())
+    axes.margins(x=0.15)
+    axes.set_title(value, fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def over(seeds: int) -> str:
+    """What `dots` has drawn."""
+    return f"mean and standard deviation over {seeds} seeds, a pale line a seed"
+
+
+def keep(
+    name: str,
+    settings: Mapping[str, Any],
+    tables: Mapping[str, Sequence[Row]],
+    runs: Runs,
+    figure: Figure,
+    directory: str,
+) -> dict[str, Any]:
+    """Leave ``<name>.json`` and ``<name>.png`` in the directory and print the tables, each under its title.
+
+    Returns:
+        What the JSON holds.
+    """
+    result = {
+        "study": name,
+        "settings": dict(settings),
+        "torch": torch.__version__,
+        "tables": dict(tables),
+        "runs": runs,
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    for title, rows in tables.items():
+        print(f"\n{title}:\n\n{format_table(texts(rows))}")
+    print(f"\nFigure and numbers are kept in {folder}", flush=True)
+    return result

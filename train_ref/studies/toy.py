@@ -1,0 +1,176 @@
+"""ConIC's toy (figure 2, appendix D): eight images, features of two dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from sklearn.neighbors import KernelDensity
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from ..methods import ConIC, Method
+from .common import Run, Runs, SharedViews, Variant, compare, differences, keep, table
+
+IMAGES, VIEWS = 8, 20
+BANDWIDTH = 0.04  # the kernel's standard deviation; features have norm 1
+WITHIN, BETWEEN = "angle within an image, °", "angle between images, °"
+NEAREST = "nearest view is of the same image, %"
+MEASURES = (WITHIN, BETWEEN, NEAREST)
+CLASSIFICATION, CONSISTENCY = "classification loss", "consistency loss"
+DIRECTIONS = "directions of the views, °"  # (IMAGES, VIEWS)
+
+
+class EightImages(SharedViews):
+    """Views of eight training images, which the seed chooses."""
+
+    def __init__(self, seed: int, epochs: int) -> None:
+        super().__init__(seed, epochs, batch_size=IMAGES)
+
+    def _dataset(self, train: bool, transform: Any = None) -> Dataset:
+        images = super()._dataset(train, transform)
+        chosen = np.random.default_rng(self.of).choice(len(images), IMAGES, replace=False)
+        return Subset(images, chosen.tolist())
+
+
+@torch.no_grad()
+def spread(module: Method, views: SharedViews) -> Run:
+    """Where new random views of each image lie on the circle of normalised features, and how far apart."""
+    drawn = views.kept.views  # two views an item; those of later epochs are new
+    images = [
+        view
+        for instance in range(IMAGES)
+        for draw in range(VIEWS // 2)
+        for view in drawn[views.epochs + draw, instance][0]
+    ]
+    module.encoder.eval()
+    features = module.encoder(torch.stack(images)).double()  # (IMAGES · VIEWS, 2)
+    module.encoder.train()
+    directions = torch.rad2deg(torch.atan2(features[:, 1], features[:, 0])).unflatten(0, (IMAGES, VIEWS))
+    return angles(directions) | {DIRECTIONS: directions.round(decimals=1).tolist()}
+
+
+def angles(directions: Tensor) -> Run:
+    """Mean angles between the directions (images, views) of one image and of two, in degrees, and how often a
+    view's nearest is of its own image."""
+    images, views = directions.shape
+    flat = directions.flatten()
+    apart = ((flat[:, None] - flat + 180) % 360 - 180).abs()  # up to 180°
+    image = torch.arange(images).repeat_interleave(views)
+    same, itself = image[:, None] == image, torch.eye(len(image), dtype=torch.bool)
+    nearest = apart.masked_fill(itself, torch.inf).argmin(dim=1)
+    return {
+        WITHIN: float(apart[same & ~itself].mean()),
+        BETWEEN: float(apart[~same].mean()),
+        NEAREST: 100 * float((image[nearest] == image).double().mean()),
+    }
+
+
+def losses(epochs: list[Run]) -> Run:
+    return {
+        CLASSIFICATION: epochs[-1]["classification_loss"],
+        CONSISTENCY: epochs[-1]["consistency_loss"],
+    }
+
+
+def density(directions: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """The density of points on the unit circle at each point of a grid, by a Gaussian kernel.
+
+    Args:
+        directions: (n,) of the points, in degrees.
+        axis: (G,) coordinates of the grid.
+
+    Returns:
+        (G, G), with y along the rows.
+    """
+    angle = np.deg2rad(directions)
+    kernel = KernelDensity(bandwidth=BANDWIDTH).fit(np.stack([np.cos(angle), np.sin(angle)], axis=1))
+    x, y = np.meshgrid(axis, axis)
+    return np.exp(kernel.score_samples(np.stack([x.ravel(), y.ravel()], axis=1))).reshape(x.shape)
+
+
+def picture(directions: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """Densities (G, G, 3) of each image's views (IMAGES, VIEWS) on white, as opaque as they are high."""
+    drawn = np.ones((len(axis), len(axis), 3))
+    for views, color in zip(directions, colormaps["tab10"].colors, strict=False):
+        values = density(views, axis)
+        opacity = (values / values.max())[..., None]
+        drawn = drawn * (1 - opacity) + np.array(color) * opacity
+    return drawn
+
+
+def study(
+    epochs: PositiveInt = 200,
+    seeds: PositiveInt = 20,
+    learning_rate: PositiveFloat = 1e-4,
+    weight_decay: NonNegativeFloat = 1e-6,
+    consistency_weight: PositiveFloat = 0.1,
+    larger_weight: PositiveFloat = 2.5,
+    quick: bool = False,
+    directory: str = "runs/studies",
+) -> dict[str, Any]:
+    """ConIC on eight images with features of two dimensions, with and without consistency.
+
+    Leaves toy.png and toy.json. The picture shows the density of 20 random views of each image after the
+    training, by a Gaussian kernel of standard deviation 0.04.
+
+    Args:
+        epochs: of each training, one step each.
+        seeds: how many choices of eight images, and trainings of each variant.
+        learning_rate: at the start of the cosine.
+        weight_decay: of SGD.
+        consistency_weight: α, the paper's for its toy.
+        larger_weight: another α, the paper's for everything else.
+        quick: two seeds of two epochs, to see that it works.
+        directory: where the figure and its numbers go.
+
+    Returns:
+        What the JSON holds.
+    """
+    if quick:
+        epochs, seeds = 2, 2
+    settings = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    weights = {f"α = {weight:g}": weight for weight in (0.0, consistency_weight, larger_weight)}
+    variants = {
+        name: Variant(ConIC, {**settings, "dim": 2, "consistency_weight": weight}, batch_size=IMAGES)
+        for name, weight in weights.items()
+    }
+    runs = compare(variants, epochs, seeds, views=EightImages, measure=spread, after=losses)
+    none, *others = variants
+    columns = (*MEASURES, CLASSIFICATION, CONSISTENCY)
+    return keep(
+        "toy",
+        {
+            "epochs": epochs,
+            "seeds": seeds,
+            **settings,
+            "consistency_weight": consistency_weight,
+            "larger_weight": larger_weight,
+        },
+        {
+            "Angles between views, and the last step's losses": table(runs, columns),
+            "Paired differences": differences(runs, [(name, none) for name in others], columns),
+        },
+        runs,
+        draw(runs, list(variants), seeds=min(seeds, 4)),
+        directory,
+    )
+
+
+def draw(runs: Runs, variants: list[str], seeds: int) -> Figure:
+    """A row a variant, a picture a seed."""
+    axis = np.linspace(-1.2, 1.2, 241)
+    figure = Figure(figsize=(2.6 * seeds, 2.8 * len(variants)), layout="constrained")
+    panels = figure.subplots(len(variants), seeds, squeeze=False)
+    for row, name in zip(panels, variants, strict=True):
+        for seed, axes in enumerate(row):
+            directions = np.array(runs[name][seed][DIRECTIONS])
+            axes.imshow(picture(directions, axis), origin="lower", extent=(-1.2, 1.2, -1.2, 1.2))
+            axes.set_title(f"{name}, seed {seed}", fontsize=10)
+            axes.set(xticks=(), yticks=())
+    figure.suptitle("Densities of 20 views of each of eight images, a colour an image")
+    return figure
