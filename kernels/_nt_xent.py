@@ -110,7 +110,7 @@ _EXCLUDED = tl.constexpr(-1e30)
 # What a range of keys knows of a row: `partial`, (ranges, padded rows, 5).
 _PARTIAL = tl.constexpr(5)
 _MAX, _RANK, _Z_INSTANCE, _Z_QUERY, _D_QUERY = (tl.constexpr(i) for i in range(5))
-# What the gradient needs of it: `record`, (padded rows, 8); of the second half only what is RELATIVE.
+# What the gradient needs of it: `record`, (padded instances, 8, 2); the second four only where RELATIVE.
 _RECORD = tl.constexpr(8)
 _INSTANCE, _QUERY, _SLOPE, _KEY, _TOP, _QUERY_LOW, _KEY_LOW = (tl.constexpr(i) for i in range(7))
 # What forward returns of it, in float64: `statistics`, (2 B, 5), in the views' order.
@@ -119,7 +119,7 @@ _LARGEST, _OF_INSTANCE, _OF_CONSISTENCY, _MEAN, _OF_POSITIVE = (tl.constexpr(i) 
 
 # log2(e)/τ up to which exponentials of similarities within ±1 need no maximum.
 _LARGEST_SCALE = 64.0
-# In float16 the largest of the coefficients’ sizes becomes 2⁶ or up to half of it, unless that takes a factor
+# In float16 the largest of the coefficients' sizes becomes 2⁶ or up to half of it, unless that takes a factor
 # which overflows with those exponentials. H then fits: at most 2 (1 + 4/τc) times the size, and 4/τc < 2⁸.
 _LOG2_UNIT, _LEAST_LOG2_SIZE = tl.constexpr(6.0), tl.constexpr(-54.0)
 
@@ -329,8 +329,8 @@ def _known_of_rows(
 
 @triton.jit
 def _four_fields(half, BLOCK_K: tl.constexpr):
-    """Half of the records of a tile's rows: four fields of first views, and of second ones. Loaded all at
-    once, for fields loaded one by one would take as many copies."""
+    """Half of the records of a tile's rows: four fields of first views, and four of second ones. They are
+    loaded all at once, for one by one they would be as many copies to wait for."""
     instance = tl.arange(0, BLOCK_K // 2)[:, None, None]
     field, view = tl.arange(0, 4)[None, :, None], tl.arange(0, 2)[None, None, :]
     view1, view2 = tl.split(tl.load(half + instance * (2 * _RECORD) + field * 2 + view))

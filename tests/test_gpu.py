@@ -14,11 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.eager import eager_conic
-from contrastive_ops import available_backends, co2_loss, conic_loss, info_nce_loss, reference
+from bench.eager import eager_conic, eager_nt_xent
+from contrastive_ops import available_backends, co2_loss, conic_loss, info_nce_loss, nt_xent_loss, reference
 from contrastive_ops.functional import SGDStep
-from tests.cases import INTERPRETED, Case, ConICCase
-from tests.oracles import conic_loss_and_gradients, conic_oracle, distance, fused, oracle
+from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase
+from tests.oracles import (
+    conic_loss_and_gradients,
+    conic_oracle,
+    distance,
+    fused,
+    nt_xent_loss_and_gradients,
+    nt_xent_oracle,
+    oracle,
+)
 from tests.test_instances import STORAGES, Training, classifier, saved
 
 SERVING = [name for name in ("triton", "cuda") if available_backends()[name] and not INTERPRETED]
@@ -228,7 +236,7 @@ def test_memory_does_not_grow_with_the_queue(gpu_backend: str) -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(gpu_backend: str, tool: str) -> None:
     program = (
-        "import torch; from contrastive_ops import co2_loss, conic_loss\n"
+        "import torch; from contrastive_ops import co2_loss, conic_loss, nt_xent_loss\n"
         "from contrastive_ops.functional import SGDStep\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
         "    for batch, keys, dim in ((70, 333, 40), (5, 100, 300)):\n"
@@ -241,6 +249,8 @@ def test_compute_sanitizer_finds_nothing(gpu_backend: str, tool: str) -> None:
         f"        conic_loss(x, w, own, backend={gpu_backend!r}).backward()\n"
         "        step = SGDStep(torch.zeros_like(w), 0.1, 0.9, 1e-4, False)\n"
         f"        conic_loss(x, w, own, update=step, backend={gpu_backend!r}).backward()\n"
+        "        for weight in (0.0, 1.0):\n"
+        f"            nt_xent_loss(q, k, consistency_weight=weight, backend={gpu_backend!r}).backward()\n"
         "torch.cuda.synchronize()\n"
     )
     result = subprocess.run(
@@ -452,6 +462,212 @@ class TestConIC:
         small, large = extra(1 << 16), extra(1 << 20)
         assert large - 4 * (1 << 20) <= 1.1 * small + (1 << 20)
         assert large <= 64 << 20
+
+
+class TestNTXent:
+    @pytest.mark.slow
+    def test_offsets_beyond_32_bits(self, gpu_backend: str) -> None:
+        """2 B = 2²¹ + 128 rows of D = 1024 are more than 2³¹ elements. Only the first instance's and the last
+        one's are not zero, and are equal."""
+        batch, dim = (1 << 20) + 64, 1024
+        view = torch.zeros(batch, dim, device="cuda", dtype=torch.bfloat16)
+        view[0, 5] = view[-1, 5] = 1.0
+        view1, view2 = view.clone().requires_grad_(), view.requires_grad_()
+        loss, metrics = nt_xent_loss(
+            view1, view2, temperature=0.1, normalize=False, reduction="none", return_metrics=True,
+            backend=gpu_backend,
+        )  # fmt: skip
+        total = 3 * math.exp(10) + 2 * batch - 4
+        loss = loss.view(2, batch)
+        torch.testing.assert_close(loss[:, [0, -1]], torch.full_like(loss[:, :2], math.log(total) - 10))
+        torch.testing.assert_close(loss[:, 1:-1], torch.full_like(loss[:, 1:-1], math.log(2 * batch - 1)))
+        assert not metrics.positive_rank.any()
+        loss.sum().backward()
+        of_equal = (
+            2 * (3 * math.exp(10) / total - 1) / 0.1
+        )  # of an entry that is 1, by its own and others' loss
+        for each in (view1, view2):
+            assert each.grad is not None
+            gradient = each.grad[[0, -1]].double()
+            assert gradient[:, 5].tolist() == pytest.approx([of_equal] * 2, rel=1e-2)
+            assert gradient.count_nonzero() == 2
+
+    @pytest.mark.parametrize("strides", [(1 << 32, 64, 1), (64, 1 << 27, 1), (4096, 64, 1 << 27)])
+    def test_strides_beyond_32_bits(self, gpu_backend: str, strides: tuple[int, int, int]) -> None:
+        shape = (2, 33, 33)
+        case = NTXentCase(batch=33, dim=33, dtype=torch.bfloat16)
+        views = torch.stack(case.tensors()).cuda()
+        length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        spread = torch.empty(length, device="cuda", dtype=torch.bfloat16).as_strided(shape, strides)
+        spread.copy_(views)
+        results = []
+        for each in (views, spread):
+            settings = (0.5, 0.05, 1.0, True, gpu_backend)
+            loss, *_, statistics = torch.ops.contrastive_ops.nt_xent(each, *settings)
+            grad = torch.ones_like(loss)
+            gradient = torch.ops.contrastive_ops.nt_xent_backward(grad, each, statistics, *settings)
+            results.append((loss, gradient))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("consistency_weight", [0.0, 1.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_graph_capture_and_replay(
+        self, gpu_backend: str, dtype: torch.dtype, consistency_weight: float
+    ) -> None:
+        case = NTXentCase(batch=300, dim=64, dtype=dtype, consistency_weight=consistency_weight)
+        views = [view.cuda().requires_grad_() for view in case.tensors()]
+
+        def step() -> tuple[Tensor, ...]:
+            loss = nt_xent_loss(*views, **case.settings(), backend=gpu_backend)
+            return loss.detach(), *torch.autograd.grad(loss, views)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        for seed in (5, 6):
+            with torch.no_grad():
+                for x, y in zip(views, case.replace(seed=seed).tensors(), strict=True):
+                    x.copy_(y)
+            graph.replay()
+            for result, expected in zip(results, step(), strict=True):
+                assert torch.equal(result, expected)
+
+    def test_nothing_waits_for_the_gpu(self, gpu_backend: str) -> None:
+        views = [view.cuda().requires_grad_() for view in NTXentCase().tensors()]
+        for weight in (0.0, 1.0):
+            nt_xent_loss(*views, consistency_weight=weight, backend=gpu_backend).backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for weight in (0.0, 1.0):
+                loss, _ = nt_xent_loss(
+                    *views, consistency_weight=weight, return_metrics=True, backend=gpu_backend
+                )
+                loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_two_streams(self, gpu_backend: str) -> None:
+        cases = [NTXentCase(batch=2000, dim=128, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)]
+        tensors = [[view.cuda() for view in case.tensors()] for case in cases]
+        settings = {**cases[0].settings(), "backend": gpu_backend}
+        expected = [nt_xent_loss_and_gradients(nt_xent_loss, *each, **settings) for each in tensors]
+        streams = [torch.cuda.Stream() for _ in tensors]
+        torch.cuda.synchronize()
+        for _ in range(20):
+            results = []
+            for stream, each in zip(streams, tensors, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(nt_xent_loss_and_gradients(nt_xent_loss, *each, **settings))
+            torch.cuda.synchronize()
+            for result, of_one in zip(results, expected, strict=True):
+                for a, b in zip(result, of_one, strict=True):
+                    assert torch.equal(a, b)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU only")
+    def test_another_device_than_the_current_one(self, gpu_backend: str) -> None:
+        views = NTXentCase().tensors()
+        expected, actual = (
+            nt_xent_loss_and_gradients(
+                nt_xent_loss,
+                *(view.to(device) for view in views),
+                consistency_weight=1.0,
+                backend=gpu_backend,
+            )
+            for device in ("cuda:0", "cuda:1")
+        )
+        assert torch.cuda.current_device() == 0
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a.cpu(), b.cpu())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dim", [128, 256, 512, 1000])
+    @pytest.mark.parametrize("batch", [16, 333, 1500])
+    @pytest.mark.parametrize("consistency_weight", [0.0, 1.0])
+    @pytest.mark.parametrize("normalize", [False, True])
+    def test_every_tile_of_the_table(
+        self, gpu_backend: str, dtype: torch.dtype, dim: int, batch: int, consistency_weight: float,
+        normalize: bool,
+    ) -> None:  # fmt: skip
+        """And both kinds of exponentials, which follow `normalize`."""
+        case = NTXentCase(
+            batch=batch, dim=dim, dtype=dtype, consistency_weight=consistency_weight, normalize=normalize
+        )
+        views = [view.cuda() for view in case.tensors()]
+        expected = nt_xent_oracle(*views, **case.settings())
+        eager = nt_xent_loss_and_gradients(eager_nt_xent, *views, **case.settings())
+        actual = nt_xent_loss_and_gradients(nt_xent_loss, *views, **case.settings(), backend=gpu_backend)
+        relative = (1e-6, 1e-5) if dtype == torch.float32 else (torch.finfo(dtype).eps,) * 2
+        for a, b, e, rounding in zip(actual, eager, expected, relative, strict=True):
+            assert distance(a, e) <= 2 * distance(b, e) + rounding * e.norm()
+
+    @pytest.mark.parametrize("consistency_weight", [0.0, 1.0])
+    def test_bfloat16_is_no_worse_than_eager(self, gpu_backend: str, consistency_weight: float) -> None:
+        """At full size, where the interpreter cannot go."""
+        case = NTXentCase(
+            batch=4096, dim=128, dtype=torch.bfloat16, temperature=0.1, consistency_weight=consistency_weight
+        )
+        views = [view.cuda() for view in case.tensors()]
+        expected = nt_xent_oracle(*views, **case.settings())
+        eager = nt_xent_loss_and_gradients(eager_nt_xent, *views, **case.settings())
+        actual = nt_xent_loss_and_gradients(nt_xent_loss, *views, **case.settings(), backend=gpu_backend)
+        for a, b, e in zip(actual, eager, expected, strict=True):
+            assert distance(a, e) <= distance(b, e)
+
+    @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+    def test_float32_follows_the_matmul_precision(self, gpu_backend: str, precision: str) -> None:
+        case = NTXentCase(batch=1000, dim=128)
+        views = [view.cuda() for view in case.tensors()]
+        expected = nt_xent_oracle(*views, **case.settings())
+        torch.set_float32_matmul_precision(precision)
+        try:
+            actual = nt_xent_loss_and_gradients(nt_xent_loss, *views, **case.settings(), backend=gpu_backend)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        allowed = 1e-6 if precision == "highest" else 5e-3
+        for a, e, relative in zip(actual, expected, (allowed, 10 * allowed), strict=True):
+            assert distance(a, e) <= relative * e.norm()
+
+    @pytest.mark.parametrize("precision", ["highest", "high"])
+    def test_a_nan_made_on_the_gpu_stays_one(self, gpu_backend: str, precision: str) -> None:
+        views = [view.cuda() for view in NTXentCase(batch=300, dim=64).tensors()]
+        views[1][123, 5] = torch.zeros((), device="cuda") / torch.zeros((), device="cuda")
+        torch.set_float32_matmul_precision(precision)
+        try:
+            results = nt_xent_loss_and_gradients(
+                nt_xent_loss, *views, consistency_weight=1.0, backend=gpu_backend
+            )
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        for result in results:
+            assert result.isnan().all()
+
+    @pytest.mark.parametrize("consistency_weight", [0.0, 1.0])
+    def test_memory_grows_with_the_batch_not_with_its_square(
+        self, gpu_backend: str, consistency_weight: float
+    ) -> None:
+        """The similarities of 32768 rows would be 4 GiB in float32."""
+
+        def extra(batch: int) -> int:
+            case = NTXentCase(batch=batch, dim=128, dtype=torch.bfloat16)
+            views = [view.cuda().requires_grad_() for view in case.tensors()]
+            settings = {"consistency_weight": consistency_weight, "backend": gpu_backend}
+            nt_xent_loss(*views, **settings).backward()
+            for view in views:
+                view.grad = None
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            nt_xent_loss(*views, **settings).backward()
+            return torch.cuda.max_memory_allocated() - before
+
+        small, large = extra(2048), extra(16384)
+        assert large <= 8.8 * small
+        assert large <= 128 << 20
 
 
 class TestRows:
