@@ -468,8 +468,8 @@ _classifiers: weakref.WeakSet[InstanceClassifier] = weakref.WeakSet()
 
 
 def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
-    """Runs before any optimiser's step, once there is a classifier whose rows are not all active. One that lets
-    `optimizers` of its own take the step is not asked: they are."""
+    """Runs before any optimiser's step, once there is a classifier whose rows are not all active. One that
+    lets `optimizers` of its own take the step is not asked: they are."""
     if isinstance(optimizer, DelayedSGD) or hasattr(optimizer, "optimizers"):
         return
     delayed = {id(c.weight) for c in _classifiers if len(c.weight) < c.num_instances}
