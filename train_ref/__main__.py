@@ -169,8 +169,10 @@ def main(args: list[str] | None = None) -> None:
             parser_kwargs={
                 "description": DESCRIPTION,
                 "formatter_class": RawDescriptionHelpFormatter,
+                "allow_abbrev": False,
                 "exit_on_error": False,
                 "fit": {
+                    "allow_abbrev": False,
                     "exit_on_error": False,
                     "description": "Trains as a recipe says; options change its settings. All options of "
                     "Lightning's Trainer work, also the many not listed here: --trainer.<name>.",

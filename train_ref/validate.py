@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bench.eager import eager_co2, eager_conic, eager_nt_xent
+from bench.machine import describe
 from bench.memory import resident_mib
 from contrastive_ops import CO2Loss, NTXentLoss, available_backends
 
@@ -414,12 +414,7 @@ def validate(
         "seed": seed,
     }  # fmt: skip
     result = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
+        "machine": describe("cuda" if on_gpu else "cpu"),
         "settings": settings,
         "verdicts": [asdict(verdict) for verdict in verdicts],
     }

@@ -70,6 +70,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
         (["fit"], "fit needs --config"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["fit", *SYNTHETIC, "--model.temprature=0.1"], "temprature"),
+        (["fit", *SYNTHETIC, "--model.temp=0.1"], "model.temp"),  # no abbreviations
         (["fit", *SYNTHETIC, "--model.temperature=0"], "temperature"),
         (["fit", *SYNTHETIC, "--model.arch=resnet34"], "resnet34"),
         (["fit", *SYNTHETIC, "--ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from scipy.stats import ttest_rel
 
 from train_ref import __main__ as command_line
+from train_ref import report
 from train_ref.data import Views
 from train_ref.errors import UsageError
 from train_ref.methods import ConIC, MoCo, SimCLR
-from train_ref.studies import STUDIES, report, sampling, toy
+from train_ref.studies import STUDIES, sampling, toy
 from train_ref.studies.common import SharedViews, Variant, differences, text, train
 
 # The rows of each study's first table, and how many differences it tells.
@@ -23,7 +24,17 @@ ROWS = {
         ["untrained", "MoCo", "MoCo + CO2, α = 1", "MoCo + CO2, α = 10", "MoCo v2", "MoCo v2 + CO2, α = 0.3"],
         3,
     ),
-    "simclr": (["untrained", "SimCLR", "SimCLR + CO2, α = 0.3", "SimCLR + CO2, α = 1"], 2),
+    "simclr": (
+        [
+            "untrained",
+            *(
+                f"SimCLR, τ = {τ}{co2}"
+                for τ in (0.5, 0.1)
+                for co2 in ("", " + CO2, α = 0.3", " + CO2, α = 1")
+            ),
+        ],
+        4,
+    ),
     "consistency": (["untrained", "α = 0", "α = 0.5", "α = 1", "α = 2.5", "α = 5"], 4),
     "batch_size": (
         ["untrained", *(f"{method}, {size}" for method in ("ConIC", "SimCLR") for size in (16, 32, 64, 128))],
@@ -45,9 +56,9 @@ def test_a_quick_study_leaves_its_figure_and_its_numbers(name, tmp_path, capsys,
     assert torch.get_num_threads() == threads
 
     rows, pairs = ROWS[name]
-    first, second = result["tables"].values()
+    first, *_, last = result["tables"].values()
     assert [row["variant"] for row in first] == rows
-    assert len(second) == pairs
+    assert len(last) == pairs
     trained = [runs for variant, runs in result["runs"].items() if variant != "untrained"]
     assert all(len(runs) == 2 and runs[0] != runs[1] for runs in trained)  # two seeds
     output = capsys.readouterr().out
@@ -191,6 +202,12 @@ def test_the_results_that_are_told_are_those_that_are_kept(tmp_path):
         assert between[1] == report.section(result, "figures")
         runs = next(iter(result["runs"].values()))
         assert len(runs) == result["settings"]["seeds"] >= 3
+    for name, tell in (("validate", report.agreement), ("step", report.step)):
+        files = sorted((report.DOCS / "figures").glob(f"{name}-*.json"))
+        results = [json.loads(file.read_text()) for file in files]
+        between = re.search(f"<!-- {name}:begin -->\n(.*)\n<!-- {name}:end -->", told, re.DOTALL)
+        assert between[1] == tell(results)
+        assert all(verdict["passed"] for result in results for verdict in result["verdicts"])
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,16 @@ from .common import MEASURES, Run, Variant, compare, differences, dots, keep, ov
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.5, 5.0)  # the paper chooses 2.5
 LABELS = {f"α = {weight:g}": f"{weight:g}" for weight in WEIGHTS}
-CLASSIFICATION, CONSISTENCY = "classification loss", "consistency loss"
+CLASSIFICATION, CONSISTENCY, EARLY = "classification loss", "consistency loss", "classification loss, early"
 CURVE = "classification loss of each epoch"
 
 
 def losses(means: list[Run]) -> Run:
-    """Both losses as they end, means over the last epoch, of a view and of a pair of views."""
+    """Both losses as they end, and the first after a sixth of the training: means over an epoch."""
     return {
         CLASSIFICATION: means[-1]["classification_loss"],
         CONSISTENCY: means[-1]["consistency_loss"],
+        EARLY: means[(len(means) - 1) // 6]["classification_loss"],
         CURVE: [epoch["classification_loss"] for epoch in means],
     }
 
@@ -57,13 +58,13 @@ def study(
     }
     runs = compare(variants, epochs, seeds, quick, after=losses)
 
-    columns = (CLASSIFICATION, CONSISTENCY, *MEASURES)
+    drawn = (CLASSIFICATION, CONSISTENCY, *MEASURES)
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 3).flat
-    for axes, column in zip(panels, columns, strict=False):
+    for axes, column in zip(panels, drawn, strict=False):
         dots(axes, runs, LABELS, column)
         axes.set_xlabel("consistency weight α")
-    (axes,) = panels[len(columns) :]
+    (axes,) = panels[len(drawn) :]
     for name in LABELS:
         axes.plot(range(1, epochs + 1), np.mean([run[CURVE] for run in runs[name]], axis=0), label=name)
     axes.set_title(CURVE, fontsize=10)
@@ -72,12 +73,16 @@ def study(
     axes.legend()
     figure.suptitle(f"ConIC on digits: {over(seeds)}")
     none, *others = LABELS
+    pairs = [(name, none) for name in others]
+    terms = (EARLY, CLASSIFICATION, CONSISTENCY)
     return keep(
         "consistency",
         {"epochs": epochs, "seeds": seeds, "batch_size": batch_size, "learning_rate": learning_rate},
         {
-            "Losses at the end, and accuracy": table(runs, columns),
-            "Paired differences": differences(runs, [(name, none) for name in others], columns),
+            "Losses of the last epoch, and of an early one": table(runs, terms),
+            "Paired differences of losses": differences(runs, pairs, terms),
+            "Accuracy": table(runs, MEASURES),
+            "Paired differences of accuracy": differences(runs, pairs, MEASURES),
         },
         runs,
         figure,
