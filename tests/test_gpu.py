@@ -7,6 +7,8 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,37 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
 def on_gpu(case: Case | ConICCase) -> tuple[Tensor, Tensor, Tensor]:
     first, second, third = (x.cuda() for x in case.tensors())
     return first, second, third
+
+
+def hold_in_a_graph(
+    step: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], cases: Iterable[Sequence[Tensor]]
+) -> None:
+    """Capture `step`: a replay computes anew from what its inputs hold then, here the tensors of each case.
+    Capture would raise on any synchronisation."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for case in cases:
+        with torch.no_grad():
+            for x, y in zip(inputs, case, strict=True):
+                x.copy_(y)
+        graph.replay()
+        for result, expected in zip(results, step(), strict=True):
+            assert torch.equal(result, expected)
+
+
+@contextmanager
+def nothing_may_wait() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_serves_gpu_tensors_unasked() -> None:
@@ -81,7 +114,6 @@ def test_offsets_beyond_32_bits(gpu_backend: str, dtype: torch.dtype, columns: b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_graph_capture_and_replay(gpu_backend: str, dtype: torch.dtype) -> None:
-    """A replay computes anew from what the inputs hold then; capture would raise on any synchronisation."""
     query, key, queue = on_gpu(Case(batch=40, keys=3000, dim=64, dtype=dtype))
     query.requires_grad_()
 
@@ -89,35 +121,17 @@ def test_graph_capture_and_replay(gpu_backend: str, dtype: torch.dtype) -> None:
         loss = co2_loss(query, key, queue, backend=gpu_backend)
         return loss.detach(), torch.autograd.grad(loss, query)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
-    for seed in (5, 6):
-        with torch.no_grad():
-            fresh = on_gpu(Case(batch=40, keys=3000, dim=64, dtype=dtype, seed=seed))
-            for x, y in zip((query, key, queue), fresh, strict=True):
-                x.copy_(y)
-        graph.replay()
-        expected_loss, expected_gradient = step()
-        assert torch.equal(loss, expected_loss)
-        assert torch.equal(gradient, expected_gradient)
+    cases = (on_gpu(Case(batch=40, keys=3000, dim=64, dtype=dtype, seed=seed)) for seed in (5, 6))
+    hold_in_a_graph(step, (query, key, queue), cases)
 
 
 def test_nothing_waits_for_the_gpu(gpu_backend: str) -> None:
     query, key, queue = on_gpu(Case())
     query.requires_grad_()
     co2_loss(query, key, queue, backend=gpu_backend).backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_may_wait():
         loss, _ = co2_loss(query, key, queue, return_metrics=True, backend=gpu_backend)
         loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_two_streams(gpu_backend: str) -> None:
@@ -312,34 +326,17 @@ class TestConIC:
             loss = conic_loss(views, weight, target, backend=gpu_backend)
             return loss.detach(), *torch.autograd.grad(loss, (views, weight))
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step()
-        for seed in (5, 6):
-            with torch.no_grad():
-                for x, y in zip((views, weight, target), on_gpu(case.replace(seed=seed)), strict=True):
-                    x.copy_(y)
-            graph.replay()
-            for result, expected in zip(results, step(), strict=True):
-                assert torch.equal(result, expected)
+        hold_in_a_graph(step, (views, weight, target), (on_gpu(case.replace(seed=seed)) for seed in (5, 6)))
 
     def test_nothing_waits_for_the_gpu(self, gpu_backend: str) -> None:
         views, weight, target = on_gpu(ConICCase())
         views.requires_grad_(), weight.requires_grad_()
         conic_loss(views, weight, target, backend=gpu_backend).backward()
         step = SGDStep(torch.zeros_like(weight), 0.1, 0.9, 1e-4, nesterov=False)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_may_wait():
             loss, _ = conic_loss(views, weight, target, return_metrics=True, backend=gpu_backend)
             loss.backward()
             conic_loss(views, weight, target, update=step, backend=gpu_backend).backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_two_streams(self, gpu_backend: str) -> None:
         cases = [
@@ -522,35 +519,18 @@ class TestNTXent:
             loss = nt_xent_loss(*views, **case.settings(), backend=gpu_backend)
             return loss.detach(), *torch.autograd.grad(loss, views)
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step()
-        for seed in (5, 6):
-            with torch.no_grad():
-                for x, y in zip(views, case.replace(seed=seed).tensors(), strict=True):
-                    x.copy_(y)
-            graph.replay()
-            for result, expected in zip(results, step(), strict=True):
-                assert torch.equal(result, expected)
+        hold_in_a_graph(step, views, (case.replace(seed=seed).tensors() for seed in (5, 6)))
 
     def test_nothing_waits_for_the_gpu(self, gpu_backend: str) -> None:
         views = [view.cuda().requires_grad_() for view in NTXentCase().tensors()]
         for weight in (0.0, 1.0):
             nt_xent_loss(*views, consistency_weight=weight, backend=gpu_backend).backward()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_may_wait():
             for weight in (0.0, 1.0):
                 loss, _ = nt_xent_loss(
                     *views, consistency_weight=weight, return_metrics=True, backend=gpu_backend
                 )
                 loss.backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_two_streams(self, gpu_backend: str) -> None:
         cases = [NTXentCase(batch=2000, dim=128, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)]
