@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import json
 import sys
@@ -345,6 +346,7 @@ def validate(
         kind, settings = CASES[method]
         if kind is MoCo:
             settings = {"queue_size": queue_size, **settings}
+        gc.collect()  # networks of earlier runs: the trainer and they refer to each other
         seed_everything(seed, verbose=False)
         module = kind(
             arch=network, stem="imagenet" if image_size > 64 else "small", dim=dim, seed=seed, **settings
@@ -376,6 +378,8 @@ def validate(
     verdicts = []
     for method in methods:
         _, comparison = train(method, compared, CompareGradients())
+        differences = max(comparison.losses), max(comparison.gradients)
+        del comparison  # and the network with it
         runs = [Run()] * 4
         if free:
             runs = [
@@ -394,8 +398,7 @@ def validate(
         verdict = Verdict(
             method,
             backend,
-            max(comparison.losses),
-            max(comparison.gradients),
+            *differences,
             drift(eager, fused) if free else 0.0,
             max(drift(*pair) for pair in pairs) if free else 0.0,
             fused,

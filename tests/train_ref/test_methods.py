@@ -58,10 +58,10 @@ def test_instdisc_classifies_by_past_features_and_remembers_the_new(make_method,
 @pytest.mark.parametrize("name", ["simclr", "instdisc"])
 def test_the_loss_falls_on_digits(make_method, make_trainer, name):
     record = Record()
-    method = make_method(name, learning_rate=0.1)
-    make_trainer(max_epochs=4, limit_train_batches=8, callbacks=[record]).fit(method, digits())
-    losses = [epoch["loss"] for epoch in record.epochs]
-    assert losses[-1] < 0.9 * losses[0]
+    method = make_method(name, learning_rate=0.03)
+    make_trainer(max_epochs=2, callbacks=[record]).fit(method, digits())  # InstDisc must have seen all images
+    first, last = (epoch["loss"] for epoch in record.epochs)
+    assert last < 0.85 * first
 
 
 @pytest.mark.parametrize("name", METHODS)
