@@ -41,12 +41,18 @@ def agreement(results: Sequence[dict[str, Any]]) -> str:
 
     def row(result: dict[str, Any]) -> list[str]:
         settings, verdicts = result["settings"], result["verdicts"]
-        values = ("loss_difference", "gradient_difference", "drift", "eager_drift")
+
+        def largest(value: str) -> str:
+            return f"{max(verdict[value] for verdict in verdicts):.1e}"
+
         return [
             f"{settings['network']}, {settings['precision']}",
             str(settings["batch_size"]),
             str(settings["steps"]),
-            *(f"{max(verdict[value] for verdict in verdicts):.1e}" for value in values),
+            largest("loss_difference"),
+            largest("gradient_difference"),
+            largest("drift"),
+            largest("eager_drift") if verdicts[0]["permuted"] else "–",
             f"{sum(verdict['passed'] for verdict in verdicts)} of {len(verdicts)}",
         ]
 
