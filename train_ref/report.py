@@ -48,6 +48,7 @@ def agreement(results: Sequence[dict[str, Any]]) -> str:
         return [
             f"{settings['network']}, {settings['precision']}",
             str(settings["batch_size"]),
+            f"{settings['learning_rate']:.2g}",
             str(settings["steps"]),
             largest("loss_difference"),
             largest("gradient_difference"),
@@ -56,8 +57,8 @@ def agreement(results: Sequence[dict[str, Any]]) -> str:
             f"{sum(verdict['passed'] for verdict in verdicts)} of {len(verdicts)}",
         ]
 
-    header = ["network", "batch", "steps", "losses", "gradients", "drift", "eager's own drift", "passed"]
-    return table(header, map(row, results))
+    header = ["network", "batch", "learning rate", "steps", "losses", "gradients", "drift"]
+    return table([*header, "eager's own drift", "passed"], map(row, results))
 
 
 def step(results: Sequence[dict[str, Any]]) -> str:
