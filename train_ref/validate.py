@@ -35,14 +35,8 @@ from .methods import ConIC, InstDisc, Method, MoCo, SimCLR
 from .networks import Architecture
 from .timing import LossClock
 
-# Of SGD, for each image of a batch: the papers' 0.03 for 256, and 0.06 for 512. An untrained ResNet makes
-# roundings twenty times larger every step with it, so where curves are to stay together it is a tenth.
-LEARNING_RATE = {
-    "32-true": 0.03 / 256,
-    "64-true": 0.003 / 256,
-    "bf16-mixed": 0.03 / 256,
-    "16-mixed": 0.03 / 256,
-}
+# Of SGD, for each image of a batch: the papers' 0.03 for 256, and 0.06 for 512.
+LEARNING_RATE = 0.03 / 256
 # Each method with the settings of its paper that its loss has.
 MOCO_V1 = {"head": "linear", "temperature": 0.07, "consistency_temperature": 0.04}
 MOCO_V2 = {"head": "mlp", "temperature": 0.2, "consistency_temperature": 0.05}
@@ -62,15 +56,14 @@ CASES: dict[str, tuple[type[Method], dict[str, Any]]] = {
 # How far losses and gradients may be apart at the same weights, relative (L2). In half precision the eager
 # code rounds every similarity, so what is stated there is its distance.
 TOLERANCE = {"32-true": 1e-5, "64-true": 1e-10, "bf16-mixed": 5e-2, "16-mixed": 1e-2}
-# Of curves in float64. In lower precision training amplifies roundings: there, two eager runs whose keys are
-# in another order tell how far curves get apart that are the same but for roundings.
-FLOAT64_DRIFT = 1e-8
+# Training amplifies roundings: eager runs whose keys are in another order tell how far curves get apart that
+# are the same but for roundings.
+PERMUTATIONS = 2  # eager runs with keys in another order
 MOST_DRIFT = 2.0  # times the largest of the eager runs'
-# Where a unit's sign, of some that are nearly zero, depends on a rounding, the loss moves by about 1e-3 at
-# once. Which run that happens to is chance: less than this tells nothing. In half precision all eager runs
-# round similarities alike, whatever their order.
-LEAST_DRIFT = {"32-true": 1e-3, "bf16-mixed": 5e-2, "16-mixed": 1e-2}
-PERMUTATIONS = 2  # eager runs with keys in another order; none in float64, where they decide nothing
+# Less than this tells nothing. Where a unit's sign, of some that are nearly zero, depends on a rounding of
+# float32, the loss moves by about 1e-3 at once; which run that happens to is chance. In half precision all
+# eager runs round similarities alike, whatever their order.
+LEAST_DRIFT = {"32-true": 1e-3, "64-true": 1e-8, "bf16-mixed": 5e-2, "16-mixed": 1e-2}
 
 Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
 
@@ -253,9 +246,7 @@ class Verdict:
     passed: bool = False
 
     def judge(self, precision: str) -> None:
-        allowed = FLOAT64_DRIFT
-        if precision != "64-true":
-            allowed = max(MOST_DRIFT * self.eager_drift, LEAST_DRIFT[precision])
+        allowed = max(MOST_DRIFT * self.eager_drift, LEAST_DRIFT[precision])
         tolerance = TOLERANCE[precision]
         same = max(self.loss_difference, self.gradient_difference) <= tolerance
         self.passed = bool(same and self.drift <= allowed)
@@ -270,7 +261,7 @@ class Verdict:
             "losses": f"{self.loss_difference:.1e}",
             "gradients": f"{self.gradient_difference:.1e}",
             "drift": f"{self.drift:.1e}",
-            "eager's own": f"{self.eager_drift:.1e}" if self.permuted else "–",
+            "eager's own": f"{self.eager_drift:.1e}",
             "loss in a step, fused": share(self.fused),
             "eager": share(self.eager),
             "memory": f"{self.fused.peak_mib:.0f}",
@@ -326,18 +317,17 @@ def validate(
         batch_size: images a step.
         queue_size: K of MoCo.
         dim: D of what is contrasted.
-        learning_rate: by default the papers', in proportion to the batch, and in float64 a tenth of it.
+        learning_rate: by default the papers', in proportion to the batch.
         accelerator: cpu, gpu or auto.
         free: false leaves out the free runs, and their times with them.
         seed: of everything.
         output: folder of what is left.
     """
-    orders = range(1, 1 + PERMUTATIONS) if precision != "64-true" else ()
     unknown = [name for name in methods if name not in CASES]
     if unknown:
         raise UsageError(f"methods: there is no {unknown[0]}; there are {', '.join(CASES)}")
     if learning_rate is None:
-        learning_rate = LEARNING_RATE[precision] * batch_size
+        learning_rate = LEARNING_RATE * batch_size
     on_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
     backend = backend or ("triton" if on_gpu else "cpu")
     status = available_backends().get(backend, "there is none of that name")
@@ -406,7 +396,10 @@ def validate(
                 for criterion in (
                     lambda module: module.criterion,
                     lambda module: Eager(module.criterion),
-                    *(lambda module, order=order: Eager(module.criterion, order) for order in orders),
+                    *(
+                        lambda module, order=order: Eager(module.criterion, order)
+                        for order in range(1, 1 + PERMUTATIONS)
+                    ),
                 )
             ]
         fused, eager, *permuted = runs
@@ -445,13 +438,10 @@ def validate(
     )
     if free:
         draw(verdicts, folder / "validate.png")
-        rule = (
-            f"{FLOAT64_DRIFT:g}"
-            if precision == "64-true"
-            else f"{MOST_DRIFT:g} × the largest of eager runs whose keys are in another order, or "
-            f"{LEAST_DRIFT[precision]:g}"
+        print(
+            f"Curves of free runs may drift apart by {MOST_DRIFT:g} × the largest of eager runs whose keys "
+            f"are in another order, or {LEAST_DRIFT[precision]:g} (relative, root mean square)."
         )
-        print(f"Curves of free runs may drift apart by {rule} (relative, root mean square).")
     print(f"Curves and numbers are kept in {folder}", flush=True)
     failed = [verdict.method for verdict in verdicts if not verdict.passed]
     if failed:
