@@ -61,9 +61,10 @@ TOLERANCE = {"32-true": 1e-5, "64-true": 1e-10, "bf16-mixed": 5e-2, "16-mixed": 
 PERMUTATIONS = 2  # eager runs with keys in another order
 MOST_DRIFT = 2.0  # times the largest of the eager runs'
 # Less than this tells nothing. Where a unit's sign, of some that are nearly zero, depends on a rounding of
-# float32, the loss moves by about 1e-3 at once; which run that happens to is chance. In half precision all
-# eager runs round similarities alike, whatever their order.
-LEAST_DRIFT = {"32-true": 1e-3, "64-true": 1e-8, "bf16-mixed": 5e-2, "16-mixed": 1e-2}
+# float32, the loss moves at once; which run that happens to is chance. Of thirteen eager runs over 20 steps
+# most were within 1e-6 of each other, and some 2e-3 from the rest. In half precision all eager runs round
+# similarities alike, whatever their order.
+LEAST_DRIFT = {"32-true": 4e-3, "64-true": 1e-8, "bf16-mixed": 5e-2, "16-mixed": 1e-2}
 
 Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
 
