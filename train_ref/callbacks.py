@@ -13,6 +13,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, Trainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import nn
 
 from .distributed import world_size
 from .evaluation import evaluate, extract_features, format_table
@@ -144,6 +145,7 @@ class Evaluation(Callback):
         label_fractions: of the labels that linear probes learn from.
         seeds: draws of the labels, for each fraction below 1.
         max_images: take no more training and test images than this; by default all.
+        pixels: measure the images themselves too, as features; for small ones.
         enabled: false leaves it out.
     """
 
@@ -154,10 +156,11 @@ class Evaluation(Callback):
         label_fractions: Sequence[ClosedUnitInterval] = (0.01, 0.1, 1.0),
         seeds: PositiveInt = 10,
         max_images: PositiveInt | None = None,
+        pixels: bool = False,
         enabled: bool = True,
     ) -> None:
         self.k, self.temperature, self.seeds, self.enabled = k, temperature, seeds, enabled
-        self.label_fractions, self.max_images = tuple(label_fractions), max_images
+        self.label_fractions, self.max_images, self.pixels = tuple(label_fractions), max_images, pixels
 
     def setup(self, trainer: Trainer, module: Method, stage: str) -> None:
         self.directory = run_directory(trainer)
@@ -168,9 +171,11 @@ class Evaluation(Callback):
             return
         print("\nEvaluating the features ...", flush=True)
         loaders = trainer.datamodule.evaluation_dataloaders(self.max_images)
+        networks = {"pixels": nn.Flatten()} if self.pixels else {}
+        networks |= {"untrained": self.untrained, "trained": module.backbone}
         features = {
             name: tuple(extract_features(network, loader, module.device) for loader in loaders)
-            for name, network in (("untrained", self.untrained), ("trained", module.backbone))
+            for name, network in networks.items()
         }
         rows = evaluate(
             features,

@@ -41,7 +41,7 @@ def extract_features(backbone: nn.Module, loader: DataLoader, device: torch.devi
     """Run a network in evaluation mode over batches of (images (B, 3, H, W), labels (B,))."""
     was_training = backbone.training
     backbone.to(device).eval()
-    weight = next(backbone.parameters())  # images take its device and dtype
+    weight = next(backbone.parameters(), torch.empty(0))  # images take its device and dtype
     batches = [(backbone(images.to(weight)).float().cpu(), labels) for images, labels in loader]
     backbone.train(was_training)
     return Features(*(torch.cat(parts) for parts in zip(*batches, strict=True)))

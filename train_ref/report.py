@@ -2,7 +2,8 @@
 
 The folder, by default docs/figures, has the studies' JSON files and those that validate left, there named
 ``validate-*.json`` and, of a queue of 65,536 keys, ``step-*.json``. What stands between a table's markers is
-replaced; where a file is missing, it stays as it is.
+replaced; where a file is missing, it stays as it is. The README's table of ``make demo`` is of the newest
+``*-demo.json`` in bench/results, a copy of the ``evaluation.json`` that the run left.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.markdown import replace, table
+from bench.machine import RESULTS
+from bench.markdown import README, replace, table
 
+from .evaluation import Score
 from .studies import STUDIES
 from .studies.common import texts
 
@@ -87,6 +90,18 @@ def step(results: Sequence[dict[str, Any]]) -> str:
     return f"{table(header, rows)}\n\nMedians of {steps} steps. {where}."
 
 
+def demo(rows: Sequence[dict[str, Any]]) -> str:
+    """What features are worth: a row a measure, a column a network."""
+    return table(
+        [*rows[0]],
+        [[Score(**cell) if isinstance(cell, dict) else cell for cell in row.values()] for row in rows],
+    )
+
+
+def newest_demo() -> Path:
+    return max(RESULTS.glob("*-demo.json"))  # names begin with the date
+
+
 def main(folder: Path, document: Path = DOCS / "results.md") -> None:
     for name in STUDIES:
         file = folder / f"{name}.json"
@@ -104,3 +119,4 @@ def main(folder: Path, document: Path = DOCS / "results.md") -> None:
 
 if __name__ == "__main__":
     main(Path(*sys.argv[1:2]) if sys.argv[1:] else DOCS / "figures")
+    replace(README, "demo", demo(json.loads(newest_demo().read_text())))

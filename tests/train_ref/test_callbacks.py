@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback
 
 from train_ref.callbacks import Evaluation, Record
@@ -102,3 +103,19 @@ def test_features_are_compared_with_those_before_any_training(make_moco, make_vi
         evaluation.untrained.parameters(), make_moco().backbone.parameters(), strict=True
     ):
         assert torch.equal(before, initial)
+
+
+def test_pixels_are_features_of_their_own(make_moco, make_views, make_trainer):
+    views = make_views(dataset="digits", augmentation="digits_v2", image_size=8)
+    trainer = make_trainer(
+        limit_train_batches=1, callbacks=[Evaluation(k=20, label_fractions=[], pixels=True)]
+    )
+    trainer.fit(make_moco(), views)
+    (row,) = json.loads((Path(trainer.log_dir) / "evaluation.json").read_text())
+    assert list(row) == ["measure", "labels", "pixels", "untrained", "trained"]
+    images = (torch.cat([images for images, _ in loader]) for loader in views.evaluation_dataloaders(None))
+    train, test = (F.normalize(flat.flatten(1), dim=1) for flat in images)
+    labels, truth = (torch.cat([y for _, y in loader]) for loader in views.evaluation_dataloaders(None))
+    weights, nearest = (test @ train.T / 0.07).exp().topk(20)
+    votes = (F.one_hot(labels[nearest], 10) * weights[..., None]).sum(dim=1)
+    assert row["pixels"]["mean"] == 100 * (votes.argmax(dim=1) == truth).double().mean()
