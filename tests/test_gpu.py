@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +68,24 @@ def hold_in_a_graph(
         graph.replay()
         for result, expected in zip(results, step(), strict=True):
             assert torch.equal(result, expected)
+
+
+def share_nothing_on_two_streams(
+    step: Callable[..., Sequence[Tensor]], cases: Sequence[Sequence[Tensor]], **settings: Any
+) -> None:
+    """Calls on two streams at once give what each gives alone."""
+    expected = [step(*case, **settings) for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        results = []
+        for stream, case in zip(streams, cases, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(step(*case, **settings))
+        torch.cuda.synchronize()
+        for result, alone in zip(results, expected, strict=True):
+            for a, b in zip(result, alone, strict=True):
+                assert torch.equal(a, b)
 
 
 @contextmanager
@@ -135,21 +155,8 @@ def test_nothing_waits_for_the_gpu(gpu_backend: str) -> None:
 
 
 def test_two_streams(gpu_backend: str) -> None:
-    """Calls on two streams at once share nothing."""
     cases = [Case(batch=300, keys=20000, dim=128, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)]
-    tensors = [on_gpu(case) for case in cases]
-    expected = [fused(*each, backend=gpu_backend) for each in tensors]
-    streams = [torch.cuda.Stream() for _ in tensors]
-    torch.cuda.synchronize()
-    for _ in range(20):
-        results = []
-        for stream, each in zip(streams, tensors, strict=True):
-            with torch.cuda.stream(stream):
-                results.append(fused(*each, backend=gpu_backend))
-        torch.cuda.synchronize()
-        for result, (loss, gradient) in zip(results, expected, strict=True):
-            assert torch.equal(result[0], loss)
-            assert torch.equal(result[1], gradient)
+    share_nothing_on_two_streams(fused, [on_gpu(case) for case in cases], backend=gpu_backend)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU only")
@@ -342,19 +349,8 @@ class TestConIC:
         cases = [
             ConICCase(batch=300, rows=20000, dim=128, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)
         ]
-        tensors = [on_gpu(case) for case in cases]
-        expected = [conic_loss_and_gradients(conic_loss, *each, backend=gpu_backend) for each in tensors]
-        streams = [torch.cuda.Stream() for _ in tensors]
-        torch.cuda.synchronize()
-        for _ in range(20):
-            results = []
-            for stream, each in zip(streams, tensors, strict=True):
-                with torch.cuda.stream(stream):
-                    results.append(conic_loss_and_gradients(conic_loss, *each, backend=gpu_backend))
-            torch.cuda.synchronize()
-            for result, of_one in zip(results, expected, strict=True):
-                for a, b in zip(result, of_one, strict=True):
-                    assert torch.equal(a, b)
+        step = partial(conic_loss_and_gradients, conic_loss)
+        share_nothing_on_two_streams(step, [on_gpu(case) for case in cases], backend=gpu_backend)
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU only")
     def test_another_device_than_the_current_one(self, gpu_backend: str) -> None:
@@ -534,20 +530,9 @@ class TestNTXent:
 
     def test_two_streams(self, gpu_backend: str) -> None:
         cases = [NTXentCase(batch=2000, dim=128, dtype=torch.bfloat16, seed=seed) for seed in (1, 2)]
+        step = partial(nt_xent_loss_and_gradients, nt_xent_loss, **cases[0].settings())
         tensors = [[view.cuda() for view in case.tensors()] for case in cases]
-        settings = {**cases[0].settings(), "backend": gpu_backend}
-        expected = [nt_xent_loss_and_gradients(nt_xent_loss, *each, **settings) for each in tensors]
-        streams = [torch.cuda.Stream() for _ in tensors]
-        torch.cuda.synchronize()
-        for _ in range(20):
-            results = []
-            for stream, each in zip(streams, tensors, strict=True):
-                with torch.cuda.stream(stream):
-                    results.append(nt_xent_loss_and_gradients(nt_xent_loss, *each, **settings))
-            torch.cuda.synchronize()
-            for result, of_one in zip(results, expected, strict=True):
-                for a, b in zip(result, of_one, strict=True):
-                    assert torch.equal(a, b)
+        share_nothing_on_two_streams(step, tensors, backend=gpu_backend)
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU only")
     def test_another_device_than_the_current_one(self, gpu_backend: str) -> None:
