@@ -13,6 +13,7 @@ import torch
 
 from contrastive_ops import nt_xent_loss
 from tests.cases import Case, NTXentCase
+from tests.elsewhere import pass_elsewhere
 from tests.oracles import distance, fused, nt_xent_loss_and_gradients, nt_xent_oracle, oracle
 
 
@@ -56,31 +57,18 @@ def test_older_instruction_sets_pass_the_same_tests(capability: str) -> None:
     """The kernels that a lesser processor would load, held to the same harness."""
     if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this processor lacks AVX2")
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    environment = {"ATEN_CPU_CAPABILITY": capability}
     which = "import torch; from contrastive_ops._backends import select; print(select('cpu', torch.zeros(1)))"
     loaded = subprocess.run(
-        [sys.executable, "-c", which], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", which],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert f"contrastive_ops._cpu_{capability}" in loaded.stdout
     # Without fused multiply-adds each term rounds twice. Eager's library has them: it is no measure then.
     selection = "cpu and not compiles"  # torch.compile's own code does not always build for them
     if capability == "default":
         selection += " and not adversarial"
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "tests/test_co2.py",
-            "tests/test_conic.py",
-            "tests/test_nt_xent.py",
-            "-k",
-            selection,
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
+    pass_elsewhere([f"tests/test_{loss}.py" for loss in ("co2", "conic", "nt_xent")], selection, environment)
