@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def pass_elsewhere(tests: Sequence[str], selection: str, environment: Mapping[str, str]) -> None:
-    """Those of each file that `selection` (pytest's -k) names, in a process a file, a few at a time."""
+    """Those of each file that `selection` (pytest's -k) names, in a process a file, one on each core."""
 
     def run(file: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", file, "-k", selection],
-            env=os.environ | environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             capture_output=True,
             text=True,
         )
