@@ -104,7 +104,7 @@ class BuildExtensions(build_ext):
 
     def initialize_options(self):
         super().initialize_options()
-        self.parallel = os.cpu_count()
+        self.parallel = len(INSTRUCTION_SETS) + 1  # all at once: two cores would else end with one at work
 
     def run(self):
         super().run()
