@@ -129,12 +129,16 @@ class Compared(nn.Module):
     def compare(self, scale: float) -> None:
         """The gradients that backward left, of a loss multiplied by `scale`."""
         actual = torch.cat([p.grad.flatten() / scale for p in self.trained()])
+        if scale != 1 and not torch.isfinite(actual).all():
+            return  # too large a scale: it will be lowered, and the step left out
         self.gradients.append(relative(actual, torch.cat([grad.flatten() for grad in self.expected])))
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖; of two zeros it is 0."""
+    """‖actual − expected‖ / ‖expected‖; of two zeros it is 0, and infinite where anything is not finite."""
     difference = (actual.double() - expected.double()).norm()
+    if not torch.isfinite(difference):
+        return math.inf
     return float(difference / expected.double().norm()) if difference else 0.0
 
 
@@ -261,7 +265,7 @@ class Verdict:
             # Nobody can ask curves to be nearer than losses at the same weights.
             allowed = max(self.eager_drift, TOLERANCE[precision])
         same = max(self.loss_difference, self.gradient_difference) <= TOLERANCE[precision]
-        self.passed = same and self.drift <= allowed
+        self.passed = same and self.drift <= allowed < math.inf
 
     def row(self) -> dict[str, str]:
         def share(run: Run) -> str:
@@ -400,7 +404,7 @@ def validate(
     verdicts = []
     for method in methods:
         _, comparison = train(method, compared, CompareGradients())
-        differences = max(comparison.losses), max(comparison.gradients)
+        differences = max(comparison.losses), max(comparison.gradients, default=math.inf)
         del comparison  # and the network with it
         verdict = Verdict(method, backend, *differences, Run(), Run(), [])
         if free:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -62,6 +64,18 @@ def test_a_slightly_different_loss_fails(run, monkeypatch, method, eager):
         run(methods=[method], steps=2)
 
 
+def test_a_nan_on_the_way_fails(run, monkeypatch):
+    steps = itertools.count()
+    right = module.eager_co2
+    monkeypatch.setattr(
+        module,
+        "eager_co2",
+        lambda *args, **settings: right(*args, **settings) * [1, math.nan, 1][next(steps)],
+    )
+    with pytest.raises(SystemExit, match="error: not within the tolerance: moco_v2"):
+        run(methods=["moco_v2"], steps=3, free=False)
+
+
 def test_curves_that_are_never_near_an_eager_one_fail(run, tmp_path, monkeypatch):
     """A drift that is not seen at the same weights: the last step of the fused run alone is off."""
     monkeypatch.setattr(module, "MOST_PERMUTED", 4)
@@ -94,6 +108,10 @@ def curves(fused, *eager):
         (curves(5e-6, 0), "32-true", True),  # within the tolerance at the same weights
         (curves(1e-7, 0, 1e-7), "64-true", False),  # whatever eager runs do
         (curves(1e-9, 0, 1e-7), "64-true", True),
+        (curves(math.nan, 0, 1e-6), "32-true", False),
+        (curves(math.nan, 0, math.nan), "32-true", False),
+        (curves(1e-9, 0, math.nan), "bf16-mixed", False),
+        (curves(math.nan, math.nan), "64-true", False),
     ],
 )
 def test_how_near_is_near(verdict, precision, near):
