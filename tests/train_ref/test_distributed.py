@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,10 @@ SETTINGS = {
 
 def train(which: str, devices: int, folder: Path) -> Path:
     """The run's directory; in float64, where order of summation leaves 1e-15."""
-    (folder / "empty.yaml").write_text("{}")
+    recipe = folder / f"empty{devices}.yaml"
+    recipe.write_text("{}")
     command = [
-        sys.executable, "-m", "train_ref", "fit", "--config", "empty.yaml", "--seed_everything=5",
+        sys.executable, "-m", "train_ref", "fit", "--config", recipe.name, "--seed_everything=5",
         f"--method={which.partition('_')[0]}", "--model.arch=convnet", "--model.dim=16", "--model.warmup=0.3",
         *SETTINGS[which], "--data.batch_size=32", "--trainer.accelerator=cpu", "--trainer.precision=64-true",
         f"--trainer.devices={devices}", "--trainer.max_epochs=2", "--trainer.limit_train_batches=4",
@@ -42,7 +44,8 @@ def train(which: str, devices: int, folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("which", SETTINGS)
 def test_two_processes_are_one(tmp_path, which):
-    one, two = (train(which, devices, tmp_path) for devices in (1, 2))
+    with ThreadPoolExecutor() as pool:
+        one, two = pool.map(lambda devices: train(which, devices, tmp_path), (1, 2))
     states = [torch.load(run / "last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
     for name, expected in states[0].items():
         # Of groups' running statistics, a process keeps the means of its own.
