@@ -42,6 +42,15 @@ def describe(device: str) -> dict:
     }
 
 
+OTHERS = ("-instances", "-demo")  # suffixes of results that are not the losses'
+
+
+def newest_result(suffix: str = "") -> Path | None:
+    """The newest result with a suffix of `OTHERS` or, without one, of the losses."""
+    files = RESULTS.glob(f"*{suffix}.json")  # their names begin with the date
+    return max((file for file in files if suffix or not file.stem.endswith(OTHERS)), default=None)
+
+
 def result_file(machine: dict, suffix: str = "") -> Path:
     """Where what was measured on a machine is kept."""
     device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.cases import PROBLEMS
-from bench.machine import RESULTS
+from bench.machine import RESULTS, newest_result
 from bench.markdown import README, replace_in_readme, table
 
 LOSSES = {
@@ -306,18 +306,13 @@ def reference(axes: Axes, values: dict[int, float], name: str) -> None:
     axes.annotate(name, points[len(points) // 2], color="0.35", size=9, **below)
 
 
-def newest() -> list[Path]:
-    """The newest result of the losses, if there is one."""
-    files = [file for file in RESULTS.glob("*.json") if not file.stem.endswith(("-instances", "-demo"))]
-    return sorted(files)[-1:]  # names begin with the date
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results in JSON")
     parser.add_argument("--readme", action="store_true", help="put their tables into README.md")
     arguments = parser.parse_args()
-    files = arguments.files or newest()
+    newest = newest_result()
+    files = arguments.files or ([newest] if newest else [])
     if not files:
         raise SystemExit(f"there are no results in {RESULTS}; `python -m bench` makes some")
     for path in files:

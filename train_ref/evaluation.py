@@ -173,15 +173,17 @@ def evaluate(
     return rows
 
 
+def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The rows of `evaluate` as text, below their header."""
+    texts = (
+        [str(Score(**cell)) if isinstance(cell, dict) else str(cell) for cell in row.values()] for row in rows
+    )
+    return [list(rows[0]), *texts]
+
+
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `evaluate` as plain text: the first column to the left, the others to the right."""
-    table = [
-        list(rows[0]),
-        *(
-            [str(Score(**cell)) if isinstance(cell, dict) else str(cell) for cell in row.values()]
-            for row in rows
-        ),
-    ]
+    table = cells(rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in table]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.machine import RESULTS
-from bench.markdown import README, replace, table
+from bench.machine import newest_result
+from bench.markdown import replace, replace_in_readme, table
 
-from .evaluation import Score
+from .evaluation import cells
 from .studies import STUDIES
 from .studies.common import texts
 
@@ -30,8 +30,8 @@ def section(result: dict[str, Any], folder: str) -> str:
     name = result["study"]
     parts = [f"![{name}: what the tables say, drawn]({folder}/{name}.png)"]
     for title, rows in result["tables"].items():
-        cells = texts(rows)
-        parts += [f"{title}:", table(list(cells[0]), [row.values() for row in cells])]
+        header, *lines = cells(texts(rows))
+        parts += [f"{title}:", table(header, lines)]
     settings = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in result["settings"].items())
     parts.append(
         f"`python -m train_ref study {name} --directory docs/figures`: {settings}; torch {result['torch']}."
@@ -92,14 +92,8 @@ def step(results: Sequence[dict[str, Any]]) -> str:
 
 def demo(rows: Sequence[dict[str, Any]]) -> str:
     """What features are worth: a row a measure, a column a network."""
-    return table(
-        [*rows[0]],
-        [[Score(**cell) if isinstance(cell, dict) else cell for cell in row.values()] for row in rows],
-    )
-
-
-def newest_demo() -> Path:
-    return max(RESULTS.glob("*-demo.json"))  # names begin with the date
+    header, *measures = cells(rows)
+    return table(header, measures)
 
 
 def main(folder: Path, document: Path = DOCS / "results.md") -> None:
@@ -119,4 +113,5 @@ def main(folder: Path, document: Path = DOCS / "results.md") -> None:
 
 if __name__ == "__main__":
     main(Path(*sys.argv[1:2]) if sys.argv[1:] else DOCS / "figures")
-    replace(README, "demo", demo(json.loads(newest_demo().read_text())))
+    if newest := newest_result("-demo"):
+        replace_in_readme("demo", demo(json.loads(newest.read_text())))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import ttest_rel
 
+from bench.markdown import parts
 from train_ref import __main__ as command_line
 from train_ref import report
 from train_ref.data import Views
@@ -195,18 +195,16 @@ def test_the_report_replaces_what_stands_between_markers(tmp_path):
 
 
 def test_the_results_that_are_told_are_those_that_are_kept(tmp_path):
-    told = (report.DOCS / "results.md").read_text()
+    told = report.DOCS / "results.md"
     for name in STUDIES:
         result = json.loads((report.DOCS / "figures" / f"{name}.json").read_text())
-        between = re.search(f"<!-- {name}:begin -->\n(.*)\n<!-- {name}:end -->", told, re.DOTALL)
-        assert between[1] == report.section(result, "figures")
+        assert parts(told, name)[1] == report.section(result, "figures")
         runs = next(iter(result["runs"].values()))
         assert len(runs) == result["settings"]["seeds"] >= 3
     for name, tell in (("validate", report.agreement), ("step", report.step)):
         files = sorted((report.DOCS / "figures").glob(f"{name}-*.json"))
         results = [json.loads(file.read_text()) for file in files]
-        between = re.search(f"<!-- {name}:begin -->\n(.*)\n<!-- {name}:end -->", told, re.DOTALL)
-        assert between[1] == tell(results)
+        assert parts(told, name)[1] == tell(results)
         assert all(verdict["passed"] for result in results for verdict in result["verdicts"])
 
 
