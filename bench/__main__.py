@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from bench import ceilings, report
-from bench.cases import GRIDS, Case, grid
-from bench.machine import describe, result_file
+from bench.cases import GRIDS, PACKAGES, Case, grid
+from bench.files import result_file
 from bench.memory import peak_extra_mib
+from train_ref.machine import describe
 
 QUICK = {
     # pytest -k
@@ -45,7 +46,7 @@ def main() -> int:
     limits = ceilings.measure()
     status, timings = run_benchmarks(arguments.match, QUICK["cpu"] if arguments.quick else "")
     result = {
-        "machine": describe("cpu"),
+        "machine": describe("cpu", PACKAGES.values()),
         "ceilings": limits,
         "records": [record(benchmark, limits) for benchmark in timings["benchmarks"]],
     }
@@ -60,7 +61,7 @@ def measure_gpu(arguments: argparse.Namespace) -> int:
         raise SystemExit("there is no CUDA device here")
     from bench import gpu
 
-    machine = describe("cuda")
+    machine = describe("cuda", PACKAGES.values())
     output = arguments.output or default_output(machine, arguments.quick)
     if output.exists():
         result = json.loads(output.read_text())

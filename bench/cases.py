@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.eager import eager_co2, eager_conic, eager_nt_xent
 from contrastive_ops import co2_loss, conic_loss, nt_xent_loss
+from train_ref.eager import eager_co2, eager_conic, eager_nt_xent
 
 Inputs = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from bench import ceilings
-from bench.machine import describe, result_file
-from bench.markdown import replace_in_readme, table
+from bench.files import replace_in_readme, result_file
 from contrastive_ops import DelayedSGD, InstanceClassifier, _ops, conic_loss
 from contrastive_ops._history import History
+from train_ref.machine import describe
+from train_ref.markdown import table
 
 DIM, ACTIVE, BATCH = 128, 65536, 512
 COUNTS = (100_000, 1_000_000, 10_000_000)

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from bench.cases import Case, implementation, inputs, step
+from train_ref.machine import resident_mib
 
 
 def peak_extra_mib(case: Case) -> float:
@@ -38,12 +39,3 @@ def _measure(case: Case) -> float:
     before = resident_mib("VmRSS")
     step(loss, *tensors)
     return resident_mib("VmHWM") - before
-
-
-def resident_mib(field: str) -> float:
-    """VmRSS, resident memory, or VmHWM, its high-water mark (man 5 proc). That of getrusage would remember
-    what the process was forked from."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {field}")

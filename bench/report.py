@@ -1,7 +1,8 @@
 """Tables and plots of a result: `python -m bench.report [FILE…]`, by default of the newest one.
 
 For `<stem>.json` it writes `<stem>.md`, `<stem>-time.png` and `<stem>-memory.png` beside it. With `--readme`
-it replaces what stands between the markers in README.md too.
+it replaces what stands between the markers in README.md too: the benchmark's table, and that of `make demo`,
+which is of the newest `*-demo.json` in bench/results, a copy of the `evaluation.json` that the run left.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.cases import PROBLEMS
-from bench.machine import RESULTS, newest_result
-from bench.markdown import README, replace_in_readme, table
+from bench.files import README, RESULTS, newest_result, replace_in_readme
+from train_ref import evaluation
+from train_ref.markdown import table
 
 LOSSES = {
     "co2": "CO2",
@@ -223,6 +225,12 @@ def readme_section(result: Result) -> str:
     )
 
 
+def demo_section(rows: list[dict]) -> str:
+    """What features are worth, as `train_ref` leaves it: a row a measure, a column a network."""
+    header, *measures = evaluation.cells(rows)
+    return table(header, measures)
+
+
 def label(impl: str) -> str:
     return PEERS.get(impl, f"fused ({impl})")
 
@@ -309,7 +317,9 @@ def reference(axes: Axes, values: dict[int, float], name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results in JSON")
-    parser.add_argument("--readme", action="store_true", help="put their tables into README.md")
+    parser.add_argument(
+        "--readme", action="store_true", help="put their tables and the demo's into README.md"
+    )
     arguments = parser.parse_args()
     newest = newest_result()
     files = arguments.files or ([newest] if newest else [])
@@ -319,6 +329,8 @@ def main() -> None:
         write(path)
     if arguments.readme:
         replace_in_readme("benchmark", "\n\n".join(readme_section(Result(path)) for path in files))
+        if demo := newest_result("-demo"):
+            replace_in_readme("demo", demo_section(json.loads(demo.read_text())))
 
 
 if __name__ == "__main__":

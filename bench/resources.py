@@ -38,7 +38,7 @@ from contrastive_ops.kernels._tiles import (
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.markdown import table
+from train_ref.markdown import table
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # of a program, at most

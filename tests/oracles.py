@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.eager import eager_co2, eager_conic, eager_nt_xent
 from contrastive_ops import co2_loss
+from train_ref.eager import eager_co2, eager_conic, eager_nt_xent
 
 
 def loss_and_gradient(

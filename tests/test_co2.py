@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.eager import eager_co2
 from contrastive_ops import co2_loss, consistency_loss, info_nce_loss
 from tests.cases import (
     DTYPES,
@@ -25,6 +24,7 @@ from tests.cases import (
     temperatures,
 )
 from tests.oracles import distance, fused, loss_and_gradient, oracle
+from train_ref.eager import eager_co2
 
 # The oracle's own rounding, for losses and gradients that are zero or nearly so.
 ORACLE_ERROR = 1e-12

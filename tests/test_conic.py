@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from bench.eager import eager_conic
 from contrastive_ops import ConICLoss, conic_loss
 from contrastive_ops.functional import SGDStep
 from tests.cases import (
@@ -28,6 +27,7 @@ from tests.cases import (
     temperatures,
 )
 from tests.oracles import conic_loss_and_gradients, conic_oracle, distance
+from train_ref.eager import eager_conic
 
 # The oracle's own rounding, for losses and gradients that are zero or nearly so.
 ORACLE_ERROR = 1e-12

@@ -8,7 +8,8 @@ import json
 
 import pytest
 
-from bench.markdown import README, parts
+from bench.files import README, newest_result
+from train_ref.markdown import parts
 
 MODULES = ("functional", "modules", "queue", "instances", "_backends", "_history")
 
@@ -24,11 +25,11 @@ def test_examples(name: str) -> None:
 def test_the_readme_tells_the_newest_benchmarks() -> None:
     report = pytest.importorskip("bench.report")
     instances = pytest.importorskip("bench.instances")
-    assert parts(README, "benchmark")[1] == report.readme_section(report.Result(report.newest_result()))
-    newest = report.newest_result("-instances")
+    assert parts(README, "benchmark")[1] == report.readme_section(report.Result(newest_result()))
+    newest = newest_result("-instances")
     assert parts(README, "classifier")[1] == instances.readme_section(json.loads(newest.read_text()))
 
 
 def test_the_readme_tells_the_newest_demonstration() -> None:
-    report = pytest.importorskip("train_ref.report")
-    assert parts(README, "demo")[1] == report.demo(json.loads(report.newest_result("-demo").read_text()))
+    report = pytest.importorskip("bench.report")
+    assert parts(README, "demo")[1] == report.demo_section(json.loads(newest_result("-demo").read_text()))

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.eager import eager_conic, eager_nt_xent
 from contrastive_ops import available_backends, co2_loss, conic_loss, info_nce_loss, nt_xent_loss, reference
 from contrastive_ops.functional import SGDStep
 from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase
@@ -32,6 +31,7 @@ from tests.oracles import (
     oracle,
 )
 from tests.test_instances import STORAGES, Training, classifier, saved
+from train_ref.eager import eager_conic, eager_nt_xent
 
 SERVING = [name for name in ("triton", "cuda") if available_backends()[name] and not INTERPRETED]
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from bench.eager import eager_nt_xent
 from contrastive_ops import NTXentLoss, nt_xent_loss
 from tests.cases import LAYOUTS, NTXentCase, nt_xent_cases, require, scales, temperatures
 from tests.oracles import distance, nt_xent_loss_and_gradients, nt_xent_oracle
+from train_ref.eager import eager_nt_xent
 
 # The oracle's own rounding, for losses and gradients that are zero or nearly so.
 ORACLE_ERROR = 1e-12

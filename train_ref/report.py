@@ -2,8 +2,7 @@
 
 The folder, by default docs/figures, has the studies' JSON files and those that validate left, there named
 ``validate-*.json`` and, of a queue of 65,536 keys, ``step-*.json``. What stands between a table's markers is
-replaced; where a file is missing, it stays as it is. The README's table of ``make demo`` is of the newest
-``*-demo.json`` in bench/results, a copy of the ``evaluation.json`` that the run left.
+replaced; where a file is missing, it stays as it is.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.machine import newest_result
-from bench.markdown import replace, replace_in_readme, table
-
 from .evaluation import cells
+from .markdown import replace, table
 from .studies import STUDIES
 from .studies.common import texts
 
@@ -90,12 +87,6 @@ def step(results: Sequence[dict[str, Any]]) -> str:
     return f"{table(header, rows)}\n\nMedians of {steps} steps. {where}."
 
 
-def demo(rows: Sequence[dict[str, Any]]) -> str:
-    """What features are worth: a row a measure, a column a network."""
-    header, *measures = cells(rows)
-    return table(header, measures)
-
-
 def main(folder: Path, document: Path = DOCS / "results.md") -> None:
     for name in STUDIES:
         file = folder / f"{name}.json"
@@ -113,5 +104,3 @@ def main(folder: Path, document: Path = DOCS / "results.md") -> None:
 
 if __name__ == "__main__":
     main(Path(*sys.argv[1:2]) if sys.argv[1:] else DOCS / "figures")
-    if newest := newest_result("-demo"):
-        replace_in_readme("demo", demo(json.loads(newest.read_text())))

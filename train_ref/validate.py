@@ -22,15 +22,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bench.eager import eager_co2, eager_conic, eager_nt_xent
-from bench.machine import describe
-from bench.memory import resident_mib
 from contrastive_ops import CO2Loss, NTXentLoss, available_backends
 
 from .augmentations import Augmentation
 from .data import Views
+from .eager import eager_co2, eager_conic, eager_nt_xent
 from .errors import UsageError
 from .evaluation import format_table
+from .machine import describe, resident_mib
 from .methods import ConIC, InstDisc, Method, MoCo, SimCLR
 from .networks import Architecture
 from .timing import LossClock

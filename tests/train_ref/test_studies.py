@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import ttest_rel
 
-from bench.markdown import parts
 from train_ref import __main__ as command_line
 from train_ref import report
 from train_ref.data import Views
 from train_ref.errors import UsageError
+from train_ref.markdown import parts
 from train_ref.methods import ConIC, MoCo, SimCLR
 from train_ref.studies import STUDIES, sampling, toy
 from train_ref.studies.common import SharedViews, Variant, differences, text, train
