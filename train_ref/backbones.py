@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import UsageError
 from .files import replacing
-from .methods import METHODS
+from .methods import KINDS
 from .networks import FEATURES, network
 
 KEYS = ("method", "hyper_parameters", "datamodule_hyper_parameters", "state_dict", "epoch", "global_step")
@@ -25,7 +25,7 @@ class Backbone(NamedTuple):
     Attributes:
         path: the checkpoint.
         network: in float32 on the CPU.
-        method: a name in `METHODS`.
+        method: a name in `KINDS`.
         arch: a name in `FEATURES`.
         stem: how a ResNet starts.
         data: the arguments of `Views` in the training.
@@ -61,7 +61,7 @@ def load_backbone(path: str | Path) -> Backbone:
         raise UsageError(f"{path} is no checkpoint of this trainer")
     settings, method = checkpoint["hyper_parameters"], checkpoint["method"]
     arch, stem = settings.get("arch"), settings.get("stem")
-    if method not in METHODS or arch not in FEATURES:
+    if method not in KINDS or arch not in FEATURES:
         raise UsageError(f"{path} is a checkpoint of method {method} and network {arch}, which are unknown")
     net = network(arch, stem)
     tensors = checkpoint["state_dict"].items()

@@ -1,25 +1,26 @@
-"""Puts tables and figures into docs/results.md: ``python -m train_ref.report [FOLDER]``.
-
-The folder, by default docs/figures, has the studies' JSON files and those that validate left, there named
-``validate-*.json`` and, of a queue of 65,536 keys, ``step-*.json``. What stands between a table's markers is
-replaced; where a file is missing, it stays as it is.
-"""
+"""The command ``report``: tables and figures of studies and validations into docs/results.md."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .commands import STUDIES
+from .errors import UsageError
 from .evaluation import cells
 from .markdown import replace, table
-from .studies import STUDIES
+from .parsing import empty_parser
 from .studies.common import texts
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DESCRIPTION = """\
+Puts the tables of studies and validations into a document.
+
+FOLDER has the studies' JSON files and those that validate left, there named validate-*.json and, of a queue
+of 65,536 keys, step-*.json. What stands between a table's markers in the document, <!-- NAME:begin --> and
+<!-- NAME:end -->, is replaced. Where a file is missing, it stays as it is."""
 
 
 def section(result: dict[str, Any], folder: str) -> str:
@@ -87,20 +88,44 @@ def step(results: Sequence[dict[str, Any]]) -> str:
     return f"{table(header, rows)}\n\nMedians of {steps} steps. {where}."
 
 
-def main(folder: Path, document: Path = DOCS / "results.md") -> None:
+def report(args: list[str], called: str, examples: str) -> None:
+    """Do as a command line says.
+
+    Args:
+        args: its words.
+        called: what stands before them.
+        examples: of command lines, to be shown at the end of the help.
+    """
+    parser = empty_parser(called, DESCRIPTION, examples)
+    parser.add_argument(
+        "folder", nargs="?", default="docs/figures", metavar="FOLDER", help="of the JSON files"
+    )
+    parser.add_argument("--document", default="docs/results.md", help="in Markdown, with the markers")
+    given = parser.parse_args(args)
+    told = put(Path(given.folder), Path(given.document))
+    print(f"{given.document} tells what {given.folder} has of {', '.join(told)}")
+
+
+def put(source: Path, target: Path) -> list[str]:
+    """Replace the tables of a document by those of a folder's results; returns their names.
+
+    Raises:
+        UsageError: there is no such document, or there are no results.
+    """
+    if not target.is_file():
+        raise UsageError(f"document: there is no {target} in {Path.cwd()}")
+    told = []
     for name in STUDIES:
-        file = folder / f"{name}.json"
+        file = source / f"{name}.json"
         if file.exists():
-            replace(
-                document,
-                name,
-                section(json.loads(file.read_text()), os.path.relpath(folder, document.parent)),
-            )
-    for name, told in (("validate", agreement), ("step", step)):
-        results = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{name}-*.json"))]
-        if results:
-            replace(document, name, told(results))
-
-
-if __name__ == "__main__":
-    main(Path(*sys.argv[1:2]) if sys.argv[1:] else DOCS / "figures")
+            result = json.loads(file.read_text(encoding="utf-8"))
+            replace(target, name, section(result, os.path.relpath(source, target.parent)))
+            told.append(name)
+    for name, tell in (("validate", agreement), ("step", step)):
+        files = sorted(source.glob(f"{name}-*.json"))
+        if files:
+            replace(target, name, tell([json.loads(file.read_text(encoding="utf-8")) for file in files]))
+            told.append(name)
+    if not told:
+        raise UsageError(f"folder: {source} has no results of studies or validations")
+    return told

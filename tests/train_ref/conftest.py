@@ -14,18 +14,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from train_ref import __main__ as command_line
 from train_ref.data import Views
-from train_ref.methods import METHODS, Method, MoCo
+from train_ref.methods import KINDS, Method, MoCo
 
 RECIPES = Path(command_line.__file__).parent / "recipes"
 
 
 @pytest.fixture
 def make_method():
-    """An untrained method by its name, with a network of three convolutions."""
+    """An untrained method by its kind's name, with a network of three convolutions."""
 
     def make(name: str, **settings) -> Method:
         seed_everything(0, verbose=False)
-        return METHODS[name](**{"arch": "convnet", "dim": 16, **settings})
+        return KINDS[name](**{"arch": "convnet", "dim": 16, **settings})
 
     return make
 

@@ -9,9 +9,8 @@ import time
 import pytest
 import torch
 
-from train_ref import __main__ as command_line
-from train_ref.methods import ConIC, InstDisc, MoCo, SimCLR
-from train_ref.validate import CASES
+from train_ref import training
+from train_ref.methods import ALIASES, METHODS, ConIC, InstDisc, MoCo, SimCLR
 
 from .conftest import RECIPES
 
@@ -66,20 +65,29 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], 'expected "subcommand"'),
+        ([], "a command is missing: python -m train_ref takes one of fit, validate, knn, linear, finetune, "),
+        (["train"], "there is no command train: python -m train_ref takes one of fit, validate, knn, "),
+        (["--config", "synthetic"], "there is no command --config"),
         (["fit"], "fit needs --config"),
-        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (
+            ["fit", "--config", "nowhere.yaml"],
+            "there is no file nowhere.yaml, and no recipe",
+        ),
+        (["fit", "--config=nowhere"], "there are cifar_conic, "),
         (["fit", *SYNTHETIC, "--model.temprature=0.1"], "temprature"),
         (["fit", *SYNTHETIC, "--model.temp=0.1"], "model.temp"),  # no abbreviations
         (["fit", *SYNTHETIC, "--model.temperature=0"], "temperature"),
         (["fit", *SYNTHETIC, "--model.arch=resnet34"], "resnet34"),
         (["fit", *SYNTHETIC, "--ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
-        (["fit", *SYNTHETIC, "--method=byol"], "byol"),
+        (["fit", *SYNTHETIC, "--method=byol"], "there is no method byol; there are moco_v1, moco_v1_co2, "),
         (["fit", *SYNTHETIC, "--data.augmentations=digits_v1"], "augmentations"),
         (["fit", *SYNTHETIC, "--model.norm_groups=5"], "model.norm_groups is 5"),
-        (["study"], "study needs the name of one"),
-        (["study", "byol"], "study needs the name of one"),
-        (["validate", "--methods=[byol]"], "there is no byol"),
+        (["study"], "a study is missing: python -m train_ref study takes one of co2, simclr, "),
+        (["study", "byol"], "there is no study byol: python -m train_ref study takes one of co2, "),
+        (["validate", "--methods=[byol]"], "there is no method byol; there are moco_v1, moco_v1_co2, "),
+        (["validate", "--methods=conic,byol"], "there is no method byol; there are moco_v1, moco_v1_co2, "),
+        (["report"], "document: there is no docs/results.md"),
+        (["report", "--document=results.md"], "document: there is no results.md"),
         (["validate", "--backend=cuda"], "cuda cannot serve here"),
         (["validate", "--step=3"], "step"),
         (["fit", "--config"], "--config"),
@@ -107,7 +115,7 @@ def test_a_checkpoint_that_is_not_whole_is_told_so(train_ref, tmp_path):
 def test_every_recipe_can_be_built(train_ref, monkeypatch, recipe):
     built = []
     monkeypatch.setattr(
-        command_line.ReferenceCLI, "fit", lambda self, **settings: built.append(self), raising=False
+        training.ReferenceCLI, "fit", lambda self, **settings: built.append(self), raising=False
     )
     train_ref("fit", "--config", str(recipe))
     (cli,) = built
@@ -116,6 +124,7 @@ def test_every_recipe_can_be_built(train_ref, monkeypatch, recipe):
     if recipe.stem == "synthetic":
         return
     images, _, method = recipe.stem.partition("_")
+    assert cli.config.fit.method == method
     model, data = cli.model.hparams, cli.datamodule.hparams
     assert model.arch == ("resnet50" if images == "imagenet" else "resnet18")
     assert (data.dataset, data.image_size) == {
@@ -152,14 +161,82 @@ def test_every_recipe_can_be_built(train_ref, monkeypatch, recipe):
 
 def test_there_is_a_recipe_of_every_method_for_every_kind_of_image():
     names = {recipe.stem.partition("_")[::2] for recipe in RECIPES.glob("*_*.yaml")}
-    assert names == {(images, method) for images in ("imagenet", "cifar", "digits") for method in CASES}
+    assert names == {(images, method) for images in ("imagenet", "cifar", "digits") for method in METHODS}
 
 
-@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["validate", "--help"], ["knn", "--help"]])
-def test_help_fits_a_few_screens(train_ref, capsys, args):
-    with pytest.raises(SystemExit):
-        train_ref(*args)
-    text = capsys.readouterr().out
-    assert len(text.splitlines()) < 200
-    if "fit" in args:
-        assert all(option in text for option in ("--model.temperature", "--data.dataset", "--ckpt_path"))
+def model_of(train_ref, monkeypatch, *args: str):
+    """What `fit` would train."""
+    built = []
+    monkeypatch.setattr(training.ReferenceCLI, "fit", lambda self, **_: built.append(self), raising=False)
+    train_ref("fit", *args)
+    return built[0].model
+
+
+@pytest.mark.parametrize("name", [*METHODS, *ALIASES])
+def test_a_method_brings_its_paper_s_settings(train_ref, monkeypatch, tmp_path, name):
+    (tmp_path / "empty.yaml").write_text("{model: {arch: convnet}}")
+    model = model_of(train_ref, monkeypatch, "--config", "empty.yaml", f"--method={name}")
+    kind, settings = METHODS[ALIASES.get(name, name)]
+    assert type(model) is kind
+    assert settings.items() <= dict(model.hparams).items()
+
+
+def test_moco_is_another_name_of_moco_s_defaults(train_ref, monkeypatch, tmp_path):
+    (tmp_path / "empty.yaml").write_text("{model: {arch: convnet}}")
+    models = [
+        model_of(train_ref, monkeypatch, "--config", "empty.yaml", *method)
+        for method in (["--method=moco"], ["--method=moco_v2_co2"], [])
+    ]
+    defaults = dict(MoCo(arch="convnet").hparams)
+    for model in models:
+        assert defaults == {name: value for name, value in model.hparams.items() if name[0] != "_"}
+
+
+def test_recipes_outrank_a_method_s_settings_and_options_outrank_those(train_ref, monkeypatch, tmp_path):
+    (tmp_path / "it.yaml").write_text("{method: moco_v1_co2, model: {arch: convnet, temperature: 0.5}}")
+    model = model_of(train_ref, monkeypatch, "--config=it.yaml", "--model.schedule=cosine")
+    settings = model.hparams
+    assert (settings.consistency_weight, settings.temperature, settings.schedule) == (10, 0.5, "cosine")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--config", "synthetic"], ["--config=synthetic.yaml"], ["-c", "synthetic"]],
+    ids=" ".join,
+)
+def test_a_recipe_of_the_package_goes_by_its_name(train_ref, monkeypatch, args):
+    model = model_of(train_ref, monkeypatch, *args)
+    assert model.hparams.queue_size == 256
+
+
+def test_a_file_outranks_a_recipe_of_its_name_and_a_folder_does_not(train_ref, monkeypatch, tmp_path):
+    (tmp_path / "synthetic").mkdir()
+    assert model_of(train_ref, monkeypatch, "--config", "synthetic").hparams.queue_size == 256
+    (tmp_path / "synthetic.yaml").write_text("{model: {arch: convnet, queue_size: 7}}")
+    assert model_of(train_ref, monkeypatch, "--config", "synthetic.yaml").hparams.queue_size == 7
+
+
+def test_a_checkpoint_goes_on_with_any_method_of_its_kind(train_ref, monkeypatch, tmp_path):
+    train_ref("fit", *SYNTHETIC, *SMALL, "--evaluation.enabled=false", "--model.arch=convnet")
+    checkpoint = next(tmp_path.rglob("last.ckpt"))
+    assert torch.load(checkpoint, weights_only=True)["method"] == "moco"
+    go_on = ["--config=synthetic", f"--ckpt_path={checkpoint}", "--model.arch=convnet"]
+    assert type(model_of(train_ref, monkeypatch, *go_on, "--method=moco_v1")) is MoCo
+    (tmp_path / "simclr.yaml").write_text("{method: simclr_co2}")
+    with pytest.raises(SystemExit, match="is a checkpoint of moco, not of simclr"):
+        train_ref("fit", "--config=simclr.yaml", f"--ckpt_path={checkpoint}")
+
+
+@pytest.mark.parametrize(
+    ("given", "methods"),
+    [
+        ("moco_v1", ["moco_v1"]),
+        ("moco", ["moco_v2_co2"]),
+        ("moco_v1,conic", ["moco_v1", "conic"]),
+        ("[simclr, instdisc]", ["simclr", "instdisc"]),
+    ],
+)
+def test_validate_takes_one_method_or_several(train_ref, tmp_path, given, methods):
+    train_ref("validate", f"--methods={given}", "--steps=1", "--batch_size=8", "--free=false", "--output=it")
+    verdicts = json.loads((tmp_path / "it" / "validate.json").read_text())["verdicts"]
+    assert [verdict["method"] for verdict in verdicts] == methods

@@ -24,7 +24,7 @@ from train_ref.data import Views
 from train_ref.errors import UsageError
 from train_ref.evaluation import extract_features
 from train_ref.files import replacing
-from train_ref.methods import METHODS, MoCo
+from train_ref.methods import KINDS, MoCo
 from train_ref.networks import network
 
 
@@ -122,7 +122,7 @@ def test_a_backbone_is_loaded_with_what_is_known_of_it(moco, checkpoint):
     assert backbone.data["batch_size"] == 64
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_nothing_of_the_method_is_opened(changed, moco, method):
     state_dict = {
         **moco.state_dict(),

@@ -12,7 +12,7 @@ from contrastive_ops import nt_xent_loss
 from train_ref.callbacks import Record
 from train_ref.data import Views
 from train_ref.errors import UsageError
-from train_ref.methods import METHODS
+from train_ref.methods import KINDS
 
 
 def digits() -> Views:
@@ -64,7 +64,7 @@ def test_the_loss_falls_on_digits(make_method, make_trainer, name):
     assert last < 0.85 * first
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_checkpoint_says_what_it_is_of_and_loads_without_images(make_method, make_trainer, name, tmp_path):
     method = make_method(name)
     trainer = make_trainer(limit_train_batches=1)
@@ -72,7 +72,7 @@ def test_a_checkpoint_says_what_it_is_of_and_loads_without_images(make_method, m
     path = tmp_path / "some.ckpt"
     trainer.save_checkpoint(path)
     assert torch.load(path, weights_only=True)["method"] == name
-    loaded = METHODS[name].load_from_checkpoint(path)
+    loaded = KINDS[name].load_from_checkpoint(path)
     torch.testing.assert_close(
         dict(loaded.backbone.state_dict()), dict(method.backbone.state_dict()), rtol=0, atol=0
     )
@@ -95,7 +95,7 @@ def test_groups_must_share_the_batch_evenly(make_method, make_trainer, groups):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", KINDS)
 def test_other_precisions(make_method, make_trainer, name, precision):
     method = make_method(name, **({"active": 128} if name == "conic" else {}))
     trainer = make_trainer(limit_train_batches=2, precision=precision)

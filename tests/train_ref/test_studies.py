@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ from scipy.stats import ttest_rel
 
 from train_ref import __main__ as command_line
 from train_ref import report
+from train_ref.commands import STUDIES
 from train_ref.data import Views
 from train_ref.errors import UsageError
 from train_ref.markdown import parts
 from train_ref.methods import ConIC, MoCo, SimCLR
-from train_ref.studies import STUDIES, sampling, toy
+from train_ref.studies import sampling, toy
 from train_ref.studies.common import SharedViews, Variant, differences, text, train
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 # The rows of each study's first table, and how many differences it tells.
 ROWS = {
@@ -49,7 +53,7 @@ ROWS = {
 def test_a_quick_study_leaves_its_figure_and_its_numbers(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    result = STUDIES[name](quick=True, directory=str(tmp_path / "study"))
+    result = STUDIES[name].function()(quick=True, directory=str(tmp_path / "study"))
     assert (tmp_path / "study" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "study" / f"{name}.json").read_text()) == result
     assert [path.name for path in tmp_path.iterdir()] == ["study"]
@@ -185,7 +189,7 @@ def test_the_report_replaces_what_stands_between_markers(tmp_path):
     (tmp_path / "toy.json").write_text(json.dumps(result))
     document = tmp_path / "results.md"
     document.write_text("before\n<!-- toy:begin -->\nold\n<!-- toy:end -->\nafter\n")
-    report.main(tmp_path, document)
+    assert report.put(tmp_path, document) == ["toy"]
     written = document.read_text()
     assert written.startswith("before\n<!-- toy:begin -->\n![")
     assert written.endswith("\n<!-- toy:end -->\nafter\n")
@@ -195,14 +199,14 @@ def test_the_report_replaces_what_stands_between_markers(tmp_path):
 
 
 def test_the_results_that_are_told_are_those_that_are_kept(tmp_path):
-    told = report.DOCS / "results.md"
+    told = DOCS / "results.md"
     for name in STUDIES:
-        result = json.loads((report.DOCS / "figures" / f"{name}.json").read_text())
+        result = json.loads((DOCS / "figures" / f"{name}.json").read_text())
         assert parts(told, name)[1] == report.section(result, "figures")
         runs = next(iter(result["runs"].values()))
         assert len(runs) == result["settings"]["seeds"] >= 3
     for name, tell in (("validate", report.agreement), ("step", report.step)):
-        files = sorted((report.DOCS / "figures").glob(f"{name}-*.json"))
+        files = sorted((DOCS / "figures").glob(f"{name}-*.json"))
         results = [json.loads(file.read_text()) for file in files]
         assert parts(told, name)[1] == tell(results)
         assert all(verdict["passed"] for result in results for verdict in result["verdicts"])
@@ -215,7 +219,7 @@ def test_the_results_that_are_told_are_those_that_are_kept(tmp_path):
         (["sampling", "--active=1437"], "nothing is sampled"),
         (["co2", "--epoch=3"], "epoch"),
         (["simclr", "--epochs=1000"], "1 GiB is kept at most"),
-        (["colorization"], "study needs the name of one"),
+        (["colorization"], "there is no study colorization: python -m train_ref study takes one of co2,"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path, monkeypatch, args, message):

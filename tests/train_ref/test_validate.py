@@ -9,7 +9,8 @@ import torch
 
 from contrastive_ops import CO2Loss, ConICLoss, NTXentLoss
 from train_ref import validate as module
-from train_ref.validate import CASES, Eager, Run, Verdict, validate
+from train_ref.methods import METHODS
+from train_ref.validate import Eager, Run, Verdict, validate
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def run(tmp_path):
 
 def test_every_method_passes_and_leaves_its_curves(run, tmp_path, capsys):
     verdicts = run(steps=3)
-    assert [verdict.method for verdict in verdicts] == list(CASES)
+    assert [verdict.method for verdict in verdicts] == list(METHODS)
     for verdict in verdicts:
         assert verdict.passed
         assert verdict.backend == "cpu"
@@ -33,7 +34,7 @@ def test_every_method_passes_and_leaves_its_curves(run, tmp_path, capsys):
         assert 0 < verdict.fused.loss_ms < verdict.fused.step_ms
     assert (tmp_path / "validate.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((tmp_path / "validate.json").read_text())
-    assert [verdict["method"] for verdict in saved["verdicts"]] == list(CASES)
+    assert [verdict["method"] for verdict in saved["verdicts"]] == list(METHODS)
     assert "conic_sampled" in capsys.readouterr().out
 
 

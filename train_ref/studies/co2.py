@@ -7,19 +7,17 @@ from typing import Any
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from matplotlib.figure import Figure
 
-from ..methods import MoCo
+from ..methods import MOCO_V1, MOCO_V2, MoCo
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
 
-V1 = {"head": "linear", "temperature": 0.07, "schedule": "step", "consistency_temperature": 0.04}
-V2 = {"head": "mlp", "temperature": 0.2, "schedule": "cosine", "consistency_temperature": 0.05}
 # Name: label in the figure, version, α. The paper's α are 10 for v1 and 0.3 for v2; the recipe's for digits
 # is 1 for v1.
 VARIANTS = {
-    "MoCo": ("MoCo", V1, 0.0),
-    "MoCo + CO2, α = 1": ("+ CO2\nα = 1", V1, 1.0),
-    "MoCo + CO2, α = 10": ("+ CO2\nα = 10", V1, 10.0),
-    "MoCo v2": ("MoCo v2", V2, 0.0),
-    "MoCo v2 + CO2, α = 0.3": ("+ CO2\nα = 0.3", V2, 0.3),
+    "MoCo": ("MoCo", MOCO_V1, 0.0),
+    "MoCo + CO2, α = 1": ("+ CO2\nα = 1", MOCO_V1, 1.0),
+    "MoCo + CO2, α = 10": ("+ CO2\nα = 10", MOCO_V1, 10.0),
+    "MoCo v2": ("MoCo v2", MOCO_V2, 0.0),
+    "MoCo v2 + CO2, α = 0.3": ("+ CO2\nα = 0.3", MOCO_V2, 0.3),
 }
 PAIRS = [
     ("MoCo + CO2, α = 1", "MoCo"),
@@ -65,7 +63,7 @@ def study(
     runs = compare(variants, epochs, seeds, quick)
 
     figure = Figure(figsize=(10, 7), layout="constrained")
-    for row, version in zip(figure.subplots(2, len(MEASURES), sharey="col"), (V1, V2), strict=True):
+    for row, version in zip(figure.subplots(2, len(MEASURES), sharey="col"), (MOCO_V1, MOCO_V2), strict=True):
         labels = {name: label for name, (label, which, _) in VARIANTS.items() if which is version}
         for axes, measure in zip(row, MEASURES, strict=True):
             dots(axes, runs, labels, measure)
