@@ -1,19 +1,47 @@
-# `make demo` trains on real images, `make test` runs every test; both install what they need into .venv first.
+# `make demo` trains on real images, `make test` tests; both install what they need into .venv first.
 
 PYTHON ?= python3
-BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu lint format clean
+.PHONY: demo test quick dist test-installed test-oldest bench gpu lint format clean
 
-demo: .venv/.installed
-	$(BIN)/python -m train_ref fit --config train_ref/recipes/digits_moco_v2_co2.yaml
+demo: $(VENV)/.installed
+	$(BIN)/python -m train_ref fit --config digits_moco_v2_co2
 
-test: .venv/.installed
+test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: .venv/.installed
+# What takes seconds, with few examples each.
+quick: $(VENV)/.installed
+	HYPOTHESIS_PROFILE=few $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# The oldest versions that are promised, with the quick selection. PYTHON_OLDEST is a Python 3.12.
+PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3) python3.12)
+test-oldest:
+	$(MAKE) quick VENV=.venv-oldest PYTHON=$(PYTHON_OLDEST) CONSTRAINTS=constraints-oldest.txt
+
+# The source distribution and the wheel.
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist, build_wheel as wheel; build_sdist('dist'), wheel('dist')"
+
+# The wheel as its users have it: installed, and tested in a folder without the source. All else comes from VENV.
+ELSEWHERE := build/elsewhere
+PURELIB := python -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+test-installed: dist
+	rm -rf $(ELSEWHERE) && mkdir -p $(ELSEWHERE)
+	$(BIN)/python -m venv $(ELSEWHERE)/.venv
+	$(BIN)/$(PURELIB) > $$($(ELSEWHERE)/.venv/bin/$(PURELIB))/others.pth
+	$(ELSEWHERE)/.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	cp -r tests bench docs README.md pyproject.toml $(ELSEWHERE)
+	cd $(ELSEWHERE) && CONTRASTIVE_OPS_SOURCE=$(CURDIR) .venv/bin/python -m pytest tests/test_installation.py tests/test_readme.py \
+		tests/test_backends.py tests/test_functional.py tests/test_instances.py tests/train_ref/test_cli.py
+
+bench: $(VENV)/.installed
 	$(BIN)/python -m bench
 
 # Everything that needs a GPU, in the environment of PYTHON, which must have the package with [test,train]. What was
@@ -29,31 +57,33 @@ gpu:
 	-$(PYTHON) -m bench --device cuda --output $(OUT)/gpu.json
 	-$(PYTHON) -m bench.instances --device cuda --output $(OUT)/gpu-instances.json
 
-lint: .venv/.linters
+lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
-format: .venv/.linters
+format: $(VENV)/.linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
 clean:
-	rm -rf .venv build *.egg-info contrastive_ops/*.so
+	rm -rf .venv .venv-oldest build dist *.egg-info contrastive_ops/*.so
 
-# The build's own needs come first because the build runs in this environment, not in one of its own.
-.venv/.dependencies: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(PIP) setuptools wheel pybind11 torch
+# Torch comes first because the build runs in this environment, not in one of its own.
+$(VENV)/.dependencies: pyproject.toml $(CONSTRAINTS)
+	@test -e $@ || echo "Downloading torch and what it needs into $(VENV): some 3 GB that take 6 GB there, \
+	and minutes. Then the C++ kernels are compiled, some minutes more. Both happen once."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools torch
 	touch $@
 
-.venv/.installed: .venv/.dependencies setup.py $(CSRC)
+$(VENV)/.installed: $(VENV)/.dependencies setup.py $(CSRC)
 	$(PIP) --no-build-isolation --editable '.[test,train]'
 	$(BIN)/python -c "import contrastive_ops as c; [print(f'{n:10}', s) for n, s in c.available_backends().items()]"
 	touch $@
 
-.venv/.linters: .venv/.installed
+$(VENV)/.linters: $(VENV)/.installed
 	$(PIP) ruff mypy clang-format
 	touch $@

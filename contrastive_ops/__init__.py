@@ -1,5 +1,9 @@
 """Contrastive losses over very many keys, computed without the matrix of their similarities."""
 
+from ._installation import installed_instead
+
+__path__ = installed_instead(__path__)
+
 from ._backends import BackendStatus, available_backends, use_backend
 from .functional import (
     ConICMetrics,

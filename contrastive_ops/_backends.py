@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._installation import load_extension
+
 ENVIRONMENT_VARIABLE = "CONTRASTIVE_OPS_BACKEND"
 
 
@@ -62,13 +64,7 @@ def _load_cpu() -> ModuleType:
     # ATEN_CPU_CAPABILITY, which caps it, caps both.
     capability = torch.backends.cpu.get_cpu_capability()
     variant = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "default")
-    try:
-        return importlib.import_module(f"contrastive_ops._cpu_{variant}")
-    except ImportError as error:
-        raise ImportError(
-            f"the C++ extension contrastive_ops._cpu_{variant} is not there ({error}); "
-            "install again from source with a C++20 compiler"
-        ) from error
+    return load_extension(f"_cpu_{variant}")
 
 
 def _interprets_triton() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,10 +30,8 @@ ON_GPU = () if INTERPRETED else ("triton", "cuda")
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that can serve here. A test that takes it holds for all of them, and makes its tensors on
     the device that it serves."""
-    if request.param in ON_GPU:
-        torch.set_default_device("cuda")
-    yield request.param
-    torch.set_default_device(None)
+    with torch.device("cuda") if request.param in ON_GPU else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,103 @@
+"""Where the package's files lie: its compiled extensions, and which of several installations has them.
+
+An extension that calls PyTorch's C++ library has the version of torch in its name that it was built against
+(setup.py): PyTorch promises that it fits this version's releases, and no other's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import distributions
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+PACKAGE = __package__ or "contrastive_ops"
+INSTALL = "pip install --no-build-isolation"  # and where from
+
+
+def extensions(folder: Path) -> set[str]:
+    """The names of the extensions in a folder that this Python can import."""
+    return {
+        file.name.removesuffix(suffix)
+        for suffix in EXTENSION_SUFFIXES
+        for file in folder.glob(f"_*{suffix}")
+        if "." not in file.name.removesuffix(suffix)
+    }
+
+
+def load_extension(stem: str) -> ModuleType:
+    """The extension of that name which was built against this version of torch.
+
+    Raises:
+        ImportError: there is none, or it cannot be loaded; the message says what to do.
+    """
+    package = sys.modules[PACKAGE]
+    major, minor = torch.__version__.split(".")[:2]
+    name = f"{stem}_torch_{major}_{minor}"
+    built = {each for folder in package.__path__ for each in extensions(Path(folder))}
+    others = sorted(
+        match[1].replace("_", ".") for each in built if (match := re.fullmatch(f"{stem}_torch_(.+)", each))
+    )
+    again = f"install contrastive_ops again: {INSTALL} --force-reinstall --no-deps, from its source"
+    if name in built:
+        try:
+            return importlib.import_module(f"{PACKAGE}.{name}")
+        except ImportError as error:
+            raise ImportError(f"the C++ extension {name} cannot be loaded ({error}); {again}") from error
+    if others:
+        raise ImportError(
+            f"the C++ extension {stem} was built for torch {' and '.join(others)}, and this is torch "
+            f"{torch.__version__}; {again}"
+        )
+    raise ImportError(f"contrastive_ops was installed without its C++ extension {stem}; {again}")
+
+
+def installed_instead(here: list[str]) -> list[str]:
+    """Where the submodules of the package come from that is imported from the folder `here`: from there.
+
+    The exception is a source tree without extensions, which lies in the way of every program that is started
+    in its folder. Its submodules come from the package that is installed elsewhere and, where none is, lack
+    the compiled kernels. A warning says which of the two it is, and what to do.
+    """
+    folder = Path(here[0]).resolve()
+    tree = folder.parent
+    is_whole = bool(extensions(folder)) or not (tree / "csrc").is_dir()
+    if is_whole or _is_installed_editable(tree):
+        return here
+    installed = _installed_elsewhere(tree)
+    about = f"{folder} is a source tree without compiled extensions"
+    editable = f"To work on it, install it: {INSTALL} --editable {tree}"
+    if installed:
+        warnings.warn(f"{about}; the package installed in {installed} is used. {editable}", stacklevel=3)
+        return [str(installed)]
+    warnings.warn(
+        f"{about}, and contrastive_ops is not installed elsewhere: the slow reference will serve, and there "
+        f"is no instance classification. {editable}",
+        stacklevel=3,
+    )
+    return here
+
+
+def _is_installed_editable(tree: Path) -> bool:
+    """Whether the environment's contrastive_ops is this tree, which then lacks extensions by choice."""
+    texts = (each.read_text("direct_url.json") for each in distributions(name="contrastive-ops"))
+    urls = (json.loads(text) for text in texts if text)
+    return any(url.get("dir_info", {}).get("editable") and url["url"] == tree.as_uri() for url in urls)
+
+
+def _installed_elsewhere(tree: Path) -> Path | None:
+    """The folder of the package that would be imported if the tree were not in the way."""
+    paths = [path for path in sys.path if Path(path).resolve() != tree]
+    for finder in sys.meta_path:  # that of paths and, for other trees that are installed editable, theirs
+        spec = finder.find_spec(PACKAGE, paths)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if Path(folder).resolve().parent != tree:
+                return Path(folder)
+    return None

@@ -1,0 +1,275 @@
+"""What happens on each way to install the package, and in a source tree that was not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+import torch
+
+import contrastive_ops
+from contrastive_ops import _installation
+from contrastive_ops._installation import extensions, load_extension
+
+# Where a wheel is tested, the tests lie in another folder than the source.
+ROOT = Path(os.environ.get("CONTRASTIVE_OPS_SOURCE", Path(__file__).resolve().parents[1]))
+in_the_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="setup.py is in the source only")
+PACKAGE = Path(contrastive_ops.__path__[0])
+
+
+def is_editable() -> bool:
+    return PACKAGE.parent == ROOT
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source as a clone has it, without what was compiled."""
+    folder = tmp_path_factory.mktemp("clone") / "contrastive-ops"
+    left_out = shutil.ignore_patterns(
+        ".*", "*.so", "__pycache__", "build", "dist", "runs", "*.egg-info", "CMakeFiles"
+    )
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    return folder
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX", "CC")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=inherited | environment, capture_output=True, text=True
+    )
+
+
+# Building
+
+WITHOUT_TORCH = """
+import importlib.metadata as metadata
+version = metadata.version
+def absent(name):
+    if name == "torch":
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+metadata.version = absent
+"""
+OLD_SETUPTOOLS = "import setuptools\nsetuptools.__version__ = '65.5.0'\n"
+SETUP = "import runpy, sys\nsys.argv[0] = 'setup.py'\nrunpy.run_path('setup.py', run_name='__main__')"
+
+
+@in_the_source
+@pytest.mark.parametrize(
+    ("before", "environment", "words"),
+    [
+        (WITHOUT_TORCH, {}, ("--no-build-isolation", "install torch", "CONTRASTIVE_OPS_WITHOUT_CPP=1")),
+        (OLD_SETUPTOOLS, {}, ("setuptools 77", "65.5.0", "pip install --upgrade setuptools")),
+        ("", {"CXX": "no-such-compiler"}, ("no no-such-compiler", "CXX", "CONTRASTIVE_OPS_WITHOUT_CPP=1")),
+        ("", {"CXX": "false"}, ("false is none", "C++20", "OpenMP", "CONTRASTIVE_OPS_WITHOUT_CPP=1")),
+    ],
+    ids=["isolated", "old-setuptools", "no-compiler", "compiler-that-cannot"],
+)
+def test_a_build_that_cannot_be_stops_and_says_what_to_do(
+    tree: Path, before: str, environment: dict[str, str], words: tuple[str, ...]
+) -> None:
+    done = run(tree, "-c", before + SETUP, "build_ext", **environment)
+    assert done.returncode != 0
+    said = " ".join(done.stderr.split())
+    assert all(word in said for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tree.rglob("*.so"))
+
+
+@in_the_source
+def test_sources_that_do_not_compile_are_an_error(tree: Path, tmp_path: Path) -> None:
+    """A package without kernels is never what is left of a failed compilation."""
+    broken = tmp_path / "broken"
+    shutil.copytree(tree, broken)
+    for source in (broken / "csrc").rglob("*.cpp"):
+        source.write_text("#error this one\n")
+    done = run(broken, "-c", SETUP, "bdist_wheel")
+    assert done.returncode != 0
+    assert "this one" in done.stderr
+    assert not list(broken.rglob("*.whl"))
+
+
+@in_the_source
+def test_a_package_without_cpp_is_pure_and_complete(tree: Path, tmp_path: Path) -> None:
+    done = run(tree, "-c", SETUP, "bdist_wheel", "--dist-dir", str(tmp_path), CONTRASTIVE_OPS_WITHOUT_CPP="1")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = set(content.namelist())
+        metadata = content.read(next(name for name in names if name.endswith("METADATA"))).decode()
+        scripts = content.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    recipes = {f"train_ref/recipes/{file.name}" for file in (ROOT / "train_ref" / "recipes").glob("*.yaml")}
+    modules = {
+        str(file.relative_to(tree)).replace("kernels/", "contrastive_ops/kernels/", 1)
+        for package in ("contrastive_ops", "kernels", "train_ref")
+        for file in (tree / package).rglob("*.py")
+    }
+    assert recipes
+    assert recipes | modules | {"contrastive_ops/py.typed", "contrastive_ops/_rows.pyi"} <= names
+    assert {name.partition("/")[0] for name in names if "dist-info" not in name} == {
+        "contrastive_ops",
+        "train_ref",
+    }
+    assert "contrastive-ops-train" in scripts
+
+    # On a package index there are no files beside the README: its links name the repository.
+    readme = metadata.partition("\n\n")[2]
+    links = re.findall(r"\]\(([^)\s]+)\)", readme)
+    assert len(links) > 8
+    repository = re.search(r"^Project-URL: Repository, (.+)$", metadata, re.MULTILINE)[1]
+    for link in links:
+        assert link.startswith(("https://", "#")), link
+        if link.startswith(repository):
+            path = re.fullmatch(r"/(?:blob|raw)/HEAD/([^#]+)(#.*)?", link.removeprefix(repository))[1]
+            assert (ROOT / path).exists(), link
+
+
+@in_the_source
+def test_the_source_distribution_is_enough_to_test(tree: Path, tmp_path: Path) -> None:
+    done = run(tree, "-c", SETUP, "sdist", "--dist-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        names = {name.partition("/")[2] for name in content.getnames()}
+    folders = ("contrastive_ops", "kernels", "csrc", "train_ref", "tests", "bench", "docs")
+    wanted = {
+        str(file.relative_to(tree))
+        for folder in folders
+        for file in (tree / folder).rglob("*")
+        if file.is_file()
+    }
+    wanted |= {"setup.py", "pyproject.toml", "Makefile", "constraints.txt", "constraints-oldest.txt"}
+    wanted |= {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"}
+    assert wanted <= names, sorted(wanted - names)
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_the_version_is_told_alike() -> None:
+    assert distribution("contrastive-ops").version == contrastive_ops.__version__
+    citation = ROOT / "CITATION.cff"
+    if citation.exists():
+        assert f"\nversion: {contrastive_ops.__version__}\n" in citation.read_text()
+
+
+# What was compiled
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf reads what was compiled")
+def test_extensions_hold_no_paths_and_no_debugging_symbols() -> None:
+    for file in PACKAGE.glob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"):
+        dynamic = subprocess.run(["readelf", "-dW", file], check=True, capture_output=True, text=True).stdout
+        paths = re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic)
+        assert all(path.startswith("$ORIGIN") for path in paths), (file, paths)
+        sections = subprocess.run(["readelf", "-SW", file], check=True, capture_output=True, text=True).stdout
+        assert ".debug_info" not in sections, file
+
+
+@pytest.mark.parametrize("other", ["2.13.0", "2.99.1+cu130", "3.0.0.dev20270101"])
+def test_another_torch_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    ours = ".".join(torch.__version__.split(".")[:2])
+    monkeypatch.setattr(torch, "__version__", other)
+    with pytest.raises(ImportError) as refused:
+        load_extension("_cpu_default")
+    message = str(refused.value)
+    assert re.search(rf"built for torch [\d. and]*{ours}", message)
+    assert f"this is torch {other}" in message
+    assert "pip install --no-build-isolation" in message
+
+
+def test_an_extension_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(contrastive_ops, "__path__", [str(tmp_path)])
+    with pytest.raises(ImportError, match=r"installed without its C\+\+ extension _cpu_default"):
+        load_extension("_cpu_default")
+
+
+def test_an_extension_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    minor = "_".join(torch.__version__.split(".")[:2])
+    broken = tmp_path / f"_cpu_broken_torch_{minor}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(contrastive_ops, "__path__", [str(tmp_path)])
+    with pytest.raises(
+        ImportError, match=r"_cpu_broken_torch_.* cannot be loaded .*install contrastive_ops again"
+    ):
+        load_extension("_cpu_broken")
+
+
+def test_what_lies_beside_extensions_is_none(tmp_path: Path) -> None:
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for name in (f"_rows{suffix}", "_cpu_default_torch_2_9.cpython-30-x86_64-linux-gnu.so", "_disk.py"):
+        (tmp_path / name).touch()
+    assert extensions(tmp_path) == {"_rows"}
+
+
+# A source tree without extensions
+
+REPORT = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import contrastive_ops
+    import contrastive_ops as again
+    from contrastive_ops import functional, available_backends
+import torch
+loss = contrastive_ops.info_nce_loss(torch.eye(2), torch.eye(2), torch.eye(2))
+print(json.dumps({
+    "warnings": [str(each.message) for each in caught if "source tree" in str(each.message)],
+    "blamed": [each.filename for each in caught if "source tree" in str(each.message)],
+    "folder": functional.__file__,
+    "cpu": bool(available_backends()["cpu"]),
+}))
+"""
+
+
+@in_the_source
+def test_a_source_tree_hands_over_to_the_installed_package(tree: Path) -> None:
+    done = run(tree, "-c", REPORT)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (warning,) = report["warnings"]
+    assert str(tree / "contrastive_ops") in warning
+    assert str(PACKAGE) in warning
+    assert f"pip install --no-build-isolation --editable {tree}" in warning
+    assert report["blamed"] == ["<string>"]  # who imported it
+    assert Path(report["folder"]).parent == PACKAGE
+    assert report["cpu"]
+
+
+@in_the_source
+@pytest.mark.skipif(not is_editable(), reason="it is installed where torch is")
+def test_a_source_tree_alone_says_so_and_works(tree: Path) -> None:
+    """-S leaves out what makes an editable installation known; then torch is, and contrastive_ops is not."""
+    done = run(tree, "-S", "-c", REPORT, PYTHONPATH=sysconfig.get_path("purelib"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (warning,) = report["warnings"]
+    assert "not installed elsewhere" in warning
+    assert f"pip install --no-build-isolation --editable {tree}" in warning
+    assert Path(report["folder"]).parent == tree / "contrastive_ops"
+    assert not report["cpu"]
+
+
+def test_what_is_whole_is_left_alone(recwarn: pytest.WarningsRecorder) -> None:
+    here = [str(PACKAGE)]
+    assert _installation.installed_instead(here) == here
+    assert not recwarn.list
+
+
+@in_the_source
+def test_the_trainer_finds_the_kernels_from_a_source_tree(tree: Path) -> None:
+    pytest.importorskip("lightning")
+    done = run(
+        tree, "-m", "train_ref", "validate", "--methods", "moco_v2_co2", "--steps", "2", "--free", "false"
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"moco_v2_co2 +cpu ", done.stdout), done.stdout
