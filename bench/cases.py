@@ -92,7 +92,7 @@ GRIDS = {
         dims={"float32": (128,), "bfloat16": (128,)},
         fused=("cpu",),
         peers={
-            "co2": ("eager", "compile"),
+            "co2": ("eager", "compile", "lightly"),
             "info_nce": ("eager", "compile", "lightly"),
             "nt_xent": ("eager", "compile", "lightly"),
             "nt_xent_co2": ("eager", "compile"),
@@ -276,8 +276,7 @@ def implementation(case: Case) -> Loss:
         mode = "max-autotune-no-cudagraphs" if case.impl == "max-autotune" else None
         return partial(torch.compile(problem.eager, dynamic=False, mode=mode), **problem.settings)
     if case.impl == "lightly":
-        as_peer = _lightly_nt_xent if problem.among_rows else _lightly_info_nce
-        return as_peer(problem.settings["temperature"])
+        return LIGHTLY[case.loss](**problem.settings)
     if case.impl in LANGUAGE_MODEL_LOSSES:
         as_peer = _classify_views if case.loss == "conic" else _classify_query
         return partial(as_peer, LANGUAGE_MODEL_LOSSES[case.impl](), problem.settings["temperature"])
@@ -337,22 +336,37 @@ LANGUAGE_MODEL_LOSSES = {
 }
 
 
-def _lightly_nt_xent(temperature: float) -> Loss:
+def _lightly_nt_xent(*, temperature: float, **_: Any) -> Loss:
     from lightly.loss import NTXentLoss
 
     return NTXentLoss(temperature)
 
 
-def _lightly_info_nce(temperature: float) -> Loss:
-    """lightly's NTXentLoss with a memory bank, which is MoCo's InfoNCE, on a bank that holds the queue."""
+def _lightly_info_nce(*, temperature: float, **_: Any) -> Loss:
+    """lightly's NTXentLoss with a memory bank, which is MoCo's InfoNCE."""
     from lightly.loss import NTXentLoss
+
+    return _with_a_bank(NTXentLoss(temperature))
+
+
+def _lightly_co2(*, consistency_temperature: float, consistency_weight: float, **settings: Any) -> Loss:
+    """InfoNCE and lightly's CO2Regularizer, added as its documentation has it. The regularizer returns a new
+    tensor with the value of its term: no gradient comes back through it."""
+    from lightly.loss.regularizer import CO2Regularizer
+
+    contrast = _lightly_info_nce(**settings)
+    consistency = _with_a_bank(CO2Regularizer(consistency_weight, consistency_temperature))
+    return lambda *tensors: contrast(*tensors) + consistency(*tensors)
+
+
+def _with_a_bank(criterion: Any) -> Loss:
+    """A loss of lightly's of two batches, on a memory bank that holds the queue."""
     from lightly.models.modules.memory_bank import MemoryBankModule
 
     class Bank(MemoryBankModule):
         def forward(self, output, labels=None, update=False):
             return super().forward(output, labels, update=False)  # the loss is measured, not the enqueueing
 
-    criterion = NTXentLoss(temperature)
     criterion.memory_bank = Bank(size=0)
 
     def loss(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
@@ -361,6 +375,11 @@ def _lightly_info_nce(temperature: float) -> Loss:
         return criterion(query, key)
 
     return loss
+
+
+# Losses of peers through whose consistency term no gradient comes back: their steps do less.
+WITHOUT_CONSISTENCY_GRADIENT = {("co2", "lightly")}
+LIGHTLY = {"co2": _lightly_co2, "info_nce": _lightly_info_nce, "nt_xent": _lightly_nt_xent}
 
 
 def step(loss: Loss, *tensors: Tensor) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench.cases import PROBLEMS
+from bench.cases import PROBLEMS, WITHOUT_CONSISTENCY_GRADIENT
 from bench.files import README, RESULTS, newest_result, replace_in_readme
 from train_ref import evaluation
 from train_ref.markdown import table
@@ -194,8 +195,27 @@ def memory_table(result: Result, **where: object) -> str:
     return table(("B", "K", *map(label, impls)), rows)
 
 
+def readme_headline(result: Result) -> str:
+    """What a step of CO2 comes to, and what was measured at all."""
+    where = {"loss": "co2", "dtype": "float32", "D": README_DIM}
+    size = PROBLEMS["co2"].headline
+    records = result.sizes(**where)[size]
+    ours, eager = (
+        next(r for impl, r in records.items() if (impl in PEERS) is peer) for peer in (False, True)
+    )
+    kind = "GPU" if result.on_gpu else "CPU"
+    others = ""
+    if not result.on_gpu:
+        others = " **On a GPU, not timed yet**: the kernels are tested and compiled, no more."
+    return (
+        f"**On a {kind}, measured:** a step of CO2 with {size[0]} queries over {size[1]:,} keys takes "
+        f"{number(ours['ms'])} ms and {number(ours['peak_mib'])} MiB, where eager PyTorch takes "
+        f"{number(eager['ms'])} ms and {number(eager['peak_mib'])} MiB.{others}"
+    )
+
+
 def readme_section(result: Result) -> str:
-    """Every loss and dtype at one size, and the plot of time."""
+    """Every loss and dtype at one size, speed-ups at all sizes, where peers are ahead, and the plots."""
     headlines = {
         loss: {"loss": loss, "D": README_DIM} | dict(zip("BK", PROBLEMS[loss].headline, strict=True))
         for loss in result.values("loss")
@@ -207,22 +227,65 @@ def readme_section(result: Result) -> str:
         for dtype in result.values("dtype", **where):
             (records,) = result.sizes(dtype=dtype, **where).values()
             cells = (
-                f"{cell(records, impl, 'ms')} ms, {cell(records, impl, 'peak_mib')} MiB"
-                if impl in records
+                f"{number(record['ms'])} ms, {number(record['peak_mib'])} MiB{remark(loss, impl)}"
+                if (record := records.get(impl))
                 else "–"
                 for impl in impls
             )
             size = f"{where['B']:,} × {where['K']:,}"
             rows.append((f"{LOSSES[loss]}, {size}, {dtype}", *cells, speed_up(records, "eager")))
-    image = os.path.relpath(result.beside("-time.png"), README.parent)
+    pictures = (
+        f"![{title}]({os.path.relpath(result.beside(suffix), README.parent)})"
+        for title, suffix in (
+            ("Time of a step against the number of keys", "-time.png"),
+            ("Peak memory of a step against the number of keys", "-memory.png"),
+        )
+    )
     return "\n\n".join(
         (
             table(("", *map(label, impls), "speed-up over eager"), rows),
             f"Forward and backward of B rows against K (B × K), D = {README_DIM}: median time, and peak "
             f"memory beyond the input. {result.caption}.",
-            f"![Time of a step against the number of keys]({image})",
+            "Speed-ups over eager PyTorch / over torch.compile at other sizes, B × K:",
+            *speed_ups(result),
+            peers_ahead(result),
+            *pictures,
         )
     )
+
+
+def speed_ups(result: Result) -> Iterator[str]:
+    """A table of each group of losses that were measured at the same sizes."""
+    groups: dict[tuple, list[str]] = {}
+    for loss in result.values("loss", D=README_DIM):
+        sizes = result.sizes(loss=loss, impl="eager", D=README_DIM)
+        groups.setdefault(tuple(sizes), []).append(loss)
+    for sizes, losses in groups.items():
+        rows = []
+        for loss in losses:
+            for dtype in result.values("dtype", loss=loss, D=README_DIM):
+                measured = result.sizes(loss=loss, dtype=dtype, D=README_DIM)
+                cells = (
+                    " / ".join(speed_up(measured.get(size, {}), peer) for peer in ("eager", "compile"))
+                    for size in sizes
+                )
+                rows.append((f"{LOSSES[loss]}, {dtype}", *cells))
+        yield table(("", *(f"{batch:,} × {keys:,}" for batch, keys in sizes)), rows)
+
+
+def peers_ahead(result: Result) -> str:
+    """Where a peer is faster than the fastest fused implementation, of all that was measured."""
+    ahead = [
+        f"{label(peer)} at {LOSSES[loss]}, {batch:,} × {keys:,}, {dtype} ({speed_up(records, peer)})"
+        for loss in result.values("loss", D=README_DIM)
+        for dtype in result.values("dtype", loss=loss, D=README_DIM)
+        for (batch, keys), records in result.sizes(loss=loss, dtype=dtype, D=README_DIM).items()
+        for peer in records.keys() & PEERS.keys()
+        if records[peer]["ms"] < min(r["ms"] for impl, r in records.items() if impl not in PEERS)
+    ]
+    if not ahead:
+        return "No peer is ahead at any of these sizes."
+    return f"Not ahead of: {'; '.join(sorted(ahead))}."
 
 
 def demo_section(rows: list[dict]) -> str:
@@ -236,7 +299,13 @@ def label(impl: str) -> str:
 
 
 def cell(records: Records, impl: str, field: str) -> str:
-    return number(records.get(impl, {}).get(field))
+    record = records.get(impl, {})
+    return number(record.get(field)) + (remark(record["loss"], impl) if record else "")
+
+
+def remark(loss: str, impl: str) -> str:
+    """What a time does not say: that the step was not the whole one."""
+    return ", no gradient of CO2's term" if (loss, impl) in WITHOUT_CONSISTENCY_GRADIENT else ""
 
 
 def number(value: float | None) -> str:
@@ -328,6 +397,7 @@ def main() -> None:
     for path in files:
         write(path)
     if arguments.readme:
+        replace_in_readme("headline", "\n\n".join(readme_headline(Result(path)) for path in files))
         replace_in_readme("benchmark", "\n\n".join(readme_section(Result(path)) for path in files))
         if demo := newest_result("-demo"):
             replace_in_readme("demo", demo_section(json.loads(demo.read_text())))
