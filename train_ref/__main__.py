@@ -28,7 +28,6 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: the words of the command line, without the program's name; by default those it was started with.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no news of absent devices
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
     try:
         run(COMMANDS, program(), "command", DESCRIPTION, sys.argv[1:] if args is None else args)
@@ -57,10 +56,12 @@ def run(commands: Mapping[str, Command], called: str, kind: str, description: st
         return run(command.choices, called, name, f"A {name} {command.purpose}.", rest)
     from .parsing import examples_text, parser_of  # jsonargparse takes a while
 
+    function = command.function()
+    # No news of absent devices. Lightning, where it has just been imported, has set another level.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if command.parses:
-        command.function()(rest, called, examples_text(called, command.examples))
+        function(rest, called, examples_text(called, command.examples))
     else:
-        function = command.function()
         function(**parser_of(function, called, command.examples).parse_args(rest).as_dict())
 
 

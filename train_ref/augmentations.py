@@ -11,11 +11,12 @@ from torchvision.transforms import v2
 
 Augmentation = Literal["moco_v1", "moco_v2", "simclr", "conic", "small", "digits_v1", "digits_v2"]
 
-# ImageNet's, for every set: batch norm makes up for the rest.
+# ImageNet's, of each colour, for every set: batch norm makes up for the rest.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TO_NORMALIZED_TENSOR = (
     v2.ToImage(),
     v2.ToDtype(torch.float32, scale=True),
-    v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    v2.Normalize(MEAN, STD),
     v2.ToPureTensor(),
 )
 
@@ -86,6 +87,12 @@ def plain(size: int, *, crop: bool) -> v2.Transform:
     """The evaluation's transform to a normalised (3, size, size) tensor: the whole image, or its centre."""
     shape = (v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)) if crop else (v2.Resize((size, size)),)
     return v2.Compose([*shape, *_TO_NORMALIZED_TENSOR])
+
+
+def denormalized(image: Tensor) -> Tensor:
+    """A normalised image (3, H, W), its values from 0 to 1 again."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return image * std + mean
 
 
 def supervised(size: int, *, digits: bool) -> v2.Transform:

@@ -11,22 +11,26 @@ from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, Trainer
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from .distributed import world_size
 from .evaluation import evaluate, extract_features, format_table
 from .methods import Method
+from .pictures import Gallery, gallery, overview
 from .runs import run_directory
 from .timing import LossClock
 
-WHEN = {"batch", "epoch", "learning_rate"}  # what is no value of a step, in a row of them
+WHEN = ("batch", "epoch", "learning_rate")  # what is no value of a step, in a row of them
+
+
+def values_in(row: dict[str, Any]) -> list[str]:
+    """Names of a step's values, in their own order, which is that of files and pictures."""
+    return [name for name in row if name not in WHEN]
 
 
 class Record(Callback):
     """Writes the values of every batch to ``steps.csv``, and how fast it went; keeps each epoch's means, in
-    checkpoints too, and draws them to ``curves.png`` when training ends.
+    checkpoints too.
 
     The values come to the file as often as to the logger. A run that is resumed has a file of its own, which
     begins where it goes on.
@@ -69,7 +73,7 @@ class Record(Callback):
     def write(self, trainer: Trainer, images: int) -> float:
         """Bring the values since the last time to the file; returns the seconds in these batches' losses."""
         for row in self.pending:
-            row.update({name: float(row[name]) for name in row.keys() - WHEN})  # waits for a GPU
+            row.update({name: float(row[name]) for name in values_in(row)})  # waits for a GPU
         self._sum_up(self.sums)
         self.batches += len(self.pending)
         seconds_in_loss, now = self.clock.read(), time.perf_counter()
@@ -90,7 +94,7 @@ class Record(Callback):
 
     def _sum_up(self, sums: dict[str, float]) -> None:
         for row in self.pending:
-            for name in row.keys() - WHEN:
+            for name in values_in(row):
                 sums[name] = sums.get(name, 0.0) + float(row[name])
 
     def on_train_epoch_end(self, trainer: Trainer, module: Method) -> None:
@@ -105,26 +109,6 @@ class Record(Callback):
     def on_train_end(self, trainer: Trainer, module: Method) -> None:
         self.clock.remove()
 
-    def on_fit_end(self, trainer: Trainer, module: Method) -> None:
-        if not trainer.is_global_zero or not self.epochs:
-            return
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        losses, accuracy = figure.subplots(1, 2)
-        for axes, names in (
-            (losses, [name for name in self.epochs[0] if name.endswith("loss")]),
-            (accuracy, [name for name in self.epochs[0] if name.startswith("top")]),
-        ):
-            for name in names:
-                values = [epoch[name] for epoch in self.epochs]
-                axes.plot([epoch["epoch"] for epoch in self.epochs], values, label=name.replace("_", " "))
-            axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.3)
-            axes.legend()
-        losses.set(title="loss and its terms", ylim=(0, None))
-        accuracy.set(title="contrast accuracy", ylim=(0, 1))
-        figure.savefig(self.directory / "curves.png", dpi=120)
-
     def state_dict(self) -> dict[str, Any]:
         sums = dict(self.sums)
         self._sum_up(sums)
@@ -137,7 +121,8 @@ class Record(Callback):
 class Evaluation(Callback):
     """When training ends, evaluates its frozen features beside those of the same network untrained.
 
-    Prints a table, and writes its numbers to ``evaluation.json``.
+    Prints a table, writes its numbers to ``evaluation.json``, and draws ``overview.png``: the curves, and
+    test images with what they are nearest to, before and after the training.
 
     Args:
         k: votes of the nearest-neighbour classifier.
@@ -146,7 +131,7 @@ class Evaluation(Callback):
         seeds: draws of the labels, for each fraction below 1.
         max_images: take no more training and test images than this; by default all.
         pixels: measure the images themselves too, as features; for small ones.
-        enabled: false leaves it out.
+        enabled: false leaves it out, and draws the curves alone.
     """
 
     def __init__(
@@ -167,24 +152,42 @@ class Evaluation(Callback):
         self.untrained = copy.deepcopy(module.backbone)  # before a checkpoint is read, if the run resumes one
 
     def on_fit_end(self, trainer: Trainer, module: Method) -> None:
-        if not self.enabled or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
+        shown = self._evaluate(trainer, module) if self.enabled else None
+        epochs = [epoch for each in trainer.callbacks if isinstance(each, Record) for epoch in each.epochs]
+        path = self.directory / "overview.png"
+        overview(epochs, shown, path)
+        table = f"Table: {self.directory / 'evaluation.json'}\n" if self.enabled else ""
+        print(f"\n{table}Picture of the curves{' and of neighbours' if shown else ''}: {path}", flush=True)
+
+    def _evaluate(self, trainer: Trainer, module: Method) -> Gallery:
+        """Print and keep what the features are worth; returns what there is to see of it."""
         print("\nEvaluating the features ...", flush=True)
         loaders = trainer.datamodule.evaluation_dataloaders(self.max_images)
-        networks = {"pixels": nn.Flatten()} if self.pixels else {}
-        networks |= {"untrained": self.untrained, "trained": module.backbone}
-        features = {
+        networks = {"untrained": self.untrained, "trained": module.backbone}
+        compared = {
             name: tuple(extract_features(network, loader, module.device) for loader in loaders)
             for name, network in networks.items()
         }
-        rows = evaluate(
-            features,
-            k=self.k,
-            temperature=self.temperature,
-            label_fractions=self.label_fractions,
-            seeds=self.seeds,
-        )
+        features = compared
+        if self.pixels:
+            pixels = tuple(extract_features(nn.Flatten(), loader, module.device) for loader in loaders)
+            features = {"pixels": pixels, **compared}
+        train, test = compared["trained"]
+        rows = []
+        if len(train.labels.unique()) > 1:
+            rows = evaluate(
+                features,
+                k=self.k,
+                temperature=self.temperature,
+                label_fractions=self.label_fractions,
+                seeds=self.seeds,
+            )
+            print(f"\nAccuracy on {len(test.labels)} test images, in percent:\n")
+            print(format_table(rows))
+        else:
+            print("All images have the same label: there is nothing to measure.")
         (self.directory / "evaluation.json").write_text(json.dumps(rows, indent=2) + "\n")
-        print(f"\nAccuracy on {len(features['trained'][1].labels)} test images, in percent:\n")
-        print(format_table(rows))
-        print(f"\nThis table and the curves are kept in {self.directory}", flush=True)
+        train_images, test_images = (loader.dataset for loader in loaders)
+        return gallery((train_images, test_images), compared, rows)

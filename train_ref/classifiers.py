@@ -20,6 +20,7 @@ from .distributed import rank, world_size
 from .errors import UsageError
 from .evaluation import Features
 from .networks import normalize_in_groups
+from .progress import lines_in_place_of_a_bar
 
 
 class LabelledViews(DrawnViews):
@@ -182,11 +183,11 @@ class Classifier(LightningModule):
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         self.log("loss", loss, prog_bar=True)
-        self.loss = loss.detach()
+        self.values = {"loss": loss.detach()}
         return loss
 
     def on_train_epoch_end(self) -> None:
-        if not self.loss.isfinite():
+        if not self.values["loss"].isfinite():
             raise UsageError("the training diverged: its loss is no longer finite; lower the learning rate")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -228,6 +229,7 @@ def fit(classifier: Classifier, batches: Batches, epochs: int, **settings: Any) 
         use_distributed_sampler=False,
         **settings,
     )
+    lines_in_place_of_a_bar(trainer)
     with warnings.catch_warnings():
         # A frozen backbone is meant to be in evaluation mode, and a loader without workers is asked for.
         warnings.filterwarnings("ignore", message=".*(in eval mode|does not have many workers)")

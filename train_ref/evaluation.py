@@ -103,6 +103,16 @@ def knn_accuracy(
     return knn_accuracies(train, test, **settings)[k, temperature]
 
 
+@torch.no_grad()
+def nearest(train: Features, test: Features, k: int) -> Tensor:
+    """Which k training features each test feature is most like, by the cosine: indices (M, k), nearest first.
+
+    All M × N similarities are in memory at once.
+    """
+    similarity = F.normalize(test.features, dim=1) @ F.normalize(train.features, dim=1).T  # (M, N)
+    return similarity.topk(min(k, len(train.labels)), dim=1).indices
+
+
 def labelled_subset(labels: Tensor, fraction: float, seed: int) -> np.ndarray:
     """Indices of about that fraction of N labels (N,), as many from each class and at least one; 1 means all.
 

@@ -23,7 +23,7 @@ from .data import Views
 from .errors import UsageError
 from .methods import ALIASES, METHODS, method_name
 from .parsing import Help
-from .runs import run_directory
+from .progress import Plan, lines_in_place_of_a_bar
 
 RECIPES = Path(__file__).with_name("recipes")
 
@@ -66,7 +66,11 @@ class ReferenceCLI(LightningCLI):
         super().__init__(
             METHODS[method].kind,
             Views,
-            trainer_defaults={"callbacks": [Record()], "devices": 1, "enable_model_summary": False},
+            trainer_defaults={
+                "callbacks": [Plan(method), Record()],
+                "devices": 1,
+                "enable_model_summary": False,
+            },
             auto_configure_optimizers=False,
             **settings,
         )
@@ -113,15 +117,13 @@ class ReferenceCLI(LightningCLI):
         trainer = super().instantiate_trainer(
             plugins=[AtomicCheckpointIO()], use_distributed_sampler=False, **settings
         )
+        lines_in_place_of_a_bar(trainer)
         if isinstance(trainer.strategy, DDPStrategy):
             # Queues and classifiers are the same everywhere. To send them around would cost more than a step.
             known = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             trainer.strategy._ddp_kwargs.setdefault(name, False)
         return trainer
-
-    def before_fit(self) -> None:
-        print(f"Training; everything is kept in {run_directory(self.trainer)}", flush=True)
 
 
 def fit(args: list[str], called: str, examples: str) -> None:

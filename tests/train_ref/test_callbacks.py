@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 
+from train_ref import callbacks
 from train_ref.callbacks import Evaluation, Record
 from train_ref.checkpoints import LastCheckpoint
 
@@ -32,7 +33,33 @@ def test_curves_are_the_means_of_each_epoch(make_moco, make_views, make_trainer,
     assert set(record.epochs[0]) == {"epoch", "loss", "instance_loss", "consistency_loss", "top1", "top5"}
     means = torch.tensor(steps.top5).reshape(2, 2).mean(dim=1)
     assert [epoch["top5"] for epoch in record.epochs] == pytest.approx(means.tolist())
-    assert (Path(trainer.log_dir) / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_picture_has_the_curves_with_or_without_an_evaluation(
+    make_moco, make_views, make_trainer, monkeypatch, capsys, enabled
+):
+    drawn = []
+    monkeypatch.setattr(callbacks, "overview", lambda *arguments: drawn.append(arguments))
+    record, evaluation = Record(), Evaluation(k=3, seeds=1, enabled=enabled)
+    trainer = make_trainer(max_epochs=2, callbacks=[record, evaluation])
+    trainer.fit(make_moco(), make_views())
+    ((epochs, shown, path),) = drawn
+    assert epochs == record.epochs
+    assert (shown is not None) == enabled
+    assert path == Path(trainer.log_dir) / "overview.png"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(str(path))
+    assert (Path(trainer.log_dir) / "evaluation.json").exists() == enabled
+
+
+def test_values_keep_the_order_in_which_a_step_tells_them(make_moco, make_views, make_trainer):
+    record = Record()
+    trainer = make_trainer(callbacks=[record])
+    trainer.fit(make_moco(), make_views())
+    values = ["loss", "instance_loss", "consistency_loss", "top1", "top5"]
+    assert list(record.epochs[0]) == ["epoch", *values]
+    header = (Path(trainer.log_dir) / "steps.csv").read_text().splitlines()[0].split(",")
+    assert header == ["batch", "epoch", "learning_rate", *values, "images_per_second", "loss_ms"]
 
 
 @pytest.mark.parametrize("interval", [1, 3])

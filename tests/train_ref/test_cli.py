@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,8 +29,17 @@ def test_a_run_prints_its_table_and_leaves_its_files(train_ref, tmp_path):
     output = train_ref("fit", *SYNTHETIC, *SMALL)
     run = tmp_path / "runs" / "synthetic" / "version_0"
     assert "linear probe, 1 % of the labels" in output
-    assert "runs/synthetic/version_0" in output
-    assert {"config.yaml", "curves.png", "evaluation.json", "last.ckpt", "steps.csv"} <= {
+    assert output.startswith(
+        "moco_v2_co2 with a resnet18 on 16 images (synthetic): 2 epochs of 2 steps of 8 images, on the CPU; "
+        "the loss is served by the backend cpu; nothing is downloaded.\n"
+        "Everything is kept in runs/synthetic/version_0\n"
+    )
+    assert "\r" not in output
+    epochs = re.findall(r"epoch (.*): loss \d+\.\d+, top-1 [\d.]+ %, [\d,]+ images/s, (.*)\n", output)
+    assert [number for number, _ in epochs] == ["1 of 2", "2 of 2"]
+    assert [time.split(" ")[-1] if "left" in time else time[:7] for _, time in epochs] == ["left", "done in"]
+    assert output.splitlines()[-1].endswith("runs/synthetic/version_0/overview.png")
+    assert {"config.yaml", "overview.png", "evaluation.json", "last.ckpt", "steps.csv"} <= {
         file.name for file in run.iterdir()
     }
     assert list(run.glob("events.out.tfevents.*"))
@@ -37,6 +48,23 @@ def test_a_run_prints_its_table_and_leaves_its_files(train_ref, tmp_path):
     for row in rows:
         assert 0 <= row["untrained"]["mean"] <= 100
         assert 0 <= row["trained"]["mean"] <= 100
+
+
+@pytest.mark.slow
+def test_runs_leave_the_same_picture_whatever_the_order_of_sets(tmp_path):
+    command = [sys.executable, "-m", "train_ref", "fit", "--config", "synthetic", *SMALL]
+    runs = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONPATH": str(RECIPES.parents[1]), "PYTHONHASHSEED": seed}
+        folder = tmp_path / seed
+        folder.mkdir()
+        arguments = [*command, "--model.arch=convnet", "--evaluation.seeds=1"]
+        subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, check=True)
+        runs.append(folder / "runs" / "synthetic" / "version_0")
+    one, other = ((run / "overview.png").read_bytes() for run in runs)
+    assert one == other
+    one, other = ((run / "steps.csv").read_text().splitlines()[0] for run in runs)
+    assert one == other
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
