@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -39,6 +39,7 @@ PEERS = {
     "cut_cross_entropy": "Cut Cross-Entropy",
     "inf_cl": "Inf-CL",
 }
+PARTIAL = {"lightly": "lightly's CO2Regularizer, *which returns no gradient*"}  # what it is of a peer
 PEER_COLORS = dict(
     zip(
         PEERS,
@@ -200,9 +201,8 @@ def readme_headline(result: Result) -> str:
     where = {"loss": "co2", "dtype": "float32", "D": README_DIM}
     size = PROBLEMS["co2"].headline
     records = result.sizes(**where)[size]
-    ours, eager = (
-        next(r for impl, r in records.items() if (impl in PEERS) is peer) for peer in (False, True)
-    )
+    eager = records["eager"]
+    ours = min((r for impl, r in records.items() if impl not in PEERS), key=lambda record: record["ms"])
     kind = "GPU" if result.on_gpu else "CPU"
     others = ""
     if not result.on_gpu:
@@ -226,14 +226,13 @@ def readme_section(result: Result) -> str:
     for loss, where in headlines.items():
         for dtype in result.values("dtype", **where):
             (records,) = result.sizes(dtype=dtype, **where).values()
-            cells = (
-                f"{number(record['ms'])} ms, {number(record['peak_mib'])} MiB{remark(loss, impl)}"
-                if (record := records.get(impl))
-                else "–"
-                for impl in impls
-            )
-            size = f"{where['B']:,} × {where['K']:,}"
-            rows.append((f"{LOSSES[loss]}, {size}, {dtype}", *cells, speed_up(records, "eager")))
+            size = f"{where['B']:,} × {where['K']:,}, {dtype}"
+            partial = {impl for impl in records if (loss, impl) in WITHOUT_CONSISTENCY_GRADIENT}
+            rows.append((f"{LOSSES[loss]}, {size}", *spent(records, impls, records.keys() - partial)))
+            rows += [
+                (f"{LOSSES[loss]} by {PARTIAL[impl]}, {size}", *spent(records, impls, {impl}))
+                for impl in sorted(partial)
+            ]
     pictures = (
         f"![{title}]({os.path.relpath(result.beside(suffix), README.parent)})"
         for title, suffix in (
@@ -252,6 +251,15 @@ def readme_section(result: Result) -> str:
             *pictures,
         )
     )
+
+
+def spent(records: Records, impls: Iterable[str], told: Collection[str]) -> list[str]:
+    """Cells of time and memory, and the speed-up over eager PyTorch; of what is not to be told a dash."""
+    cells = [
+        f"{number(records[impl]['ms'])} ms, {number(records[impl]['peak_mib'])} MiB" if impl in told else "–"
+        for impl in impls
+    ]
+    return [*cells, speed_up(records, "eager") if "eager" in told else "–"]
 
 
 def speed_ups(result: Result) -> Iterator[str]:
@@ -300,12 +308,8 @@ def label(impl: str) -> str:
 
 def cell(records: Records, impl: str, field: str) -> str:
     record = records.get(impl, {})
-    return number(record.get(field)) + (remark(record["loss"], impl) if record else "")
-
-
-def remark(loss: str, impl: str) -> str:
-    """What a time does not say: that the step was not the whole one."""
-    return ", no gradient of CO2's term" if (loss, impl) in WITHOUT_CONSISTENCY_GRADIENT else ""
+    is_partial = field == "ms" and (record.get("loss"), impl) in WITHOUT_CONSISTENCY_GRADIENT
+    return number(record.get(field)) + (" (no gradient of CO2's term)" if is_partial else "")
 
 
 def number(value: float | None) -> str:
