@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,11 +106,10 @@ def gallery(
         for i in chosen
     ]
     titles = {name: [f"{Score(**row[name])} %: {row['measure']}" for row in measures[:2]] for name in near}
-    what = "the number of neighbours of its label" if measures else "a neighbour"
-    caption = (
-        f"{len(rows)} of {len(test):,} test images, drawn at random; for half of them, from those where the "
-        f"training changed {what}"
-    )
+    caption = f"{len(rows)} of {len(test):,} test images, drawn at random"
+    if count := min(int(changed.sum()), QUERIES // 2):
+        what = "how many neighbours have its label" if measures else "a neighbour"
+        caption += f", {count} of them from those where the training changed {what}"
     return Gallery(titles, rows, caption)
 
 
@@ -142,7 +140,8 @@ def class_name(images: Dataset, label: int) -> str:
     while isinstance(images, Subset):
         images = images.dataset
     names = getattr(images, "classes", None)
-    return textwrap.shorten(names[label].replace("_", " "), 16, placeholder="…") if names else str(label)
+    name = names[label].replace("_", " ") if names else str(label)
+    return name if len(name) <= 12 else name[:11].rstrip() + "…"
 
 
 def thumbnail(image: torch.Tensor) -> np.ndarray:
@@ -210,7 +209,7 @@ def draw_gallery(axes: Axes, shown: Gallery) -> None:
         y = -pitch * number
         place(row.image, 0, y)
         turned = 0 if len(row.label) < 3 else 90
-        axes.text(-0.1, y + 0.5, row.label, fontsize=10, ha="right", va="center", rotation=turned)
+        axes.text(-0.1, y + 0.5, row.label, fontsize=9, ha="right", va="center", rotation=turned)
         x = 1 + gap
         for name, neighbours in row.neighbours.items():
             if number == 0:
