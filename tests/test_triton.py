@@ -104,6 +104,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
 @pytest.mark.parametrize(("capability", "name", "precision", "dim"), COMPILED)
 def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: str, dim: int) -> None:
@@ -117,6 +118,7 @@ def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: s
     assert made.programs(tiles, resources.SHARED_KIB[capability]) >= tiles.programs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
 @pytest.mark.parametrize("capability", TENSOR_CORES)
 @pytest.mark.parametrize(

@@ -33,6 +33,11 @@ def main(args: list[str] | None = None) -> None:
         run(COMMANDS, program(), "command", DESCRIPTION, sys.argv[1:] if args is None else args)
     except (ArgumentError, UsageError, *library_errors()) as error:
         sys.exit(f"error: {one_line(error)}")
+    except ModuleNotFoundError as error:
+        missing, *_ = (error.name or "").split(".")
+        if missing in ("", __package__, "contrastive_ops"):
+            raise
+        sys.exit(f"error: {missing} is missing: the trainer needs pip install 'contrastive-ops[train]'")
 
 
 def run(commands: Mapping[str, Command], called: str, kind: str, description: str, args: list[str]) -> None:

@@ -105,12 +105,11 @@ def knn_accuracy(
 
 @torch.no_grad()
 def nearest(train: Features, test: Features, k: int) -> Tensor:
-    """Which k training features each test feature is most like, by the cosine: indices (M, k), nearest first.
-
-    All M × N similarities are in memory at once.
-    """
-    similarity = F.normalize(test.features, dim=1) @ F.normalize(train.features, dim=1).T  # (M, N)
-    return similarity.topk(min(k, len(train.labels)), dim=1).indices
+    """Which k training features each test feature is most like, by cosine: indices (M, k), nearest first."""
+    known, asked = (F.normalize(part.features, dim=1) for part in (train, test))
+    k = min(k, len(known))
+    # A few at a time: of a million training images, a thousand rows of similarities would take 5 GB.
+    return torch.cat([(some @ known.T).topk(k, dim=1).indices for some in asked.split(64)])
 
 
 def labelled_subset(labels: Tensor, fraction: float, seed: int) -> np.ndarray:

@@ -170,7 +170,7 @@ def test_its_features_are_evaluated_at_the_end(fit):
     conic = fit(callbacks=[Evaluation(k=3, seeds=2, label_fractions=(0.1,), max_images=100)], active=16)
     rows = json.loads((Path(conic.trainer.log_dir) / "evaluation.json").read_text())
     assert [row["labels"] for row in rows] == [100, 10]
-    assert (Path(conic.trainer.log_dir) / "curves.png").exists()
+    assert (Path(conic.trainer.log_dir) / "overview.png").exists()
 
 
 DIGITS = [

@@ -156,3 +156,11 @@ def test_fit_lists_the_recipes(help_of):
     words = help_of("fit").replace(",", " ").split()
     assert set(recipe_names()) <= set(words)
     assert {"--model.temperature", "--data.dataset", "--ckpt_path", "--evaluation.k"} <= set(words)
+
+
+def test_what_is_not_installed_is_named(train_ref, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it fails
+    for name in [name for name in sys.modules if name.startswith("train_ref.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=r"torchvision is missing.*contrastive-ops\[train\]"):
+        train_ref("knn", "last.ckpt")
