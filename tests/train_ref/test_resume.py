@@ -115,6 +115,7 @@ def test_an_interrupt_saves_after_the_step_and_stops(train_ref, tmp_path, number
     check_that_it_goes_on(train_ref, tmp_path, "conic", tmp_path / "whole" / "version_0", "stopped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["simclr", "instdisc", "conic", "moco_in_groups"])
 def test_goes_on_in_the_middle_of_an_epoch(train_ref, tmp_path, which):
     train_ref("fit", "--config", recipe_of(which, "whole", tmp_path))

@@ -49,6 +49,7 @@ ROWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_quick_study_leaves_its_figure_and_its_numbers(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -21,6 +21,7 @@ def run(tmp_path):
     return validate_in
 
 
+@pytest.mark.slow
 def test_every_method_passes_and_leaves_its_curves(run, tmp_path, capsys):
     verdicts = run(steps=3)
     assert [verdict.method for verdict in verdicts] == list(METHODS)
