@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import _backends
@@ -285,6 +286,26 @@ class _NoDoubleBackward(torch.autograd.Function):
         raise RuntimeError("contrastive_ops: double backward is not supported")
 
 
+def _refuse_transforms(name: str, tensors: list[Tensor], needs_gradient: bool) -> None:
+    """Derivatives that PyTorch would not take through an operator of ours, or would take to be 0.
+
+    Forward mode sees an operator without a rule for it as a constant. torch.func differentiates functions of
+    its own kind alone. (torch.func.vmap needs no derivative: it calls the operator once for each row.)
+    """
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise RuntimeError(
+            f"contrastive_ops::{name}: forward-mode derivatives (torch.func.jvp, jacfwd, dual tensors) are "
+            "not supported; use torch.autograd.grad or backward()"
+        )
+    if needs_gradient and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"contrastive_ops::{name}: the derivatives of torch.func (grad, vjp, jacrev, hessian) are not "
+            "supported; use torch.autograd.grad or backward()"
+        )
+
+
 def _fake_in_place(*_: Any) -> None:
     return None
 
@@ -295,18 +316,21 @@ def _register(
     fake: Callable[..., Any],
     record: Callable[..., Any] | None = None,
 ) -> Any:
-    """The operator, with `record` called in its place where a tensor argument requires a gradient."""
+    """The operator, with `record` called in its place where a tensor argument requires a gradient. An
+    operator without it has no derivative."""
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"contrastive_ops::{name}", fake, lib=_library)
     operator = getattr(torch.ops.contrastive_ops, name)
-    if record is not None:
 
-        def autograd(*arguments: Any) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-                return record(*arguments)
-            return _below_autograd(operator, *arguments)
+    def autograd(*arguments: Any) -> Any:
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        _refuse_transforms(name, tensors, needs_gradient)
+        if record is not None and needs_gradient:
+            return record(*arguments)
+        return _below_autograd(operator, *arguments)
 
-        _library.impl(name, autograd, "Autograd")
+    _library.impl(name, autograd, "Autograd")
     return operator
 
 

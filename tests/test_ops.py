@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from contrastive_ops import co2_loss, info_nce_loss, use_backend
+from contrastive_ops import co2_loss, conic_loss, info_nce_loss, nt_xent_loss, use_backend
 from tests.cases import Case, require
 
 
@@ -84,3 +84,92 @@ def test_autocast_leaves_the_loss_in_float32(backend: str) -> None:
     loss.backward()
     assert layer.weight.grad is not None
     assert torch.isfinite(layer.weight.grad).all()
+
+
+def arguments_of(name: str) -> list[object]:
+    """A small call of each operator."""
+    query, key, queue = Case(batch=4, keys=6, dim=3).tensors()
+    views, weight, target = torch.stack([query, key]), queue.clone(), torch.arange(4)
+    *_, statistics = torch.ops.contrastive_ops.conic(views, weight, target, 0.1, 1.0, 2.5, None)
+    *_, pairs = torch.ops.contrastive_ops.nt_xent(views, 0.5, 0.05, 0.3, True, None)
+    step = (0.1, 0.9, 1e-4, False)
+    slots = torch.arange(2)
+    return {
+        "co2": [query, key, queue, 0.2, 0.05, 1.0, 0.3, False, True, True],
+        "scale_gradient": [query, torch.ones(4), key],
+        "nt_xent": [views, 0.5, 0.05, 0.3, True],
+        "nt_xent_backward": [torch.ones(8), views, pairs, 0.5, 0.05, 0.3, True],
+        "conic": [views, weight, target, 0.1, 1.0, 2.5],
+        "conic_backward": [torch.ones(4), views, weight, target, statistics, 0.1, 2.5, True, True],
+        "conic_backward_sgd_": [
+            torch.ones(4), views, weight, torch.zeros_like(weight), target, statistics, 0.1, 2.5, *step
+        ],
+        "sgd_": [weight, torch.zeros_like(weight), torch.ones_like(weight), *step],
+        "exchange_rows_": [
+            weight, torch.zeros_like(weight), slots, torch.zeros(2, 2, 3), slots,
+            torch.eye(2, dtype=torch.float64).repeat(2, 1, 1), torch.zeros(2, 2, 3), slots,
+        ],
+    }[name] + ([] if name == "scale_gradient" else [None])  # fmt: skip
+
+
+OPERATORS = [
+    (name, place)
+    for name, places in {
+        "co2": (0, 1, 2), "scale_gradient": (0, 1, 2), "nt_xent": (0,), "nt_xent_backward": (0, 1, 2),
+        "conic": (0, 1), "conic_backward": (0, 1, 2, 4), "conic_backward_sgd_": (0, 1, 2, 3, 5),
+        "sgd_": (0, 1, 2), "exchange_rows_": (0, 1, 3, 5, 6),
+    }.items()
+    for place in places
+]  # fmt: skip
+
+
+def test_all_operators_are_called_below() -> None:
+    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith("contrastive_ops::")}  # fmt: skip
+    assert names == {name for name, _ in OPERATORS}
+    for name in names:
+        getattr(torch.ops.contrastive_ops, name)(*arguments_of(name))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(("name", "place"), OPERATORS)
+def test_forward_mode_is_refused_in_every_argument(name: str, place: int, requires_grad: bool) -> None:
+    """PyTorch would take an operator without a rule for a constant, whose derivative is 0."""
+    operator, arguments = getattr(torch.ops.contrastive_ops, name), arguments_of(name)
+    plain = arguments[place].clone().requires_grad_(requires_grad)
+
+    def call(argument: torch.Tensor) -> object:
+        return operator(*arguments[:place], argument, *arguments[place + 1 :])
+
+    refused = pytest.raises(RuntimeError, match=f"contrastive_ops::{name}: forward-mode")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(plain, torch.ones_like(plain))
+        with refused:
+            call(dual)
+        with refused, torch.no_grad():
+            call(dual)
+    with refused:
+        torch.func.jvp(call, (plain,), (torch.ones_like(plain),))
+
+
+@pytest.mark.parametrize("loss", ["co2", "nt_xent", "conic"])
+def test_what_torch_func_does(loss: str) -> None:
+    """Its derivatives are refused by name; vmap calls the operator for each row."""
+    query, key, queue = Case(batch=4, keys=6, dim=3).tensors()
+
+    def function(rows: torch.Tensor) -> torch.Tensor:
+        if loss == "co2":
+            return co2_loss(rows, key, queue)
+        if loss == "nt_xent":
+            return nt_xent_loss(rows, key)
+        return conic_loss(rows[None], queue, torch.arange(4))
+
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
+        with pytest.raises(RuntimeError, match=rf"contrastive_ops::{loss}: the derivatives of torch.func"):
+            transform(function)(query)
+    with pytest.raises(RuntimeError, match=rf"contrastive_ops::{loss}: forward-mode"):
+        torch.func.jacfwd(function)(query)
+    several = torch.stack([query, 2 * query, -query])
+    torch.testing.assert_close(
+        torch.func.vmap(function)(several), torch.stack([function(rows) for rows in several])
+    )
