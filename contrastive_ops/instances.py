@@ -28,6 +28,26 @@ else:
     _missing = None
 
 
+def checked_instances(name: str, indices: Any, num_instances: int) -> NDArray[np.int64]:
+    """The numbers of instances that a tensor (B,) holds, on the host.
+
+    Raises:
+        TypeError, ValueError: it is not (B,) int64 in [0, N), or has no values.
+    """
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(indices).__name__}")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{name} must be of dtype int64, got {indices.dtype}")
+    if indices.ndim != 1:
+        raise ValueError(f"{name} must be (B,), got shape {tuple(indices.shape)}")
+    if indices.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on the meta device")
+    array = indices.detach().cpu().contiguous().numpy()
+    for wrong in np.nonzero((array < 0) | (array >= num_instances))[0]:
+        raise ValueError(f"{name} must be in [0, {num_instances}), got {array[wrong]} at position {wrong}")
+    return array
+
+
 class InstanceClassifier(nn.Module):
     """The weight of a softmax over N instances, of which an active set of A rows is in the denominator.
 
@@ -136,7 +156,7 @@ class InstanceClassifier(nn.Module):
                 since the optimiser's last step than fit.
             OSError: the disk failed, or is full. Nothing is lost: the active set is as it was.
         """
-        plan = self._active.plan(self._checked("indices", indices))
+        plan = self._active.plan(checked_instances("indices", indices, self.num_instances))
         if len(plan.slots):
             rows = self.weight, self.momentum
             incoming, coming, steps = self._storage.fetch(plan.incoming)
@@ -157,14 +177,14 @@ class InstanceClassifier(nn.Module):
         Changes nothing but how long the next `activate` takes. Call it after this step's `activate`, with
         what the next one is going to be called with.
         """
-        indices = np.unique(self._checked("next_indices", next_indices))
+        indices = np.unique(checked_instances("next_indices", next_indices, self.num_instances))
         self._storage.prefetch(indices[self._active.find(indices) < 0])
 
     @torch.no_grad()
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and momentum of any instances (n,), caught up to now, without activating them: two (n, D)
         tensors on the weight's device."""
-        instances = self._checked("indices", indices)
+        instances = checked_instances("indices", indices, self.num_instances)
         slots = self._active.find(instances)
         at = self._to_device(np.maximum(slots, 0))
         weight, momentum = self.weight.detach()[at], self.momentum[at]
@@ -252,20 +272,6 @@ class InstanceClassifier(nn.Module):
             self._to_device, (slots, incoming_rows, coefficients, outgoing_rows)
         )
         _ops.exchange_rows_(weight, momentum, at, incoming, source, matrices, outgoing, target, None)
-
-    def _checked(self, name: str, indices: Tensor) -> NDArray[np.int64]:
-        if not isinstance(indices, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(indices).__name__}")
-        if indices.dtype != torch.int64:
-            raise TypeError(f"{name} must be of dtype int64, got {indices.dtype}")
-        if indices.ndim != 1:
-            raise ValueError(f"{name} must be (B,), got shape {tuple(indices.shape)}")
-        array = indices.detach().cpu().contiguous().numpy()
-        for wrong in np.nonzero((array < 0) | (array >= self.num_instances))[0]:
-            raise ValueError(
-                f"{name} must be in [0, {self.num_instances}), got {array[wrong]} at position {wrong}"
-            )
-        return array
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.weight.device, non_blocking=True)
@@ -430,6 +436,9 @@ class MemoryBank(nn.Module):
         super().__init__()
         for name, value in (("num_instances", num_instances), ("dim", dim)):
             check_integer(name, value, 1)
+        check_integer("seed", seed, 0)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
         check_number("momentum", momentum, minimum=0)
         if momentum > 1:
             raise ValueError(f"momentum must be at most 1, got {momentum}")
@@ -442,21 +451,45 @@ class MemoryBank(nn.Module):
     def update(self, indices: Tensor, features: Tensor) -> None:
         """Average the features of instances into their rows; call it after backward.
 
+        Computed in the wider of both dtypes, in float32 at least. A feature that is not finite makes its own
+        instance's row NaN, and no other.
+
         Args:
-            indices: (B,) int64. The features of an instance that repeats are averaged first.
-            features: (B, D), or (V, B, D) of V views; normalised here.
+            indices: (B,) int64. The features of an instance that repeats are averaged first. A batch of none
+                changes nothing.
+            features: (B, D), or (V, B, D) of V views, floating, on the rows' device; normalised here.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; nothing has been changed.
         """
-        if features.shape[-2:] != (len(indices), self.rows.shape[1]) or features.ndim not in (2, 3):
+        numbers = checked_instances("indices", indices, len(self.rows))
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"features must be a floating-point torch.Tensor, got {got}")
+        wanted = (len(numbers), self.rows.shape[1])
+        if (
+            features.shape[-2:] != wanted
+            or features.ndim not in (2, 3)
+            or (features.ndim == 3 and not len(features))
+        ):
             raise ValueError(
-                f"features must be ({len(indices)}, {self.rows.shape[1]}) or (V, {len(indices)}, "
-                f"{self.rows.shape[1]}), got {tuple(features.shape)}"
+                f"features must be {wanted} or (V, {wanted[0]}, {wanted[1]}), got {tuple(features.shape)}"
             )
-        unit = F.normalize(features.float(), dim=-1).reshape(-1, len(indices), self.rows.shape[1]).mean(0)
+        if features.device != self.rows.device:
+            raise ValueError(
+                f"features must be on the device of the rows, {self.rows.device}, got {features.device}"
+            )
+        if not len(numbers):
+            return
+        dtype = torch.promote_types(torch.promote_types(features.dtype, self.rows.dtype), torch.float32)
+        unit = F.normalize(features.to(dtype), dim=-1)
+        if unit.ndim == 3:
+            unit = unit.mean(0)
         # Sorted, so that an instance's features are added in a fixed order: equal input gives equal bits.
-        instances, group = torch.unique(indices, return_inverse=True)
-        share = F.one_hot(group, len(instances)).T.to(unit.dtype)
-        mean = share @ unit / share.sum(1, keepdim=True)
-        rows = self.momentum * self.rows[instances] + (1 - self.momentum) * mean
+        arrays = (np.argsort(numbers, kind="stable"), *np.unique(numbers, return_counts=True))
+        order, instances, lengths = (torch.from_numpy(array).to(unit.device) for array in arrays)
+        mean = torch.segment_reduce(unit[order], "mean", lengths=lengths, unsafe=True)
+        rows = self.momentum * self.rows[instances].to(dtype) + (1 - self.momentum) * mean
         self.rows[instances] = F.normalize(rows, dim=1).to(self.rows.dtype)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import itertools
@@ -672,3 +673,93 @@ class TestMemoryBank:
     def test_refuses_other_shapes(self) -> None:
         with pytest.raises(ValueError, match=r"features must be \(2, 4\) or \(V, 2, 4\), got \(3, 4\)"):
             MemoryBank(10, 4).update(torch.tensor([0, 1]), torch.ones(3, 4))
+
+    @pytest.mark.parametrize(
+        ("indices", "features", "error", "message"),
+        [
+            ([0, 1], torch.ones(2, 4), TypeError, "indices must be a torch.Tensor, got list"),
+            (torch.tensor([0.0, 1.0]), torch.ones(2, 4), TypeError, "indices must be of dtype int64"),
+            (
+                torch.tensor([[0, 1]]),
+                torch.ones(2, 4),
+                ValueError,
+                r"indices must be \(B,\), got shape \(1, 2\)",
+            ),
+            (torch.tensor([0, -1]), torch.ones(2, 4), ValueError, r"in \[0, 10\), got -1 at position 1"),
+            (torch.tensor([10, 0]), torch.ones(2, 4), ValueError, r"in \[0, 10\), got 10 at position 0"),
+            (torch.tensor([0, 1], device="meta"), torch.ones(2, 4), ValueError, "indices must have values"),
+            (
+                torch.tensor([0, 1]),
+                [[1.0] * 4] * 2,
+                TypeError,
+                "features must be a floating-point torch.Tensor",
+            ),
+            (
+                torch.tensor([0, 1]),
+                torch.ones(2, 4).int(),
+                TypeError,
+                r"features must be .*, got torch.int32",
+            ),
+            (torch.tensor([0, 1]), torch.ones(2, 4, dtype=torch.complex64), TypeError, "features must be"),
+            (
+                torch.tensor([0, 1]),
+                torch.ones(2, 4, device="meta"),
+                ValueError,
+                "features must be on the device",
+            ),
+            (torch.tensor([0, 1]), torch.ones(0, 2, 4), ValueError, r"features must be .*, got \(0, 2, 4\)"),
+            (torch.tensor([0, 1]), torch.ones(1, 1, 2, 4), ValueError, "features must be"),
+            (torch.tensor([], dtype=torch.int64), torch.ones(2, 4), ValueError, r"features must be \(0, 4\)"),
+        ],
+    )
+    def test_refuses_what_is_wrong_and_changes_nothing(
+        self, indices: Any, features: Any, error: type[Exception], message: str
+    ) -> None:
+        bank = MemoryBank(10, 4)
+        before = bank.rows.clone()
+        with pytest.raises(error, match=message):
+            bank.update(indices, features)
+        assert torch.equal(bank.rows, before)
+
+    @pytest.mark.parametrize(
+        "settings", [{"seed": -1}, {"dtype": torch.int64}, {"momentum": 1.5}, {"dim": 0}]
+    )
+    def test_refuses_wrong_settings(self, settings: dict[str, Any]) -> None:
+        with pytest.raises((TypeError, ValueError), match=next(iter(settings))):
+            MemoryBank(**{"num_instances": 10, "dim": 4, **settings})
+
+    @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("views", [1, 2])
+    def test_what_is_not_finite_stays_with_its_instance(self, wrong: float, views: int) -> None:
+        bank, indices = MemoryBank(10, 4), torch.tensor([3, 7, 3, 5])
+        expected = copy.deepcopy(bank)
+        features = torch.randn(views, 4, 4)
+        features[-1, 0, 2] = wrong
+        bank.update(indices, features)
+        expected.update(torch.tensor([7, 5]), features[:, [1, 3]])
+        assert bank.rows[3].isnan().any()
+        others = [i for i in range(10) if i != 3]
+        torch.testing.assert_close(bank.rows[others], expected.rows[others])
+
+    def test_an_empty_batch_changes_nothing(self) -> None:
+        bank = MemoryBank(10, 4)
+        before = bank.rows.clone()
+        bank.update(torch.tensor([], dtype=torch.int64), torch.ones(0, 4))
+        bank.update(torch.tensor([], dtype=torch.int64), torch.ones(2, 0, 4))
+        assert torch.equal(bank.rows, before)
+
+    @pytest.mark.parametrize("features_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+    def test_is_computed_in_the_wider_dtype(self, dtype: torch.dtype, features_dtype: torch.dtype) -> None:
+        bank, indices = MemoryBank(10, 4, momentum=0.7, dtype=dtype), torch.tensor([2, 9, 2])
+        before, features = (
+            bank.rows.double().clone(),
+            torch.randn(3, 4, dtype=torch.float64).to(features_dtype),
+        )
+        bank.update(indices, features)
+        unit = F.normalize(features.double(), dim=1)
+        mean = torch.stack([(unit[0] + unit[2]) / 2, unit[1]])
+        expected = F.normalize(0.7 * before[[2, 9]] + 0.3 * mean, dim=1)
+        wider = torch.promote_types(torch.promote_types(dtype, features_dtype), torch.float32)
+        tolerance = 4 * torch.finfo(wider).eps + torch.finfo(dtype).eps  # of computing and of storing
+        assert (bank.rows[[2, 9]].double() - expected).abs().max() <= tolerance
