@@ -135,7 +135,7 @@ class MemoryRows:
 
     def _initial(self, instances: Indices) -> Tensor:
         """The weights (n, D) of rows that were never kept, on the records' device."""
-        weight = torch.empty(len(instances), self._records.shape[2], dtype=self._records.dtype)
+        weight = torch.empty(len(instances), self._records.shape[2], dtype=self._records.dtype, device="cpu")
         initial_rows(self._seed, instances, weight.numpy())
         return weight.to(self._records.device)
 
@@ -178,7 +178,7 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that take memory when they are first written to, and no more than a small page at a time: in huge
     pages, a batch of rows from all over would have to clear a gigabyte."""
     if not math.prod(shape):
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -196,13 +196,13 @@ class FileRows:
     def __init__(
         self, path: str | os.PathLike[str], num_instances: int, dim: int, dtype: torch.dtype, seed: int
     ) -> None:
-        self._rows = DiskRows(path, num_instances, dim, torch.empty(0, dtype=dtype).numpy().dtype, seed)
+        self._room = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
+        self._rows = DiskRows(path, num_instances, dim, self._room.numpy().dtype, seed)
         if self._rows.generations == [1] and self._rows.dirty:
             self._rows.roll_back(1)  # a training that never came to a checkpoint starts over
         self._used = self._rows.generation > 1 or self._rows.dirty
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-prefetch")
         self._ahead: tuple[Indices, Future[tuple[np.ndarray, Indices]]] | None = None
-        self._room = torch.empty(0, 2, dim, dtype=dtype)
         self._device = torch.device("cpu")
 
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
@@ -235,7 +235,8 @@ class FileRows:
 
     def room(self, instances: Indices) -> tuple[Tensor, Indices]:
         shape = (len(instances), *self._room.shape[1:])
-        self._room = torch.empty(shape, dtype=self._room.dtype, pin_memory=self._device.type == "cuda")
+        pinned = self._device.type == "cuda"
+        self._room = torch.empty(shape, dtype=self._room.dtype, device="cpu", pin_memory=pinned)
         return self._room, np.arange(len(instances))
 
     def keep(self, instances: Indices, step: int) -> None:

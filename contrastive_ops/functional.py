@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -227,6 +228,7 @@ def nt_xent_loss(
     check_flag("normalize", normalize)
     check_flag("return_metrics", return_metrics)
     _check_reduction(reduction)
+    check_backend(backend)
 
     loss, *metrics, _ = _ops.nt_xent(
         torch.stack([view1, view2]), float(temperature), float(consistency_temperature),
@@ -340,7 +342,7 @@ def conic_loss(
             raise ValueError(f"{name} must be on the device of views, {views.device}, got {tensor.device}")
     rows = weight.shape[0]
     if num_instances is not None:
-        if isinstance(num_instances, bool) or not isinstance(num_instances, int):
+        if isinstance(num_instances, bool) or not isinstance(num_instances, (int, np.integer)):
             raise TypeError(f"num_instances must be an integer or None, got {type(num_instances).__name__}")
         if num_instances < rows:
             raise ValueError(f"num_instances must be at least the {rows} rows of weight, got {num_instances}")
@@ -348,6 +350,7 @@ def conic_loss(
     check_number("consistency_weight", consistency_weight, minimum=0)
     check_flag("return_metrics", return_metrics)
     _check_reduction(reduction)
+    check_backend(backend)
 
     compensation = 1.0
     if num_instances is not None and rows > 1:
@@ -402,6 +405,7 @@ def _queue_loss(
     check_flag("normalize", normalize)
     check_flag("return_metrics", return_metrics)
     _check_reduction(reduction)
+    check_backend(backend)
 
     loss, *metrics, _gradient = _ops.co2(
         query, key, queue, float(temperature), float(consistency_temperature), instance_weight,
@@ -439,8 +443,9 @@ def _check_rows(name: str, tensor: Any, wanted_shape: str = "(rows, D)") -> None
         raise ValueError(f"{name} must not be empty, got shape {_shape(tensor)}")
 
 
-def check_number(name: str, value: Any, *, above: float | None = None, minimum: float = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_number(name: str, value: Any, *, above: float | None = None, minimum: float = 0) -> float:
+    """The value as Python's own number; NumPy's are numbers too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol.
     if above is not None:
@@ -449,13 +454,22 @@ def check_number(name: str, value: Any, *, above: float | None = None, minimum: 
         valid, wanted = minimum <= value < math.inf, f">= {minimum}"
     if not valid:
         raise ValueError(f"{name} must be finite and {wanted}, got {value}")
+    return float(value)
 
 
-def check_integer(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_integer(name: str, value: Any, minimum: int) -> int:
+    """The value as Python's own integer; NumPy's are integers too."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def check_backend(backend: Any) -> None:
+    """Whether it can be a name at all; which names there are is known where the call is served."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {backend!r}")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -113,9 +113,9 @@ class InstanceClassifier(nn.Module):
                 f"InstanceClassifier needs the C++ extension contrastive_ops._rows ({_missing}); "
                 "install again from source with a C++20 compiler"
             )
-        for name, value in (("num_instances", num_instances), ("dim", dim), ("active", active)):
-            check_integer(name, value, 1)
-        check_integer("seed", seed, 0)
+        num_instances = check_integer("num_instances", num_instances, 1)
+        dim, active = check_integer("dim", dim, 1), check_integer("active", active, 1)
+        seed = check_integer("seed", seed, 0)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         if storage not in ("device", "host", "disk"):
@@ -134,7 +134,7 @@ class InstanceClassifier(nn.Module):
             stored = num_instances if active < num_instances else 0
             self._storage = MemoryRows(stored, dim, dtype, seed, on_host=storage == "host")
 
-        rows = torch.empty(active, dim, dtype=dtype)
+        rows = torch.empty(active, dim, dtype=dtype, device="cpu")
         _rows.initial_rows(seed, self._active.instances, rows.numpy())
         self.weight = nn.Parameter(rows)
         self.register_buffer("momentum", torch.zeros_like(rows))
@@ -199,9 +199,9 @@ class InstanceClassifier(nn.Module):
 
     def export(self, rows: int = 65536) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All instances in order, `rows` at a time: their numbers (n,), and what `read` says of them."""
-        check_integer("rows", rows, 1)
+        rows = check_integer("rows", rows, 1)
         for first in range(0, self.num_instances, rows):
-            instances = torch.arange(first, min(first + rows, self.num_instances))
+            instances = torch.arange(first, min(first + rows, self.num_instances), device="cpu")
             yield instances, *self.read(instances)
 
     @property
@@ -434,18 +434,17 @@ class MemoryBank(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_instances", num_instances), ("dim", dim)):
-            check_integer(name, value, 1)
-        check_integer("seed", seed, 0)
+        num_instances, dim = check_integer("num_instances", num_instances, 1), check_integer("dim", dim, 1)
+        seed = check_integer("seed", seed, 0)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
-        check_number("momentum", momentum, minimum=0)
+        self.momentum = check_number("momentum", momentum, minimum=0)
         if momentum > 1:
             raise ValueError(f"momentum must be at most 1, got {momentum}")
-        self.momentum = momentum
-        generator = torch.Generator().manual_seed(seed)
-        rows = F.normalize(torch.randn(num_instances, dim, generator=generator), dim=1)
-        self.register_buffer("rows", rows.to(device, dtype))
+        # The same rows on every device.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        rows = F.normalize(torch.randn(num_instances, dim, generator=generator, device="cpu"), dim=1)
+        self.register_buffer("rows", rows.to(torch.empty(0, device=device).device, dtype))
 
     @torch.no_grad()
     def update(self, indices: Tensor, features: Tensor) -> None:

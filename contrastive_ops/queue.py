@@ -46,8 +46,7 @@ class KeyQueue(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dim", dim)):
-            check_integer(name, value, 1)
+        size, dim = check_integer("size", size, 1), check_integer("dim", dim, 1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
         keys = nn.functional.normalize(torch.randn(size, dim, device=device), dim=1)
