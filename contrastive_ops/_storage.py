@@ -78,6 +78,25 @@ class MemoryRows:
         self._side: torch.cuda.Stream | None = None
         self._device = torch.device("cpu")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: of the records, those that were ever kept."""
+        self._wait()
+        kept = torch.from_numpy(np.flatnonzero(self._taken)).to(self._records.device)
+        count, _, dim = self._records.shape
+        return {
+            "arguments": (count, dim, self._records.dtype, self._seed, self._on_host),
+            "device": self._device,
+            "taken": self._taken,
+            "records": self._records[kept],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state["arguments"])  # type: ignore[misc]
+        self._taken[:] = state["taken"]
+        kept = torch.from_numpy(np.flatnonzero(self._taken))
+        self._records[kept] = state["records"].to(self._records.device)
+        self.move(state["device"], lambda records: records.to(state["device"]))
+
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
         if not self._on_host:
             self._records = function(self._records)
@@ -204,6 +223,12 @@ class FileRows:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-prefetch")
         self._ahead: tuple[Indices, Future[tuple[np.ndarray, Indices]]] | None = None
         self._device = torch.device("cpu")
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"a classifier with storage='disk' cannot be copied or pickled: its rows are the files in "
+            f"{self._rows.path}, which one classifier at a time writes; its state_dict() can be saved"
+        )
 
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
         self._device = device

@@ -138,8 +138,7 @@ class InstanceClassifier(nn.Module):
         _rows.initial_rows(seed, self._active.instances, rows.numpy())
         self.weight = nn.Parameter(rows)
         self.register_buffer("momentum", torch.zeros_like(rows))
-        _classifiers.add(self)
-        _watch_optimizers()
+        self._guard()
         self.to(device)
 
     @torch.no_grad()
@@ -212,6 +211,21 @@ class InstanceClassifier(nn.Module):
     def close(self) -> None:
         """Close the files of storage="disk", so that another may open them."""
         self._storage.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, pickled ones too, go on as the original would. With storage="disk" there are none."""
+        return {**self.__dict__, "_active": self._active.state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._active = _rows.ActiveSet(self.num_instances, len(self.weight), self.seed)
+        self._active.load(state["_active"])
+        self._guard()
+
+    def _guard(self) -> None:
+        """Have optimisers that cannot be late refuse the weight."""
+        _classifiers.add(self)
+        _watch_optimizers()
 
     def get_extra_state(self) -> dict[str, Any]:
         return {
@@ -334,6 +348,10 @@ class DelayedSGD(Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         _check_settings(**defaults)
         super().__init__([classifier.weight], defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("classifier", "_in_backward", "_stepped")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:

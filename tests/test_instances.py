@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -638,6 +639,77 @@ class TestErrors:
             classifier("disk", tmp_path)
         first.close()
         classifier("disk", tmp_path).close()
+
+
+def copied(way: str, both: tuple[InstanceClassifier, DelayedSGD]) -> tuple[InstanceClassifier, DelayedSGD]:
+    if way == "deepcopy":
+        return copy.deepcopy(both)
+    file = io.BytesIO()
+    if way == "pickle":
+        return pickle.loads(pickle.dumps(both))
+    torch.save(both, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+class TestCopies:
+    """A copy goes on as its original does, bit for bit, and neither moves the other."""
+
+    @pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
+    @pytest.mark.parametrize("storage", ["device", "host"])
+    @pytest.mark.parametrize("when", ["between steps", "before backward", "in backward"])
+    def test_go_on(self, storage: str, way: str, when: str) -> None:
+        original = classifier(storage)
+        both = original, DelayedSGD(original, lr=0.3, momentum=0.9, weight_decay=0.01)
+
+        def step(to: tuple[InstanceClassifier, DelayedSGD], first: int, copy_within: bool = False) -> Any:
+            of, optimizer = to
+            indices = torch.arange(first, first + 4) % of.num_instances
+            update = optimizer.in_backward() if when == "in backward" else None
+            target = of.activate(indices)
+            twin = copied(way, to) if copy_within else None
+            for each in filter(None, (to, twin)):
+                views = torch.randn(2, 4, of.dim, generator=torch.Generator().manual_seed(first))
+                taken = each[1]._in_backward if update is not None else None
+                conic_loss(views, each[0].weight, target, update=taken).backward()
+                each[1].step()
+                each[1].zero_grad()
+            return twin
+
+        for first in (0, 17, 31, 5):
+            step(both, first)
+        twin = step(both, 40, copy_within=True) if when != "between steps" else copied(way, both)
+        before = twin[0].read(torch.arange(50))
+        step(both, 9)
+        assert all(map(torch.equal, before, twin[0].read(torch.arange(50))))
+        step(twin, 9)
+        for first in (23, 44, 0):
+            step(both, first), step(twin, first)
+        for one, other in zip(both[0].read(torch.arange(50)), twin[0].read(torch.arange(50)), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(both[0].active_instances, twin[0].active_instances)
+        assert twin[1].classifier is twin[0]
+        assert twin[1].param_groups[0]["params"][0] is twin[0].weight
+
+    def test_are_guarded_like_their_originals(self) -> None:
+        average = torch.optim.swa_utils.AveragedModel(classifier())
+        for twin in (copy.deepcopy(classifier()), average.module):
+            twin.weight.grad = torch.ones_like(twin.weight)
+            with pytest.raises(TypeError, match="Adam holds the weight of an InstanceClassifier"):
+                torch.optim.Adam([twin.weight]).step()
+
+    def test_keep_what_may_not_be_evicted(self) -> None:
+        of = classifier()
+        of.activate(torch.arange(len(of.weight)))
+        with pytest.raises(ValueError, match="in use since the last optimiser step"):
+            copy.deepcopy(of).activate(torch.tensor([49]))
+
+    @pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
+    def test_rows_on_disk_have_none(self, way: str, tmp_path: Path) -> None:
+        of = classifier("disk", tmp_path)
+        with pytest.raises(TypeError, match=r"storage='disk' cannot be copied or pickled.*state_dict\(\)"):
+            copied(way, (of, DelayedSGD(of)))
+        of.close()
 
 
 class TestMemoryBank:
