@@ -19,7 +19,7 @@ test: $(VENV)/.installed
 quick: $(VENV)/.installed
 	HYPOTHESIS_PROFILE=few $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-# The oldest versions that are promised, with the quick selection. PYTHON_OLDEST is a Python 3.12.
+# The oldest versions that are promised, with the quick selection, on a Python 3.12.
 PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3) python3.12)
 test-oldest:
 	$(MAKE) quick VENV=.venv-oldest PYTHON=$(PYTHON_OLDEST) CONSTRAINTS=constraints-oldest.txt

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import setuptools
 
+MINIMUM_TORCH = (2, 9)
 MINIMUM_SETUPTOOLS = 77  # the first that reads `license` and `license-files` in pyproject.toml
 
 if int(setuptools.__version__.partition(".")[0]) < MINIMUM_SETUPTOOLS:
@@ -33,6 +34,7 @@ if int(setuptools.__version__.partition(".")[0]) < MINIMUM_SETUPTOOLS:
 # ruff: noqa: E402  (an older setuptools lacks some of these)
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, SetupError
 
 WITHOUT_CPP = "CONTRASTIVE_OPS_WITHOUT_CPP"
@@ -108,12 +110,22 @@ def extensions():
     return [*cpu, rows]
 
 
+class BuildPython(build_py):
+    """Starts from nothing: what an earlier build left would be installed too, though its source is gone."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class BuildExtensions(build_ext):
     """Builds the extensions side by side against the torch of this environment, or says why it cannot."""
 
     def initialize_options(self):
         super().initialize_options()
-        self.parallel = len(INSTRUCTION_SETS) + 1  # all at once: two cores would else end with one at work
+        # All at once: two cores would else end with one at work. Each takes up to a gigabyte.
+        self.parallel = int(os.environ.get("MAX_JOBS") or len(INSTRUCTION_SETS) + 1)
 
     def run(self):
         if torch_version() is None:
@@ -124,14 +136,18 @@ class BuildExtensions(build_ext):
                 "    pip install --no-build-isolation .\n\n"
                 f"{INSTEAD}"
             )
+        if tuple(map(int, torch_version().split(".")[:2])) < MINIMUM_TORCH:
+            raise SetupError(
+                f"contrastive_ops needs torch {'.'.join(map(str, MINIMUM_TORCH))} or newer, and this "
+                f"environment has {torch_version()}. The C++ kernels are compiled against the torch that "
+                "they will run with: upgrade torch first\n\n    pip install --upgrade torch\n"
+            )
         from torch.utils import cpp_extension
 
         for extension in self.extensions:
             extension.library_dirs = cpp_extension.library_paths("cpu")
             # As headers of the system, torch's keep their warnings to themselves.
             extension.extra_compile_args += [f"-isystem{path}" for path in cpp_extension.include_paths("cpu")]
-        for stale in Path(self.build_lib).glob("contrastive_ops/_*.so"):
-            stale.unlink()  # what was built for another torch would be installed too
         super().run()
 
     def build_extensions(self):
@@ -189,7 +205,7 @@ setup(
     package_dir={"contrastive_ops.kernels": "kernels"},
     package_data={"contrastive_ops": ["py.typed", "*.pyi"], "train_ref": ["recipes/*.yaml"]},
     ext_modules=extensions() if os.environ.get(WITHOUT_CPP, "0") in ("", "0") else [],
-    cmdclass={"build_ext": BuildExtensions},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildExtensions},
     long_description=readme(),
     long_description_content_type="text/markdown",
 )

@@ -13,10 +13,14 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 OTHERS = ("-instances", "-demo")  # suffixes of results that are not the losses'
 
 
-def newest_result(suffix: str = "") -> Path | None:
-    """The newest result with a suffix of `OTHERS` or, without one, of the losses."""
-    files = RESULTS.glob(f"*{suffix}.json")  # their names begin with the date
-    return max((file for file in files if suffix or not file.stem.endswith(OTHERS)), default=None)
+def newest_result(suffix: str) -> Path | None:
+    """The newest result with a suffix of `OTHERS`."""
+    return max(RESULTS.glob(f"[0-9]*{suffix}.json"), default=None)  # their names begin with the date
+
+
+def loss_results() -> list[Path]:
+    """The results of the losses, the oldest first."""
+    return sorted(file for file in RESULTS.glob("[0-9]*.json") if not file.stem.endswith(OTHERS))
 
 
 def result_file(machine: dict[str, Any], suffix: str = "") -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.cases import PROBLEMS, WITHOUT_CONSISTENCY_GRADIENT
-from bench.files import README, RESULTS, newest_result, replace_in_readme
+from bench.files import README, RESULTS, loss_results, newest_result, replace_in_readme
 from train_ref import evaluation
 from train_ref.markdown import table
 
@@ -196,22 +196,31 @@ def memory_table(result: Result, **where: object) -> str:
     return table(("B", "K", *map(label, impls)), rows)
 
 
-def readme_headline(result: Result) -> str:
-    """What a step of CO2 comes to, and what was measured at all."""
-    where = {"loss": "co2", "dtype": "float32", "D": README_DIM}
-    size = PROBLEMS["co2"].headline
-    records = result.sizes(**where)[size]
-    eager = records["eager"]
-    ours = min((r for impl, r in records.items() if impl not in PEERS), key=lambda record: record["ms"])
-    kind = "GPU" if result.on_gpu else "CPU"
-    others = ""
-    if not result.on_gpu:
-        others = " **On a GPU, not timed yet**: the kernels are tested and compiled, no more."
-    return (
-        f"**On a {kind}, measured:** a step of CO2 with {size[0]} queries over {size[1]:,} keys takes "
-        f"{number(ours['ms'])} ms and {number(ours['peak_mib'])} MiB, where eager PyTorch takes "
-        f"{number(eager['ms'])} ms and {number(eager['peak_mib'])} MiB.{others}"
-    )
+def newest_results() -> list[Result]:
+    """Of the losses, the newest of a CPU and the newest of a GPU, as far as there are any."""
+    newest = {result.on_gpu: result for result in map(Result, loss_results())}
+    return [newest[on_gpu] for on_gpu in sorted(newest)]
+
+
+def readme_headline(results: Sequence[Result]) -> str:
+    """What a step of CO2 comes to on each kind of device, and what was not measured."""
+    sentences = []
+    for result in results:
+        size = PROBLEMS["co2"].headline
+        records = result.sizes(loss="co2", dtype="float32", D=README_DIM).get(size, {})
+        fused = [record for impl, record in records.items() if impl not in PEERS]
+        if not (fused and "eager" in records):
+            continue
+        ours, eager = min(fused, key=lambda record: record["ms"]), records["eager"]
+        kind = "GPU" if result.on_gpu else "CPU"
+        sentences.append(
+            f"**On a {kind}, measured:** a step of CO2 with {size[0]} queries over {size[1]:,} keys takes "
+            f"{number(ours['ms'])} ms and {number(ours['peak_mib'])} MiB, where eager PyTorch takes "
+            f"{number(eager['ms'])} ms and {number(eager['peak_mib'])} MiB."
+        )
+    if not any(result.on_gpu for result in results):
+        sentences.append("**On a GPU, not timed yet**: the kernels are tested and compiled, no more.")
+    return " ".join(sentences)
 
 
 def readme_section(result: Result) -> str:
@@ -394,15 +403,15 @@ def main() -> None:
         "--readme", action="store_true", help="put their tables and the demo's into README.md"
     )
     arguments = parser.parse_args()
-    newest = newest_result()
-    files = arguments.files or ([newest] if newest else [])
+    files = arguments.files or [result.path for result in newest_results()]
     if not files:
         raise SystemExit(f"there are no results in {RESULTS}; `python -m bench` makes some")
     for path in files:
         write(path)
     if arguments.readme:
-        replace_in_readme("headline", "\n\n".join(readme_headline(Result(path)) for path in files))
-        replace_in_readme("benchmark", "\n\n".join(readme_section(Result(path)) for path in files))
+        results = [Result(path) for path in files]
+        replace_in_readme("headline", readme_headline(results))
+        replace_in_readme("benchmark", "\n\n".join(map(readme_section, results)))
         if demo := newest_result("-demo"):
             replace_in_readme("demo", demo_section(json.loads(demo.read_text())))
 

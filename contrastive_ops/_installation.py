@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 import sys
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 
@@ -32,6 +35,11 @@ def extensions(folder: Path) -> set[str]:
     }
 
 
+def torch_minor() -> str:
+    """The version of torch as it stands in extensions' names: "2_14"."""
+    return "_".join(torch.__version__.split(".")[:2])
+
+
 def load_extension(stem: str) -> ModuleType:
     """The extension of that name which was built against this version of torch.
 
@@ -39,13 +47,13 @@ def load_extension(stem: str) -> ModuleType:
         ImportError: there is none, or it cannot be loaded; the message says what to do.
     """
     package = sys.modules[PACKAGE]
-    major, minor = torch.__version__.split(".")[:2]
-    name = f"{stem}_torch_{major}_{minor}"
+    name = f"{stem}_torch_{torch_minor()}"
     built = {each for folder in package.__path__ for each in extensions(Path(folder))}
     others = sorted(
         match[1].replace("_", ".") for each in built if (match := re.fullmatch(f"{stem}_torch_(.+)", each))
     )
-    again = f"install contrastive_ops again: {INSTALL} --force-reinstall --no-deps, from its source"
+    again = f"install contrastive_ops again: {INSTALL} --force-reinstall --no-deps, from its source (with "
+    again += "--editable, where it was installed so)"
     if name in built:
         try:
             return importlib.import_module(f"{PACKAGE}.{name}")
@@ -68,14 +76,19 @@ def installed_instead(here: list[str]) -> list[str]:
     """
     folder = Path(here[0]).resolve()
     tree = folder.parent
-    is_whole = bool(extensions(folder)) or not (tree / "csrc").is_dir()
-    if is_whole or _is_installed_editable(tree):
+    built = extensions(folder)
+    is_whole = "_rows" in built and any(name.endswith(f"_torch_{torch_minor()}") for name in built)
+    if is_whole or not (tree / "csrc").is_dir() or _is_installed_editable(tree):
         return here
     installed = _installed_elsewhere(tree)
-    about = f"{folder} is a source tree without compiled extensions"
-    editable = f"To work on it, install it: {INSTALL} --editable {tree}"
+    about = f"{folder} is a source tree without extensions that were compiled for this Python and torch"
+    editable = f"To work on it, install it: {INSTALL} --editable {shlex.quote(str(tree))}"
     if installed:
-        warnings.warn(f"{about}; the package installed in {installed} is used. {editable}", stacklevel=3)
+        other, own = _version(installed), _version(folder)
+        which = f", version {other} where this is {own}," if other != own else ""
+        warnings.warn(
+            f"{about}; the package installed in {installed}{which} is used. {editable}", stacklevel=3
+        )
         return [str(installed)]
     warnings.warn(
         f"{about}, and contrastive_ops is not installed elsewhere: the slow reference will serve, and there "
@@ -89,7 +102,16 @@ def _is_installed_editable(tree: Path) -> bool:
     """Whether the environment's contrastive_ops is this tree, which then lacks extensions by choice."""
     texts = (each.read_text("direct_url.json") for each in distributions(name="contrastive-ops"))
     urls = (json.loads(text) for text in texts if text)
-    return any(url.get("dir_info", {}).get("editable") and url["url"] == tree.as_uri() for url in urls)
+    return any(
+        url.get("dir_info", {}).get("editable")
+        and Path(url2pathname(urlparse(url["url"]).path)).resolve() == tree
+        for url in urls
+    )
+
+
+def _version(folder: Path) -> str:
+    (version,) = re.findall(r'^__version__ = "(.+)"$', (folder / "__init__.py").read_text(), re.MULTILINE)
+    return str(version)
 
 
 def _installed_elsewhere(tree: Path) -> Path | None:
@@ -97,7 +119,9 @@ def _installed_elsewhere(tree: Path) -> Path | None:
     paths = [path for path in sys.path if Path(path).resolve() != tree]
     for finder in sys.meta_path:  # that of paths and, for other trees that are installed editable, theirs
         spec = finder.find_spec(PACKAGE, paths)
-        for folder in (spec and spec.submodule_search_locations) or ():
-            if Path(folder).resolve().parent != tree:
-                return Path(folder)
+        if spec is None or spec.origin is None:  # a folder of that name, which is no package
+            continue
+        folder = Path(spec.origin).parent
+        if folder.resolve().parent != tree:
+            return folder
     return None

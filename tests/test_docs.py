@@ -25,9 +25,9 @@ def test_examples(name: str) -> None:
 def test_the_readme_tells_the_newest_benchmarks() -> None:
     report = pytest.importorskip("bench.report")
     instances = pytest.importorskip("bench.instances")
-    result = report.Result(report.newest_result())
-    assert parts(README, "headline")[1] == report.readme_headline(result)
-    assert parts(README, "benchmark")[1] == report.readme_section(result)
+    results = report.newest_results()
+    assert parts(README, "headline")[1] == report.readme_headline(results)
+    assert parts(README, "benchmark")[1] == "\n\n".join(map(report.readme_section, results))
     newest = newest_result("-instances")
     assert parts(README, "classifier")[1] == instances.readme_section(json.loads(newest.read_text()))
 

@@ -43,7 +43,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX", "CC")}
+    ours = ("PYTHONPATH", "PYTHONWARNINGS", "CXX", "CC", "CFLAGS", "CXXFLAGS", "CONTRASTIVE_OPS_WITHOUT_CPP")
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=inherited | environment, capture_output=True, text=True
     )
@@ -60,6 +61,11 @@ def absent(name):
     return version(name)
 metadata.version = absent
 """
+OLD_TORCH = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: "2.8.0+cpu" if name == "torch" else version(name)
+"""
 OLD_SETUPTOOLS = "import setuptools\nsetuptools.__version__ = '65.5.0'\n"
 SETUP = "import runpy, sys\nsys.argv[0] = 'setup.py'\nrunpy.run_path('setup.py', run_name='__main__')"
 
@@ -69,11 +75,12 @@ SETUP = "import runpy, sys\nsys.argv[0] = 'setup.py'\nrunpy.run_path('setup.py',
     ("before", "environment", "words"),
     [
         (WITHOUT_TORCH, {}, ("--no-build-isolation", "install torch", "CONTRASTIVE_OPS_WITHOUT_CPP=1")),
+        (OLD_TORCH, {}, ("torch 2.9 or newer", "has 2.8.0+cpu", "pip install --upgrade torch")),
         (OLD_SETUPTOOLS, {}, ("setuptools 77", "65.5.0", "pip install --upgrade setuptools")),
         ("", {"CXX": "no-such-compiler"}, ("no no-such-compiler", "CXX", "CONTRASTIVE_OPS_WITHOUT_CPP=1")),
         ("", {"CXX": "false"}, ("false is none", "C++20", "OpenMP", "CONTRASTIVE_OPS_WITHOUT_CPP=1")),
     ],
-    ids=["isolated", "old-setuptools", "no-compiler", "compiler-that-cannot"],
+    ids=["isolated", "old-torch", "old-setuptools", "no-compiler", "compiler-that-cannot"],
 )
 def test_a_build_that_cannot_be_stops_and_says_what_to_do(
     tree: Path, before: str, environment: dict[str, str], words: tuple[str, ...]
@@ -133,6 +140,25 @@ def test_a_package_without_cpp_is_pure_and_complete(tree: Path, tmp_path: Path) 
         if link.startswith(repository):
             path = re.fullmatch(r"/(?:blob|raw)/HEAD/([^#]+)(#.*)?", link.removeprefix(repository))[1]
             assert (ROOT / path).exists(), link
+
+
+@in_the_source
+def test_what_was_deleted_is_in_no_later_wheel(tree: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    shutil.copytree(tree, clone)
+    gone = [clone / "contrastive_ops" / "gone.py", clone / "train_ref" / "recipes" / "gone.yaml"]
+    for file in gone:
+        file.touch()
+    for there in (True, False):
+        done = run(clone, "-c", SETUP, "bdist_wheel", CONTRASTIVE_OPS_WITHOUT_CPP="1")
+        assert done.returncode == 0, done.stderr
+        (wheel,) = (clone / "dist").glob("*.whl")
+        with zipfile.ZipFile(wheel) as content:
+            assert [name.endswith(("gone.py", "gone.yaml")) for name in content.namelist()].count(
+                True
+            ) == 2 * there
+        for file in gone:
+            file.unlink(missing_ok=True)
 
 
 @in_the_source
@@ -232,11 +258,19 @@ print(json.dumps({
 
 
 @in_the_source
-def test_a_source_tree_hands_over_to_the_installed_package(tree: Path) -> None:
+@pytest.mark.parametrize("has", [(), ("_rows",), ("_cpu_default_torch_1_0", "_cpu_avx2_torch_1_0", "_rows")])
+def test_a_source_tree_hands_over_to_the_installed_package(tree: Path, has: tuple[str, ...]) -> None:
+    """Also one that has some extensions, but not all that this Python and torch need."""
+    files = [tree / "contrastive_ops" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in has]
+    for file in files:
+        file.touch()
     done = run(tree, "-c", REPORT)
+    for file in files:
+        file.unlink()
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     (warning,) = report["warnings"]
+    assert ", version " not in warning  # which is the same
     assert str(tree / "contrastive_ops") in warning
     assert str(PACKAGE) in warning
     assert f"pip install --no-build-isolation --editable {tree}" in warning
@@ -257,6 +291,27 @@ def test_a_source_tree_alone_says_so_and_works(tree: Path) -> None:
     assert f"pip install --no-build-isolation --editable {tree}" in warning
     assert Path(report["folder"]).parent == tree / "contrastive_ops"
     assert not report["cpu"]
+
+
+@in_the_source
+def test_versions_that_differ_are_told(tree: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "newer"
+    shutil.copytree(tree, newer)
+    init = newer / "contrastive_ops" / "__init__.py"
+    init.write_text(init.read_text().replace(f'"{contrastive_ops.__version__}"', '"99.0"'))
+    (warning,) = json.loads(run(newer, "-c", REPORT).stdout)["warnings"]
+    assert f"version {contrastive_ops.__version__} where this is 99.0" in warning
+
+
+@in_the_source
+@pytest.mark.skipif(not is_editable(), reason="it is installed where torch is")
+def test_a_folder_of_that_name_is_no_package(tree: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "contrastive_ops"
+    shutil.copytree(tree, clone)
+    path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
+    done = run(clone, "-S", "-c", REPORT, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "not installed elsewhere" in json.loads(done.stdout)["warnings"][0]
 
 
 def test_what_is_whole_is_left_alone(recwarn: pytest.WarningsRecorder) -> None:

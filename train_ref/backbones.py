@@ -43,6 +43,23 @@ class Backbone(NamedTuple):
     step: int
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint of this trainer holds. Mapped, not read: tensors that nobody looks at cost nothing.
+
+    Raises:
+        UsageError: it is missing, not whole, or of another program.
+    """
+    if not path.exists():
+        raise UsageError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UsageError(f"{path} is no checkpoint, or not a whole one") from error
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in KEYS):
+        raise UsageError(f"{path} is no checkpoint of this trainer")
+    return checkpoint
+
+
 def load_backbone(path: str | Path) -> Backbone:
     """Read a checkpoint's backbone; nothing else in it is looked at, nor are files that it speaks of.
 
@@ -50,15 +67,7 @@ def load_backbone(path: str | Path) -> Backbone:
         UsageError: it is missing, not whole, of another program, or its tensors are not those of its network.
     """
     path = Path(path)
-    if not path.exists():
-        raise UsageError(f"there is no checkpoint {path}")
-    try:
-        # Mapped, not read: the backbone is a fraction of a file with queues, classifiers and momenta.
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{path} is no checkpoint, or not a whole one") from error
-    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in KEYS):
-        raise UsageError(f"{path} is no checkpoint of this trainer")
+    checkpoint = read_checkpoint(path)
     settings, method = checkpoint["hyper_parameters"], checkpoint["method"]
     arch, stem = settings.get("arch"), settings.get("stem")
     if method not in KINDS or arch not in FEATURES:

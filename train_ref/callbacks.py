@@ -48,7 +48,6 @@ class Record(Callback):
         self.pending: list[dict[str, Any]] = []
         self.clock = LossClock(module.criterion, module.device)
         self.since = time.perf_counter()
-        self.columns: list[str] = []
 
     def on_train_batch_start(self, trainer: Trainer, module: Method, batch: Any, batch_idx: int) -> None:
         self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]

@@ -10,7 +10,6 @@ import copy
 import inspect
 import json
 import math
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from .classifiers import Batches, Classifier, LabelledFeatures, LabelledImages, 
 from .data import Views
 from .errors import UsageError
 from .evaluation import Features, Score, extract_features, format_table, knn_accuracies, labelled_subset
-from .files import replacing
+from .files import replacing, writable
 from .networks import FEATURES, network
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -201,7 +200,8 @@ def finetune(
         The rows of the table.
     """
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
-        raise UsageError(f"fractions must be above 0 and at most 1, not {', '.join(map(str, fractions))}")
+        said = ", ".join(map(str, fractions)) or "none"
+        raise UsageError(f"fractions must be one or more, above 0 and at most 1, not {said}")
     rates = {"fine-tuned": (learning_rate, backbone_learning_rate)}
     if from_scratch:
         rates["from scratch"] = (scratch_learning_rate, scratch_learning_rate)
@@ -348,18 +348,6 @@ class Evaluator:
 
 def beside(checkpoint: str, ending: str) -> Path:
     return Path(checkpoint).with_suffix(f".{ending}")
-
-
-def writable(path: str | Path) -> Path:
-    """The path of a file that can be written; that it cannot is better known before the work than after."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output: {path} cannot be written: {error}") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"output: {path} is a folder, or in one that cannot be written to")
-    return path
 
 
 def write_report(path: Path, command: str, backbone: Backbone, rows: Rows, details: dict[str, Any]) -> None:

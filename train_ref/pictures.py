@@ -85,7 +85,9 @@ def gallery(
     same = {name: labels[indices] == truth[candidates, None] for name, indices in near.items()}
     before, *_, after = same.values() if measures else near.values()
     # With labels, more or fewer of the neighbours share the image's; without, they are others.
-    changed = before.sum(1) != after.sum(1) if measures else (before != after).any(1)
+    changed = before.sum(1) != after.sum(1)
+    if not measures:
+        changed = (before.sort(1).values != after.sort(1).values).any(1)
     chosen = choose(changed.numpy(), truth[candidates].numpy())
 
     def shown(dataset: Dataset, index: int) -> np.ndarray:
@@ -232,7 +234,8 @@ def draw_gallery(axes: Axes, shown: Gallery) -> None:
     labelled = any(same is not None for row in shown.rows for of in row.neighbours.values() for _, same in of)
     legend = "✓ green: the test image's label; ✗ orange: another.  " if labelled else ""
     bottom = -pitch * (len(shown.rows) - 1) - 0.15
-    axes.text(0, bottom, f"The {NEIGHBOURS} nearest training images.  {legend}\n{shown.caption}.",
+    most = max((len(near) for row in shown.rows for near in row.neighbours.values()), default=0)
+    axes.text(0, bottom, f"The {most} nearest training images.  {legend}\n{shown.caption}.",
               fontsize=9, va="top", color="0.3", linespacing=1.5)  # fmt: skip
     axes.set(xlim=(-0.4, x), ylim=(bottom - 0.6, 2.2))
     axes.set_aspect("equal")

@@ -86,8 +86,12 @@ class EpochLines(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.start, self.first_step = time.perf_counter(), trainer.global_step
+        self._begin()  # a run that goes on in the middle of an epoch starts none
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.epoch_start = time.perf_counter()
         self.steps: list[dict[str, Tensor]] = []
         self.images = 0
@@ -109,9 +113,7 @@ class EpochLines(ProgressBar):
             told.append(f"top-1 {100 * means['top1']:.1f} %")
         told.append(f"{self.images / (now - self.epoch_start):,.0f} images/s")
         done, total = trainer.global_step, trainer.estimated_stepping_batches
-        if done >= total:
-            told.append(f"done in {duration(now - self.start)}")
-        elif not math.isinf(total):
+        if done < total < math.inf:
             left = (now - self.start) * (total - done) / (done - self.first_step)
             told.append(f"{duration(left)} left")
         epoch = (
@@ -120,6 +122,10 @@ class EpochLines(ProgressBar):
             else trainer.current_epoch + 1
         )
         print(f"epoch {epoch}: {', '.join(told)}", flush=True)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.enabled:
+            print(f"done in {duration(time.perf_counter() - self.start)}", flush=True)
 
 
 def duration(seconds: float) -> str:

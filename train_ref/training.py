@@ -8,23 +8,23 @@ import textwrap
 from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
-import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
+from .backbones import read_checkpoint
 from .callbacks import Evaluation, Record
 from .checkpoints import AtomicCheckpointIO, LastCheckpoint
 from .data import Views
 from .errors import UsageError
-from .methods import ALIASES, METHODS, method_name
+from .methods import ALIASES, METHODS, method_name, settings_of
 from .parsing import Help
 from .progress import Plan, lines_in_place_of_a_bar
 
+CONFIG = ("--config", "-c")
 RECIPES = Path(__file__).with_name("recipes")
 
 DESCRIPTION = """\
@@ -34,8 +34,8 @@ A recipe is a file in YAML, or the name of one of these, which come with the pac
 
 {recipes}
 
---method gives --model its paper's settings; the recipe's outrank them, and options those. All options of
-Lightning's Trainer work, also the many not listed here: --trainer.<name>."""
+--method takes another method than the recipe's: its paper's settings then outrank the recipe's, and options
+outrank both. All options of Lightning's Trainer work, also the many not listed here: --trainer.<name>."""
 
 # What the help says of Lightning's own options. Those of the trainer that are not here work too, unmentioned.
 HELP = {
@@ -103,15 +103,13 @@ class ReferenceCLI(LightningCLI):
             raise UsageError("fit needs --config: a recipe's name, or a file of your own")
         if settings.ckpt_path is None:
             return
-        if not is_zipfile(settings.ckpt_path):  # as torch.save writes them
-            raise UsageError(f"ckpt_path: there is no checkpoint {settings.ckpt_path}, or not a whole one")
-        checkpoint = torch.load(settings.ckpt_path, map_location="cpu", mmap=True, weights_only=True)
-        kind, wanted = checkpoint.get("method"), METHODS[self.method].kind.name
+        try:
+            kind = read_checkpoint(Path(settings.ckpt_path))["method"]
+        except UsageError as error:
+            raise UsageError(f"ckpt_path: {error}") from error
+        wanted = METHODS[self.method].kind.name
         if kind != wanted:
-            raise UsageError(
-                f"ckpt_path: {settings.ckpt_path} is a checkpoint of {kind or 'something else'}, "
-                f"not of {wanted}"
-            )
+            raise UsageError(f"ckpt_path: {settings.ckpt_path} is a checkpoint of {kind}, not of {wanted}")
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         trainer = super().instantiate_trainer(
@@ -134,7 +132,7 @@ def fit(args: list[str], called: str, examples: str) -> None:
         called: what stands before them.
         examples: of command lines, to be shown at the end of the help.
     """
-    args = with_recipes(args)
+    args = with_method(with_recipes(args))
     recipes = textwrap.indent(textwrap.fill(", ".join(recipe_names()), 100), "  ")
     ReferenceCLI(
         method_of(args),
@@ -173,26 +171,47 @@ def recipe_file(given: str) -> str:
 
 def with_recipes(args: list[str]) -> list[str]:
     """The words of a command line, with every recipe's name replaced by its file."""
-    options, words = ("--config", "-c"), []
+    words = []
     for before, word in zip([None, *args], args, strict=False):
         option, equals, value = word.partition("=")
-        if before in options:
+        if before in CONFIG:
             word = recipe_file(word)
-        elif option in options and equals:
+        elif option in CONFIG and equals:
             word = f"{option}={recipe_file(value)}"
         words.append(word)
     return words
 
 
+def with_method(args: list[str]) -> list[str]:
+    """The words of a command line where --method, if it names another method than the recipe, brings all
+    that sets the methods of its kind apart: behind the recipe, which they outrank."""
+    option, recipe = methods_named(args)
+    if option is None or recipe is None or method_name(option) == method_name(recipe):
+        return args
+    words = [
+        f"--model.{name}={'null' if value is None else value}"
+        for name, value in settings_of(method_name(option)).items()
+    ]
+    behind = max(place for place, word in enumerate(args) if word.partition("=")[0] in CONFIG)
+    behind += 1 if "=" in args[behind] else 2
+    return [*args[:behind], *words, *args[behind:]]
+
+
 def method_of(args: list[str]) -> str:
     """The method that --method or a recipe names: it decides the options that can be parsed at all."""
+    option, recipe = methods_named(args)
+    return method_name(option or recipe or "moco_v2_co2")
+
+
+def methods_named(args: list[str]) -> tuple[str | None, str | None]:
+    """What --method says, and the last recipe that says it."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", "-c", action="append", default=[])
     parser.add_argument("--method")
     known, _ = parser.parse_known_args(args)
-    said = [known.method]
+    said = []
     for recipe in reversed(known.config):
         # Parsing will complain of what is no recipe.
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):
             said.append(yaml.safe_load(Path(recipe).read_text(encoding="utf-8")).get("method"))
-    return method_name(next((name for name in said if isinstance(name, str)), "moco_v2_co2"))
+    return known.method, next((name for name in said if isinstance(name, str)), None)

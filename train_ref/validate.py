@@ -29,6 +29,7 @@ from .data import Views
 from .eager import eager_co2, eager_conic, eager_nt_xent
 from .errors import UsageError
 from .evaluation import format_table
+from .files import writable
 from .machine import describe, resident_mib
 from .methods import METHODS, Method, MoCo, method_name
 from .networks import Architecture
@@ -328,6 +329,9 @@ def validate(
     if isinstance(methods, str):
         methods = [name.strip() for name in methods.split(",")]
     methods = [method_name(name) for name in methods]
+    if not methods:
+        raise UsageError(f"methods must name one at least; there are {', '.join(METHODS)}")
+    folder = writable(Path(output) / "validate.json").parent
     if learning_rate is None:
         learning_rate = LEARNING_RATE * batch_size
     on_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
@@ -407,8 +411,6 @@ def validate(
         verdicts.append(verdict)
         print(f"{method}: {'ok' if verdict.passed else 'FAILED'}", flush=True)
 
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "network": network, "steps": steps, "precision": precision, "dataset": dataset,
         "image_size": image_size, "batch_size": batch_size, "queue_size": queue_size, "dim": dim,

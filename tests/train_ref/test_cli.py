@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -35,9 +36,10 @@ def test_a_run_prints_its_table_and_leaves_its_files(train_ref, tmp_path):
         "Everything is kept in runs/synthetic/version_0\n"
     )
     assert "\r" not in output
-    epochs = re.findall(r"epoch (.*): loss \d+\.\d+, top-1 [\d.]+ %, [\d,]+ images/s, (.*)\n", output)
+    epochs = re.findall(r"epoch (.*): loss \d+\.\d+, top-1 [\d.]+ %, [\d,]+ images/s(.*)\n", output)
     assert [number for number, _ in epochs] == ["1 of 2", "2 of 2"]
-    assert [time.split(" ")[-1] if "left" in time else time[:7] for _, time in epochs] == ["left", "done in"]
+    assert epochs[0][1].endswith(" left")
+    assert re.search(r"\ndone in [\d\w ]+\n", output)
     assert output.splitlines()[-1].endswith("runs/synthetic/version_0/overview.png")
     assert {"config.yaml", "overview.png", "evaluation.json", "last.ckpt", "steps.csv"} <= {
         file.name for file in run.iterdir()
@@ -118,6 +120,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
         (["report", "--document=results.md"], "document: there is no results.md"),
         (["validate", "--backend=cuda"], "cuda cannot serve here"),
         (["validate", "--step=3"], "step"),
+        (["validate", "--methods=[]"], "methods must name one at least"),
+        (["validate", "--output=/proc/nowhere"], "cannot be written"),
+        (["finetune", "last.ckpt", "--fractions=[]"], "and at most 1, not none"),
         (["fit", "--config"], "--config"),
         (["fit", *SYNTHETIC, "--data.batch_size=200"], "batch_size is 200, but there are only 160"),
         (["fit", *SYNTHETIC, "--data.dataset=folder"], "data.root must name the folder"),
@@ -137,6 +142,13 @@ def test_a_checkpoint_that_is_not_whole_is_told_so(train_ref, tmp_path):
     (tmp_path / "half.ckpt").write_bytes(b"PK\x03\x04 and so on")
     with pytest.raises(SystemExit, match="not a whole one"):
         train_ref("fit", *SYNTHETIC, "--ckpt_path=half.ckpt")
+    with zipfile.ZipFile(tmp_path / "other.ckpt", "w") as other:
+        other.writestr("and", "so on")
+    with pytest.raises(SystemExit, match=r"error: ckpt_path: other\.ckpt is no checkpoint"):
+        train_ref("fit", *SYNTHETIC, "--ckpt_path=other.ckpt")
+    torch.save({"method": "moco"}, tmp_path / "third.ckpt")
+    with pytest.raises(SystemExit, match=r"error: ckpt_path: third\.ckpt is no checkpoint of this trainer"):
+        train_ref("fit", *SYNTHETIC, "--ckpt_path=third.ckpt")
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -268,3 +280,32 @@ def test_validate_takes_one_method_or_several(train_ref, tmp_path, given, method
     train_ref("validate", f"--methods={given}", "--steps=1", "--batch_size=8", "--free=false", "--output=it")
     verdicts = json.loads((tmp_path / "it" / "validate.json").read_text())["verdicts"]
     assert [verdict["method"] for verdict in verdicts] == methods
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["digits_moco_v2_co2"], {"consistency_weight": 0.3, "temperature": 0.2, "head": "mlp"}),
+        (["digits_moco_v1_co2"], {"consistency_weight": 1.0}),  # the recipe's own
+        (["digits_moco_v1_co2", "--method=moco_v1_co2"], {"consistency_weight": 1.0}),
+        (["digits_moco_v2_co2", "--method", "moco_v2"], {"consistency_weight": 0.0, "temperature": 0.2}),
+        (
+            ["digits_moco_v2_co2", "--method=moco_v1"],
+            {"consistency_weight": 0.0, "temperature": 0.07, "head": "linear", "schedule": "step"},
+        ),
+        (["digits_moco_v2", "--method=moco"], {"consistency_weight": 0.3}),
+        (
+            ["digits_moco_v2_co2", "--method=moco_v2", "--model.consistency_weight=7"],
+            {"consistency_weight": 7.0, "queue_size": 1024},
+        ),
+        (["digits_conic", "--method=exemplar_cnn"], {"consistency_weight": 0.0, "active": None}),
+        (["digits_conic_sampled", "--method=conic"], {"active": None, "consistency_weight": 2.5}),
+    ],
+)
+def test_a_method_that_is_asked_for_outranks_the_recipe(train_ref, monkeypatch, words, expected):
+    built = []
+    monkeypatch.setattr(
+        training.ReferenceCLI, "fit", lambda self, **settings: built.append(self), raising=False
+    )
+    train_ref("fit", "--config", *words)
+    assert expected.items() <= dict(built[0].model.hparams).items()

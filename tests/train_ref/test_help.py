@@ -6,7 +6,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -94,9 +93,8 @@ def test_the_commands_are_listed_with_a_line_each(help_of, call, commands):
 
 
 def test_the_list_of_commands_comes_at_once():
-    start = time.monotonic()
+    """Nothing is imported for it that takes time."""
     text = in_a_process("--help", columns=100)
-    assert time.monotonic() - start < 2  # to import torch takes longer
     assert all(command.purpose in text for command in COMMANDS.values())
     code = (
         "import sys, train_ref.__main__; assert not {'torch', 'lightning', 'jsonargparse'} & {*sys.modules}"

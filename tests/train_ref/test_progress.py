@@ -4,7 +4,7 @@ import sys
 import warnings
 
 import pytest
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
 from contrastive_ops import use_backend
 from train_ref import progress
@@ -48,7 +48,9 @@ def test_a_line_an_epoch_has_its_means(make_method, make_views, make_trainer, ca
 
     trainer = make_trainer(enable_progress_bar=True, callbacks=[Steps()], max_epochs=2)
     trainer.fit(make_method("simclr"), make_views(synthetic_size=24))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    *lines, last = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("epoch", "done"))
+    ]
     assert len(lines) == 2
     for number, line in enumerate(lines):
         epoch = steps[3 * number : 3 * number + 3]
@@ -56,7 +58,23 @@ def test_a_line_an_epoch_has_its_means(make_method, make_views, make_trainer, ca
         assert line.startswith(f"epoch {number + 1} of 2: loss {loss:.3f}, top-1 {100 * top1:.1f} %, ")
         assert "images/s" in line
     assert lines[0].endswith(" left")
-    assert ", done in " in lines[1]
+    assert lines[1].endswith(" images/s")
+    assert last.startswith("done in ")
+
+
+def test_a_run_that_goes_on_in_the_middle_of_an_epoch_tells_its_rest(
+    make_moco, make_views, make_trainer, capsys, tmp_path
+):
+    """Lightning starts no epoch then."""
+    settings = {"enable_checkpointing": True, "enable_progress_bar": True, "max_epochs": 2}
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    make_trainer(callbacks=[EpochLines(), saving], **settings).fit(make_moco(), make_views(synthetic_size=24))
+    capsys.readouterr()
+    trainer = make_trainer(callbacks=[EpochLines()], **settings)
+    trainer.fit(make_moco(), make_views(synthetic_size=24), ckpt_path=str(tmp_path / "step=2.ckpt"))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("epoch", "done"))]
+    assert [line.split(":")[0] for line in told[:-1]] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert told[-1].startswith("done in ")
 
 
 @pytest.mark.parametrize(

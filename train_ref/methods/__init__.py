@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
@@ -56,6 +57,25 @@ def method_name(name: str) -> str:
     return name
 
 
+def settings_of(name: str) -> dict[str, Any]:
+    """A method's value of every setting in which the named methods of its kind differ.
+
+    Args:
+        name: in `METHODS`.
+    """
+    kind = METHODS[name].kind
+    names = dict.fromkeys(
+        each for method in METHODS.values() if method.kind is kind for each in method.settings
+    )
+    return {each: METHODS[name].settings.get(each, default(kind, each)) for each in names}
+
+
+def default(kind: type[Method], argument: str) -> Any:
+    """That of a kind's argument, which may be one that all methods have."""
+    signatures = (inspect.signature(each.__init__).parameters for each in kind.__mro__)
+    return next(parameters[argument].default for parameters in signatures if argument in parameters)
+
+
 __all__ = [
     "ALIASES",
     "KINDS",
@@ -69,4 +89,5 @@ __all__ = [
     "NamedMethod",
     "SimCLR",
     "method_name",
+    "settings_of",
 ]
