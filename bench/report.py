@@ -233,15 +233,18 @@ def readme_section(result: Result) -> str:
     impls = [impl for impl in result.impls() if impl in told]
     rows = []
     for loss, where in headlines.items():
+        partial = [peer for each, peer in WITHOUT_CONSISTENCY_GRADIENT if each == loss]
         for dtype in result.values("dtype", **where):
             (records,) = result.sizes(dtype=dtype, **where).values()
             size = f"{where['B']:,} × {where['K']:,}, {dtype}"
-            partial = {impl for impl in records if (loss, impl) in WITHOUT_CONSISTENCY_GRADIENT}
-            rows.append((f"{LOSSES[loss]}, {size}", *spent(records, impls, records.keys() - partial)))
+            rows.append((f"{LOSSES[loss]}, {size}", *spent(records, impls, records.keys() - set(partial))))
             rows += [
-                (f"{LOSSES[loss]} by {PARTIAL[impl]}, {size}", *spent(records, impls, {impl}))
-                for impl in sorted(partial)
+                (f"{LOSSES[loss]} by {PARTIAL[peer]}, {size}", *spent(records, impls, {peer}))
+                for peer in partial
+                if peer in records
             ]
+        unmeasured = [peer for peer in partial if peer not in result.values("impl", **where)]
+        rows += [(f"{LOSSES[loss]} by {PARTIAL[peer]}", *spent({}, impls, ())) for peer in unmeasured]
     pictures = (
         f"![{title}]({os.path.relpath(result.beside(suffix), README.parent)})"
         for title, suffix in (
