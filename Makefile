@@ -38,8 +38,9 @@ test-installed: dist
 	$(BIN)/$(PURELIB) > $$($(ELSEWHERE)/.venv/bin/$(PURELIB))/others.pth
 	$(ELSEWHERE)/.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
 	cp -r tests bench docs README.md pyproject.toml $(ELSEWHERE)
-	cd $(ELSEWHERE) && CONTRASTIVE_OPS_SOURCE=$(CURDIR) .venv/bin/python -m pytest tests/test_installation.py tests/test_readme.py \
-		tests/test_backends.py tests/test_functional.py tests/test_instances.py tests/train_ref/test_cli.py
+	cd $(ELSEWHERE) && CONTRASTIVE_OPS_SOURCE=$(CURDIR) .venv/bin/python -m pytest -m "not slow" \
+		tests/test_installation.py tests/test_readme.py tests/test_backends.py tests/test_functional.py \
+		tests/test_instances.py tests/train_ref/test_cli.py tests/train_ref/test_help.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench
