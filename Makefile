@@ -34,9 +34,10 @@ ELSEWHERE := build/elsewhere
 PURELIB := python -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 test-installed: dist
 	rm -rf $(ELSEWHERE) && mkdir -p $(ELSEWHERE)
-	$(BIN)/python -m venv $(ELSEWHERE)/.venv
+	$(BIN)/python -m venv --without-pip $(ELSEWHERE)/.venv
 	$(BIN)/$(PURELIB) > $$($(ELSEWHERE)/.venv/bin/$(PURELIB))/others.pth
-	$(ELSEWHERE)/.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	$(BIN)/python -m pip --quiet --disable-pip-version-check --python $(ELSEWHERE)/.venv/bin/python install \
+		--no-deps dist/*.whl
 	cp -r tests bench docs README.md pyproject.toml $(ELSEWHERE)
 	cd $(ELSEWHERE) && CONTRASTIVE_OPS_SOURCE=$(CURDIR) .venv/bin/python -m pytest -m "not slow" \
 		tests/test_installation.py tests/test_readme.py tests/test_backends.py tests/test_functional.py \
