@@ -201,7 +201,7 @@ def finetune(
     """
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         said = ", ".join(map(str, fractions)) or "none"
-        raise UsageError(f"fractions must be one or more, above 0 and at most 1, not {said}")
+        raise UsageError(f"fractions must be above 0 and at most 1, and one at least, not {said}")
     rates = {"fine-tuned": (learning_rate, backbone_learning_rate)}
     if from_scratch:
         rates["from scratch"] = (scratch_learning_rate, scratch_learning_rate)

@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
         (["validate", "--step=3"], "step"),
         (["validate", "--methods=[]"], "methods must name one at least"),
         (["validate", "--output=/proc/nowhere"], "cannot be written"),
-        (["finetune", "last.ckpt", "--fractions=[]"], "and at most 1, not none"),
+        (["finetune", "last.ckpt", "--fractions=[]"], "and one at least, not none"),
         (["fit", "--config"], "--config"),
         (["fit", *SYNTHETIC, "--data.batch_size=200"], "batch_size is 200, but there are only 160"),
         (["fit", *SYNTHETIC, "--data.dataset=folder"], "data.root must name the folder"),
