@@ -466,6 +466,18 @@ def check_integer(name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
+def check_floating(name: str, value: Any) -> None:
+    """Whether it is a tensor of a floating-point dtype."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {got}")
+
+
+def check_floating_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
+
+
 def check_backend(backend: Any) -> None:
     """Whether it can be a name at all; which names there are is known where the call is served."""
     if backend is not None and not isinstance(backend, str):

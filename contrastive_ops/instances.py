@@ -17,7 +17,14 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from . import _ops
 from ._history import History, check_step
-from .functional import SGDStep, check_flag, check_integer, check_number
+from .functional import (
+    SGDStep,
+    check_flag,
+    check_floating,
+    check_floating_dtype,
+    check_integer,
+    check_number,
+)
 
 try:
     from . import _rows
@@ -454,8 +461,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         num_instances, dim = check_integer("num_instances", num_instances, 1), check_integer("dim", dim, 1)
         seed = check_integer("seed", seed, 0)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
+        check_floating_dtype(dtype)
         self.momentum = check_number("momentum", momentum, minimum=0)
         if momentum > 1:
             raise ValueError(f"momentum must be at most 1, got {momentum}")
@@ -480,9 +486,7 @@ class MemoryBank(nn.Module):
             TypeError, ValueError: an argument is wrong; nothing has been changed.
         """
         numbers = checked_instances("indices", indices, len(self.rows))
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
-            raise TypeError(f"features must be a floating-point torch.Tensor, got {got}")
+        check_floating("features", features)
         wanted = (len(numbers), self.rows.shape[1])
         if (
             features.shape[-2:] != wanted

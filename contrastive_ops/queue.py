@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .functional import check_integer
+from .functional import check_floating, check_floating_dtype, check_integer
 
 
 class KeyQueue(nn.Module):
@@ -47,8 +47,7 @@ class KeyQueue(nn.Module):
     ) -> None:
         super().__init__()
         size, dim = check_integer("size", size, 1), check_integer("dim", dim, 1)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
+        check_floating_dtype(dtype)
         keys = nn.functional.normalize(torch.randn(size, dim, device=device), dim=1)
         self.register_buffer("keys", keys.to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
@@ -63,9 +62,7 @@ class KeyQueue(nn.Module):
         Raises:
             TypeError, ValueError: `keys` is not a floating-point (N, D) tensor on the queue's device.
         """
-        if not isinstance(keys, Tensor) or not keys.is_floating_point():
-            got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
-            raise TypeError(f"keys must be a floating-point torch.Tensor, got {got}")
+        check_floating("keys", keys)
         size, dim = self.keys.shape
         if keys.ndim != 2 or keys.shape[1] != dim:
             raise ValueError(f"keys must be (N, {dim}), got {tuple(keys.shape)}")
