@@ -1,467 +1,948 @@
-"""Rows of instance classification in files: up to a billion of them, and checkpoints by undo.
+"""Rows of instance classification on disk: a RocksDB at work, and generations that are checkpoints of it.
 
 What is in the folder:
 
-    meta.json              what the rows are, and the generations that can be gone back to
-    rows.NNNNN             a record (2, dim) for each row: its weight and its momentum
-    steps.NNNNN            an entry of 8 bytes for each row: the step that its record belongs to, and the
-                           generation that wrote it; generation 0: nobody did, the row has its initial value
-    journal.<generation>   of each row written in that generation, what it was before
+    rows.json              what the rows are, and an identity that every checkpoint file bears
+    kept.json              the generations that are known to be in a saved checkpoint: confirmed, loaded
+    generations/<number>/  a checkpoint of RocksDB, never written again, and files.json: its files' checksums
+    working/<number>/      the database that is written; worth nothing once its process has ended
     lock                   held by the process that has the folder open
 
-A generation begins with a checkpoint and bears its number; the first is 1, and no number is used twice, so a
-number saved elsewhere never comes to mean other rows.
+**Why a process or a machine may stop at any moment.** Only generations count. One is made under another name,
+with hard links to the tables of the database at work; it gets its own name when all of it is on the disk, and
+its number is told when that name is. A generation that is loaded, or nothing, is what the database at work is
+made anew from, whenever the folder is opened. So there is no log of writes to keep, and nothing to repair.
 
-**Why a process may die between any two system calls.** ``keep`` writes (1) the journal, (2) the entries, (3)
-the records. So at any moment of generation g,
+**Why nothing that is damaged is taken for rows.** RocksDB has a checksum for every block that it reads. What
+else it reads (manifest, options) is compared with files.json when a generation is loaded, and `verify` compares
+all of it. Our own JSON files bear their checksums.
 
-- a row whose entry says g has its old entry and record, those of checkpoint g, in journal.g, because (1) came
-  before (2). Its record may be torn;
-- a row whose entry says anything else still has the entry and record of checkpoint g, because (2) came before
-  (3). An entry is never torn: it is 8 aligned bytes.
-
-Hence writing journal.g back restores checkpoint g, at any moment, in any order, however often it is begun
-anew; and while the journal is not empty, that is all that a folder just opened will do. A block cut off at
-the journal's end is of a ``keep`` that had not come to (2), and is passed over. A row is journaled twice only
-if (2) did not reach it the first time, so both say the same.
-
-``checkpoint`` creates the new journal, replaces meta.json, and deletes the journal before last. The second of
-these makes the checkpoint; what the others leave behind is removed when the folder is opened. ``roll_back``
-over two generations undoes the newer, replaces meta.json by one that has forgotten it, and undoes the older:
-nobody can go back to a generation that is half gone.
-
-What was written outlives the process, in the system's page cache. It need not outlive the machine: nothing
-here waits for the disk.
+**Who waits for what.** `keep` copies its records into a table in memory. A full table is written by a thread of
+its own while the next one fills, and serves its rows until it is on the disk: a write that fails, because the
+disk is full, is done again. RocksDB's own state after such an error is thrown away by opening it anew. What
+`prefetch` announces is read by another thread.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
+import importlib
 import json
 import os
-import struct
-import sys
-import threading
+import re
+import shutil
+import stat
+import time
+import uuid
+import warnings
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator
-from types import TracebackType
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from threading import Lock
+from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from contrastive_ops._rows import RecordFiles, initial_rows
+from ._rows import initial_rows
 
-FORMAT = "contrastive_ops.DiskRows"
-VERSION = 1
-ENTRY = np.dtype([("step", np.uint32), ("generation", np.uint32)])
-CHUNK_BYTES = 16 << 20  # of records at a time in memory, beside the caller's
+Indices = NDArray[np.int64]
 
-Rows = tuple[
-    NDArray[np.int64], NDArray[np.void], np.ndarray
-]  # instances, entries, records of the first of them
+FORMAT, VERSION = "contrastive_ops.rows", 2
+TABLE_BYTES = 32 << 20  # of rows in memory before they are written out; two tables at the most
+CACHE_BYTES = 128 << 20  # of RocksDB's indices, filters and blocks, however many rows there are
+OPEN_FILES = 512
+LEVEL_0_FILES = 24  # more wait for compaction: each costs every read a look into its filter
+JSON_BYTES = 16 << 20  # of ours at the most: a list of the files of 15 TB of rows
+FILES = "files.json"
 
 
 class DiskRows:
-    """The rows of `num_instances` instances, each a weight and a momentum, in files under `path`.
-
-    A row that was never written takes no space. Its weight is a random unit vector, a function of `seed` and
-    instance, and its momentum zero. Calls from several threads wait for one another.
-
-    A folder whose rows were written after its newest checkpoint, by a process that ended since, is `dirty`
-    when opened, and must be rolled back before anything else.
+    """`Storage` of rows in a folder; see the head of this file.
 
     Args:
-        path: folder; created if it is absent, and continued if it holds such rows.
-        num_instances: number N of rows.
-        dim: dimension D of a weight.
-        dtype: np.float32 or np.float64.
-        seed: in [0, 2**64).
+        path: folder; created if it is absent.
+        num_instances, dim, dtype, seed: of the classifier.
+        generations: how many of those taken last are kept, beside the confirmed one.
 
     Raises:
-        ValueError: the folder holds something else, other rows than were asked for, or damaged ones.
-        BlockingIOError: another process, or another DiskRows, has the folder open.
-
-    Example:
-        >>> rows = DiskRows("/mnt/rows", 10**9, 128, np.float32, seed=0)
-        >>> records, steps = rows.fetch(np.array([5, 7]))       # (2, 2, 128), (2,)
-        >>> rows.keep(np.array([5, 7]), records, step=1)
-        >>> rows.checkpoint()
-        2
+        ImportError: rocksdict is not installed.
+        ValueError: the folder holds something else, other rows than were asked for, or a damaged description.
+        BlockingIOError: another process, or another classifier, has the folder open.
     """
 
-    _generations: list[tuple[int, int | None]]  # available, each with its journal's size if that is full
-    _last: int  # generation that was ever begun
-    _journal: _Journal
-    _settled: bool  # whether training can go on from the rows as they are
-
     def __init__(
-        self, path: str | os.PathLike[str], num_instances: int, dim: int, dtype: DTypeLike, seed: int
+        self,
+        path: str | os.PathLike[str],
+        num_instances: int,
+        dim: int,
+        dtype: torch.dtype,
+        seed: int,
+        generations: int = 3,
     ) -> None:
-        dtype = np.dtype(dtype)
-        if dtype not in (np.float32, np.float64):
-            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-        self.path = os.path.abspath(path)
-        self._num_instances, self._dim, self._seed = int(num_instances), int(dim), int(seed)
-        self._dtype = dtype
-        self._holds: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "num_instances": self._num_instances,
-            "dim": self._dim,
-            "dtype": dtype.name,
-            "seed": self._seed,
-            "byte_order": sys.byteorder,
-        }
-        self._mutex = threading.RLock()
-        self._unfinished: set[int] = set()  # rows that a keep which failed may have left torn
+        number = np.dtype(str(dtype).removeprefix("torch."))
+        self._row = np.dtype([("step", "<i8"), ("record", number.newbyteorder("<"), (2, dim))])
+        self._dtype, self._seed = dtype, seed
+        self._rocksdict = _import_rocksdict()
+        self._process = os.getpid()
         self._closed = False
-        record_bytes = 2 * dim * dtype.itemsize
-        self._chunk = max(1, CHUNK_BYTES // record_bytes)
-        self._records = RecordFiles(self.path, "rows", record_bytes, num_instances)
-        self._steps = RecordFiles(self.path, "steps", ENTRY.itemsize, num_instances)
-
-        os.makedirs(self.path, exist_ok=True)
-        self._read_meta()  # a folder that is not ours is left as it is, without so much as a lock
-        self._lock = _lock(self.path)
+        self._device = torch.device("cpu")
+        self._room = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
+        self._folder = Folder(
+            path, {"num_instances": num_instances, "dim": dim, "dtype": number.name, "seed": seed}, generations
+        )
         try:
-            if self._read_meta() is None:
-                _Journal(self.path, 1, create=True).close()
-                self._write_meta([(1, None)], last=1)
-            self._open_generation()
+            self._working = _Working(self._rocksdict, self._folder.new_working(), self._row)
+        except BaseException:
+            self._folder.close()
+            raise
+        self._base: int | None = None  # the generation whose rows these are, if none was kept since
+        known = self._folder.known
+        self._barred = any(number is not None for number in known.values())
+        self._told = self._barred or not self._folder.generations
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-prefetch")
+        self._ahead: tuple[Indices, Future[tuple[Tensor, Indices]]] | None = None
+        _opened.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"a classifier with storage='disk' cannot be copied or pickled: its rows are the files in "
+            f"{self._folder.path}, which one classifier at a time writes; its state_dict() can be saved"
+        )
+
+    def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
+        self._device = device
+
+    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
+        self._require_rows()
+        records, steps = self._arrived(instances) or self._read(instances)
+        return records, np.arange(len(instances)), steps
+
+    def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
+        self._require_rows()
+        return self._read(instances)
+
+    def prefetch(self, instances: Indices) -> None:
+        self._require_open()
+        if len(instances) and not self._barred:
+            instances = np.sort(instances)
+            self._ahead = instances, self._reader.submit(self._read, instances)
+
+    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
+        """Waits if writing is two tables behind, and raises what it met with, before anything is exchanged."""
+        self._require_rows()
+        self._working.make_room()
+        self._room = self._empty(len(instances))
+        return self._room, np.arange(len(instances))
+
+    def keep(self, instances: Indices, step: int) -> None:
+        self._require_rows()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        rows = np.empty(len(instances), self._row)
+        rows["step"], rows["record"] = step, self._room.numpy()
+        self._base = None
+        self._working.keep(instances, rows)
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        self._require_open()
+        self._folder.checked_files(self._folder.checked(state))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Makes a generation, on the disk when this returns, unless the newest one holds these rows."""
+        self._require_open()
+        if self._base is None or self._base != max(self._folder.generations, default=0):
+            self._working.write_out()
+            self._base = self._folder.make(self._working.checkpoint)
+        return {"generation": self._base, "rows": self._folder.identity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make the rows those of a generation; if it fails, they stay what they are."""
+        self._require_open()
+        generation = self._folder.checked(state)
+        path = self._folder.new_working()
+        try:
+            self._folder.copy(generation, path)
+            working = _Working(self._rocksdict, path, self._row)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        try:
+            self._folder.know(loaded=generation)
+        except BaseException:
+            working.close()
+            raise
+        self._ahead = None
+        former, self._working, self._base, self._barred, self._told = self._working, working, generation, False, True
+        former.close()
+
+    def confirm(self, state: Mapping[str, Any]) -> None:
+        """The state is in a file that is safely saved: keep its generation until another one is confirmed."""
+        self._require_open()
+        self._folder.know(confirmed=self._folder.checked(state), loaded=None)
+        self._folder.prune()
+
+    def verify(self) -> list[str]:
+        """What is damaged, of all generations and of the rows at work; reads everything."""
+        self._require_open()
+        return [*self._folder.damages(), *self._working.damages()]
+
+    def close(self) -> None:
+        """Let others open the folder. Rows that were kept since the last `state_dict()` are gone."""
+        if self._closed or os.getpid() != self._process:
+            return
+        self._closed = True
+        self._reader.shutdown()
+        self._working.close()
+        self._folder.close()
+
+    def _require_open(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self._folder.path} is open in process {self._process}, of which this one, {os.getpid()}, is a "
+                "fork: rows with storage='disk' belong to the process that opened them"
+            )
+        if self._closed:
+            raise ValueError(f"{self._folder.path} was closed")
+
+    def _require_rows(self) -> None:
+        self._require_open()
+        if self._barred:
+            raise RuntimeError(
+                f"{self._folder.path} holds the rows of an earlier training, whose checkpoint was saved: load its "
+                "checkpoint first, or choose another path for a new one, or remove the folder to start over"
+            )
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"{self._folder.path} holds generations {self._folder.generations} of an earlier training, none "
+                "of which was confirmed or loaded: without load_state_dict(), training starts over",
+                stacklevel=4,
+            )
+
+    def _arrived(self, instances: Indices) -> tuple[Tensor, Indices] | None:
+        if self._ahead is None:
+            return None
+        (ahead, future), self._ahead = self._ahead, None
+        records, steps = future.result()
+        at = np.minimum(np.searchsorted(ahead, instances), len(ahead) - 1)
+        if not np.array_equal(ahead[at], instances):  # others were announced
+            return None
+        return (records, steps) if np.array_equal(at, np.arange(len(ahead))) else (records[at], steps[at])
+
+    def _read(self, instances: Indices) -> tuple[Tensor, Indices]:
+        """Records (n, 2, D) and steps (n,), wherever they are by now."""
+        records, steps = self._empty(len(instances)), np.zeros(len(instances), np.int64)
+        array = records.numpy()
+        found, rows = self._working.read(instances)
+        array[found], steps[found] = rows["record"], rows["step"]
+        if not found.all():  # never kept
+            weight = np.empty((len(instances) - len(rows), array.shape[2]), array.dtype)
+            initial_rows(self._seed, np.ascontiguousarray(instances[~found]), weight)
+            array[~found, 0], array[~found, 1] = weight, 0
+        return records, steps
+
+    def _empty(self, count: int) -> Tensor:
+        """Records (count, 2, D) that the classifier's device can read and write by itself."""
+        shape, pinned = (count, *self._room.shape[1:]), self._device.type == "cuda"
+        return torch.empty(shape, dtype=self._dtype, device="cpu", pin_memory=pinned)
+
+
+class _Working:
+    """The database that is written, and the rows in memory that it does not hold yet."""
+
+    def __init__(self, rocksdict: Any, path: str, row: np.dtype) -> None:
+        self._path, self._row = path, row
+        self._database = _Database(rocksdict, path, row)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-write")
+        self._capacity = max(1, TABLE_BYTES // row.itemsize)
+        # The table that fills, and the one that is being written. One attribute, for a reader takes both at once.
+        self._tables: tuple[_Table, _Table | None] = _Table(row, self._capacity), None
+        self._writing: Future[None] | None = None
+
+    def read(self, instances: Indices) -> tuple[NDArray[np.bool_], np.ndarray]:
+        """Which of the instances were ever kept, and their rows."""
+        rows, found = np.empty(len(instances), self._row), np.zeros(len(instances), bool)
+        for table in self._tables:  # the newer first
+            if table is not None:
+                (missing,) = np.nonzero(~found)
+                table.read(instances, missing, rows, found)
+        (missing,) = np.nonzero(~found)
+        if len(missing):
+            stored, values = self._database.read(instances[missing])
+            rows[missing[stored]], found[missing[stored]] = values, True
+        return found, rows[found]
+
+    def make_room(self) -> None:
+        """Where the table is full, have it written. Raises what the writing of the one before met with."""
+        filling, _ = self._tables
+        if self._writing is not None and self._writing.done():
+            self._settle()
+        if len(filling) >= self._capacity:
+            self._settle()
+            self._tables = _Table(self._row, self._capacity), filling
+            self._writing = self._writer.submit(self._database.write, *filling.rows())
+
+    def keep(self, instances: Indices, rows: np.ndarray) -> None:
+        self._tables[0].append(instances, rows)
+
+    def write_out(self) -> None:
+        """Everything is in the database's files when this returns."""
+        self._settle()
+        filling, _ = self._tables
+        if len(filling):
+            self._tables = _Table(self._row, self._capacity), filling
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait until the table that is being written is. What fails is done once more, here."""
+        _, table = self._tables
+        if table is None:
+            return
+        if self._writing is None or self._writing.exception() is not None:
+            self._database.write(*table.rows())
+        self._writing, self._tables = None, (self._tables[0], None)
+
+    def checkpoint(self, path: str) -> None:
+        self._database.checkpoint(path)
+
+    def damages(self) -> Iterator[str]:
+        try:
+            self._database.read_through()
+        except OSError as error:
+            yield str(error)
+
+    def close(self) -> None:
+        self._writer.shutdown()
+        self._database.close()
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
+class _Table:
+    """Rows in memory, the newest of an instance last. What a thread reads while another appends is whole: rows
+    are there before the map tells of them."""
+
+    def __init__(self, row: np.dtype, capacity: int) -> None:
+        self._rows = np.empty(capacity, row)
+        self._size = 0
+        self._where: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, instances: Indices, rows: np.ndarray) -> None:
+        end = self._size + len(rows)
+        if end > len(self._rows):
+            larger = np.empty(end, self._rows.dtype)
+            larger[: self._size] = self._rows[: self._size]
+            self._rows = larger
+        self._rows[self._size : end] = rows
+        self._where.update(zip(instances.tolist(), range(self._size, end), strict=True))
+        self._size = end
+
+    def read(self, instances: Indices, wanted: Indices, rows: np.ndarray, found: NDArray[np.bool_]) -> None:
+        """Fill in the wanted ones that are here."""
+        where = self._where.get
+        at = np.array([where(instance, -1) for instance in instances[wanted].tolist()], np.int64)
+        here = wanted[at >= 0]
+        rows[here], found[here] = self._rows[at[at >= 0]], True
+
+    def rows(self) -> tuple[Indices, np.ndarray]:
+        """Instances in order, and their rows."""
+        count = len(self._where)
+        instances = np.fromiter(self._where.keys(), np.int64, count)
+        order = np.argsort(instances)
+        at = np.fromiter(self._where.values(), np.int64, count)
+        return instances[order], self._rows[at[order]]
+
+
+class _Database:
+    """A RocksDB of rows by instance, without a log: what `write` has returned from is in its files."""
+
+    def __init__(self, rocksdict: Any, path: str, row: np.dtype) -> None:
+        self._rocksdict, self._path, self._row = rocksdict, path, row
+        self._options = _options(rocksdict)
+        self._access = Lock()  # of readers, and of who opens it anew
+        self._failed = False  # RocksDB takes no more until it is opened anew
+        self._rocks: Any = None
+        with self._errors():
+            self._open()
+
+    def read(self, instances: Indices) -> tuple[NDArray[np.bool_], np.ndarray]:
+        """Which of the instances are stored, and their rows."""
+        with self._access, self._errors():
+            self._open()
+            values = self._rocks.get(_keys(instances))
+        stored = np.array([value is not None for value in values], bool)
+        present = [value for value in values if value is not None]
+        if any(len(value) != self._row.itemsize for value in present):
+            raise OSError(errno.EIO, "damaged: a row is not of the size that rows have here", self._path)
+        return stored, np.frombuffer(b"".join(present), self._row)
+
+    def write(self, instances: Indices, rows: np.ndarray) -> None:
+        """Store the rows of the instances, in order. Where it fails, all may be written once more."""
+        with self._errors():
+            if self._failed:
+                self._recover(rows.nbytes)
+            self._failed = True
+            self._wait_for_compaction()
+            size, keys = self._row.itemsize, _keys(instances)
+            for first in range(0, len(keys), 64):
+                data = rows[first : first + 64].tobytes()
+                batch = self._rocksdict.WriteBatch(raw_mode=True)
+                for i, key in enumerate(keys[first : first + 64]):
+                    batch[key] = data[i * size : (i + 1) * size]
+                self._rocks.write(batch)
+                time.sleep(0)  # it held the interpreter's lock all the while, which the training waits for
+            self._rocks.flush()
+            self._failed = False
+
+    def checkpoint(self, path: str) -> None:
+        with self._errors():
+            if self._failed:
+                self._recover(0)
+            self._failed = True
+            self._rocksdict.Checkpoint(self._rocks).create_checkpoint(path)
+            self._failed = False
+
+    def read_through(self) -> None:
+        """Read every row, and so every block's checksum."""
+        with self._access, self._errors():
+            self._open()
+            options = self._rocksdict.ReadOptions()
+            options.fill_cache(False)
+            iterator = self._rocks.iter(options)
+            try:
+                iterator.seek_to_first()
+                while iterator.valid():
+                    iterator.next()
+                iterator.status()
+            finally:
+                del iterator  # which keeps the database open
+
+    def leak(self) -> None:
+        """In a forked process: never let it be closed, for the threads that it would wait for are not there."""
+        if self._rocks is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._rocks))
+
+    def close(self) -> None:
+        with self._access:
+            self._close()
+
+    def _close(self) -> None:
+        if self._rocks is not None:
+            with suppress(Exception):  # what it could not write is not wanted any more
+                self._rocks.close()
+            self._rocks = None
+
+    def _open(self) -> None:
+        if self._rocks is None:
+            self._rocks = self._rocksdict.Rdict(
+                self._path, options=self._options, column_families={"default": self._options}
+            )
+            writing, reading = self._rocksdict.WriteOptions(), self._rocksdict.ReadOptions()
+            writing.disable_wal = True
+            reading.fill_cache(False)  # the system's page cache has the blocks; ours is for indices and filters
+            self._rocks.set_write_options(writing)
+            self._rocks.set_read_options(reading)
+
+    def _recover(self, size: int) -> None:
+        """Open it anew, once the disk takes as much as is to be written: until then it can still be read."""
+        probe = self._path + ".probe"
+        try:
+            _write(probe, bytes(size + (4 << 20)))
+        finally:
+            with suppress(OSError):
+                os.unlink(probe)
+        with self._access:
+            self._close()
+            self._open()
+
+    def _wait_for_compaction(self) -> None:
+        """RocksDB's own brakes are off, because it would brake while it holds the interpreter's lock."""
+        rocks = self._rocks
+        while (
+            int(rocks.property_value("rocksdb.num-files-at-level0")) > LEVEL_0_FILES
+            and rocks.property_int_value("rocksdb.background-errors") == 0
+        ):
+            time.sleep(0.005)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What comes from RocksDB as a text becomes an OSError with the error's number and the file's name."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            if type(error) is not Exception:  # rocksdict has no class of its own for them
+                raise
+            text = str(error)
+            number = next((code for code in _NUMBERS if os.strerror(code) in text), errno.EIO)
+            file = re.search(re.escape(self._path) + r"[^\s:]*", text)
+            damaged = "damaged: " if text.startswith("Corruption") else ""
+            raise OSError(number, damaged + text, file.group() if file else self._path) from error
+
+
+_NUMBERS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOENT,
+)
+
+
+def verify(path: str | os.PathLike[str]) -> list[str]:
+    """What is damaged in a folder that is not open; reads everything."""
+    try:
+        folder = Folder(path, None)
+    except ValueError as error:
+        return [str(error)]
+    try:
+        return list(folder.damages())
+    finally:
+        folder.close()
+
+
+def _import_rocksdict() -> Any:
+    try:
+        return importlib.import_module("rocksdict")
+    except ImportError as error:
+        raise ImportError(
+            "storage='disk' needs RocksDB through the package rocksdict, which the extra 'disk' installs: "
+            f"pip install 'contrastive_ops[disk]' ({error})"
+        ) from error
+
+
+def _options(rocksdict: Any) -> Any:
+    """For reads of single rows from all over, in memory that does not grow with them."""
+    table = rocksdict.BlockBasedOptions()
+    table.set_block_size(4096)
+    table.set_checksum_type(rocksdict.ChecksumType.xxh3())
+    table.set_format_version(5)
+    table.set_bloom_filter(10, False)  # bits a key; of whole keys
+    # Indices and filters in pieces, in a cache with a limit.
+    table.set_block_cache(rocksdict.Cache(CACHE_BYTES))
+    table.set_cache_index_and_filter_blocks(True)
+    table.set_pin_l0_filter_and_index_blocks_in_cache(True)
+    table.set_index_type(rocksdict.BlockBasedIndexType.two_level_index_search())
+    table.set_partition_filters(True)
+    table.set_metadata_block_size(4096)
+    options = rocksdict.Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.set_block_based_table_factory(table)
+    options.set_compression_type(rocksdict.DBCompressionType.none())  # rows do not compress
+    options.set_paranoid_checks(True)
+    options.set_max_open_files(OPEN_FILES)
+    options.set_max_background_jobs(2)
+    options.set_target_file_size_base(64 << 20)
+    # A table is written by one flush of ours, never by RocksDB's own.
+    options.set_write_buffer_size(4 * TABLE_BYTES)
+    options.set_max_write_buffer_number(4)
+    options.set_level_zero_slowdown_writes_trigger(1 << 20)
+    options.set_level_zero_stop_writes_trigger(1 << 20)
+    options.set_soft_pending_compaction_bytes_limit(0)
+    options.set_hard_pending_compaction_bytes_limit(0)
+    options.set_max_manifest_file_size(1 << 20)  # it is copied into every generation
+    options.set_manifest_preallocation_size(64 << 10)
+    options.set_keep_log_file_num(1)
+    options.set_stats_dump_period_sec(0)
+    options.set_stats_persist_period_sec(0)
+    return options
+
+
+def _keys(instances: Indices) -> list[bytes]:
+    return instances.astype(">u8").view("V8").tolist()
+
+
+class Folder:
+    """Generations in a folder, and what they are of.
+
+    Args:
+        path: of the folder; created if it is absent.
+        holds: what the rows are; None: whatever the folder says.
+        keep: how many generations are kept of those made last.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], holds: Mapping[str, Any] | None, keep: int = 3) -> None:
+        self.path, self._keep = os.path.abspath(path), keep
+        if holds is not None:
+            os.makedirs(self.path, exist_ok=True)
+        self._read_description(holds)  # a folder that is not ours is left as it is, without so much as a lock
+        self._lock = _lock(self.path)
+        # Checksums of RocksDB's tables, which are on the disk and never change, by name, each with the file's stamp.
+        self._tables: dict[str, tuple[tuple[int, ...], int]] = {}
+        self._workings = 0
+        try:
+            description = self._read_description(holds)
+            if description is None:
+                description = {"format": FORMAT, "version": VERSION, **(holds or {}), "identity": uuid.uuid4().hex}
+                _write_json(self._file("rows.json"), description)
+                _sync(os.path.dirname(self.path))
+            self.identity = description["identity"]
+            self.known = self._read_known()
+            self._tidy()
         except BaseException:
             self._lock.close()
             raise
-        _opened.add(self)
-
-    @property
-    def generation(self) -> int:
-        """The checkpoint that the rows written now come after."""
-        return self.generations[-1]
 
     @property
     def generations(self) -> list[int]:
-        """The checkpoints that `roll_back` can go back to, oldest first."""
-        return [generation for generation, _ in self._generations]
+        """Those that are there, oldest first."""
+        return sorted(int(name) for name in os.listdir(self._file("generations")) if _NUMBER.fullmatch(name))
 
-    @property
-    def dirty(self) -> bool:
-        """Whether rows were written since the newest checkpoint."""
-        return not self._journal.empty
-
-    def fetch(self, instances: NDArray[np.int64]) -> tuple[np.ndarray, NDArray[np.int64]]:
-        """The records (n, 2, D) of the instances (n,), and the steps (n,) that they belong to."""
-        with self._mutex:
-            self._check_usable()
-            self._check_finished(instances.tolist())
-            entries = self._read_entries(instances)
-            written = entries["generation"] != 0
-            records = np.zeros((len(instances), 2, self._dim), self._dtype)
-            records[written] = self._read_records(instances[written])
-            if not written.all():
-                weight = np.empty((len(instances) - written.sum(), self._dim), self._dtype)
-                initial_rows(self._seed, instances[~written], weight)
-                records[~written, 0] = weight
-            return records, entries["step"].astype(np.int64)
-
-    def keep(self, instances: NDArray[np.int64], records: np.ndarray, step: int) -> None:
-        """Overwrite the rows of the distinct instances (n,) by records (n, 2, D) that belong to `step`.
-
-        Raises:
-            OSError: with its file's name, for example because the disk is full. Call it again with the same
-                rows, or roll back; until then, these rows cannot be fetched, nor a checkpoint made.
-        """
-        shape = (len(instances), 2, self._dim)
-        if records.shape != shape or records.dtype != self._dtype:
+    def checked(self, state: Mapping[str, Any]) -> int:
+        """The generation that a `state_dict` names, if it is here."""
+        if not isinstance(state, Mapping) or "generation" not in state:
             raise ValueError(
-                f"records must be {shape} of {self._dtype}, got {records.shape} of {records.dtype}"
+                "this is a checkpoint of a classifier with storage='device' or 'host', "
+                "which a classifier with storage='disk' cannot load"
             )
-        if not 0 <= step < 2**32:
-            raise ValueError(f"step must be in [0, 2**32), got {step}")
-        if len(np.unique(instances)) != len(instances):
-            raise ValueError("instances must be distinct")
-        if len(instances) and not 0 <= instances.min() <= instances.max() < self._num_instances:
-            raise ValueError(f"instances must be in [0, {self._num_instances})")
-        with self._mutex:
-            self._check_usable()
-            for first in range(0, len(instances), self._chunk):
-                part = slice(first, first + self._chunk)
-                self._keep(np.ascontiguousarray(instances[part]), np.ascontiguousarray(records[part]), step)
-
-    def checkpoint(self) -> int:
-        """Begin a generation, and return its number: the rows can be brought back to what they are now.
-
-        They can also be brought back to the checkpoint before, and to none that is older. If nothing was
-        written since the newest checkpoint, that is the one.
-        """
-        with self._mutex:
-            self._check_usable()
-            self._check_finished(self._unfinished)
-            if self.dirty:
-                generation = self._last + 1
-                _Journal(self.path, generation, create=True).close()
-                sealed = (self.generation, self._journal.size)
-                self._settled = False  # an interrupt may come before meta.json is replaced, or after
-                try:
-                    self._write_meta([sealed, (generation, None)], last=generation)
-                except OSError:
-                    self._settled = True  # it came before
-                    raise
-                self._open_generation()
-            return self.generation
-
-    def roll_back(self, generation: int) -> None:
-        """Bring all rows back to a checkpoint and continue there; newer ones are forgotten.
-
-        Raises:
-            ValueError: that checkpoint is not available, or its journal is damaged.
-        """
-        with self._mutex:
-            self._check_open()
-            if not self._settled:
-                self._open_generation()
-            if generation not in self.generations:
-                raise ValueError(
-                    f"{self.path} can be rolled back to generations {self.generations}, not to {generation}"
-                )
-            older, sealed = self._generations[0]
-            if generation == older and sealed is not None:
-                _Journal(self.path, older).check(sealed)
-            self._settled = False
-            while True:
-                for instances, entries, records in self._journal.blocks(self._dtype, self._dim):
-                    self._steps.write(instances, entries)
-                    self._records.write(instances[: len(records)], records)
-                if self.generation == generation:
-                    break
-                self._write_meta([(older, None)], last=self._last)
-                self._open_generation()
-            self._journal.clear()
-            self._unfinished.clear()
-            self._settled = True
-
-    def close(self) -> None:
-        """Close the files and let others open the folder."""
-        with self._mutex:
-            if self._closed:
-                return
-            self._closed = True
-            self._records.close()
-            self._steps.close()
-            self._journal.close()
-            self._lock.close()
-
-    def __enter__(self) -> DiskRows:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _keep(self, instances: NDArray[np.int64], records: np.ndarray, step: int) -> None:
-        entries = self._read_entries(instances)
-        unsaved = entries["generation"] != self.generation
-        if unsaved.any():
-            # Written ones first: the others have no record to save.
-            rows = np.flatnonzero(unsaved)
-            rows = rows[np.argsort(entries["generation"][rows] == 0, kind="stable")]
-            written = np.count_nonzero(entries["generation"][rows])
-            self._journal.append(
-                instances[rows], entries[rows], self._read_records(instances[rows[:written]])
+        generation, identity = state["generation"], state.get("rows")
+        if not isinstance(generation, int) or isinstance(generation, bool) or generation < 1:
+            raise ValueError(f"the checkpoint's generation must be an integer of at least 1, got {generation!r}")
+        if identity != self.identity:
+            raise ValueError(
+                f"the checkpoint is of rows {identity!r}, and {self.path} holds {self.identity!r}: another folder's, "
+                "or those of a training that started over"
             )
-        entries["step"], entries["generation"] = step, self.generation
+        if generation not in self.generations:
+            raise ValueError(
+                f"{self.path} keeps generations {self.generations}, and the checkpoint is of {generation}: the last "
+                f"{self._keep} are kept, and the one that was confirmed"
+            )
+        return generation
+
+    def checked_files(self, generation: int) -> dict[str, tuple[int, int]]:
+        """Size and checksum of each file of a generation; what is quickly compared with them is."""
+        files = self._read_files(generation)
+        for name, (size, checksum) in files.items():
+            damage = self._damage(generation, name, size, None if _TABLE.fullmatch(name) else checksum)
+            if damage:
+                raise ValueError(damage)
+        return files
+
+    def copy(self, generation: int, path: str) -> None:
+        """Make the folder `path` a database that begins as a generation: its tables by hard links."""
+        os.mkdir(path)
+        for name, (_, checksum) in self.checked_files(generation).items():
+            source, target = os.path.join(self._generation(generation), name), os.path.join(path, name)
+            if _TABLE.fullmatch(name):
+                _link(source, target)
+                self._tables[name] = _stamp(target), checksum
+            else:
+                shutil.copyfile(source, target, follow_symlinks=False)
+
+    def make(self, checkpoint: Callable[[str], None]) -> int:
+        """Make a generation of what `checkpoint` writes into a folder, and return its number."""
+        generation = max(self.generations, default=0) + 1
+        path = self._generation(generation)
+        new = path + ".new"
         try:
-            self._steps.write(instances, entries)
-            self._records.write(instances, records)
+            shutil.rmtree(new, ignore_errors=True)  # what an attempt has left that failed
+            shutil.rmtree(new + ".tmp", ignore_errors=True)
+            checkpoint(new)
+            files, tables = {}, {}
+            for name in sorted(os.listdir(new)):
+                file = os.path.join(new, name)
+                stamp = _stamp(file)
+                if (known := self._tables.get(name)) is None or known[0] != stamp:
+                    _sync(file)
+                    known = stamp, _checksum(file)
+                files[name] = [os.stat(file).st_size, known[1]]
+                if _TABLE.fullmatch(name):
+                    tables[name] = known
+            _write_json(
+                os.path.join(new, FILES), {"identity": self.identity, "generation": generation, "files": files}
+            )
+            os.rename(new, path)
+            _sync(os.path.dirname(path))
         except BaseException:
-            self._unfinished.update(instances.tolist())
+            shutil.rmtree(new, ignore_errors=True)
             raise
-        self._unfinished.difference_update(instances.tolist() if self._unfinished else ())
+        self._tables = tables
+        self.prune()
+        return generation
 
-    def _read_entries(self, instances: NDArray[np.int64]) -> NDArray[np.void]:
-        entries = np.empty(len(instances), ENTRY)
-        self._steps.read(instances, entries)
-        return entries
+    def know(self, **known: int | None) -> None:
+        """Write down which generation was confirmed, and which was loaded."""
+        changed = self.known | known
+        if changed != self.known:
+            _write_json(self._file("kept.json"), changed)
+            self.known = changed
 
-    def _read_records(self, instances: NDArray[np.int64]) -> np.ndarray:
-        records = np.empty((len(instances), 2, self._dim), self._dtype)
-        self._records.read(instances, records)
-        return records
+    def prune(self) -> None:
+        """Remove the generations that need not be kept."""
+        generations = self.generations
+        for generation in generations[: -self._keep]:
+            if generation not in self.known.values():
+                path = self._generation(generation)
+                os.rename(path, path + ".gone")
+                _sync(os.path.dirname(path))  # half of it must not come back under its name
+                shutil.rmtree(path + ".gone", ignore_errors=True)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError(f"{self.path} was closed")
+    def damages(self) -> Iterator[str]:
+        """What is damaged. Reads everything."""
+        for read in (lambda: self._read_description(None), self._read_known):
+            try:
+                read()
+            except (ValueError, OSError) as error:
+                yield str(error)
+        generations = self.generations
+        for generation in {number for number in self.known.values() if number is not None} - {*generations}:
+            yield f"{self._generation(generation)} is missing"
+        for generation in generations:
+            try:
+                files = self._read_files(generation)
+                foreign = {*os.listdir(self._generation(generation))} - {*files, FILES}
+            except (ValueError, OSError) as error:
+                yield str(error)
+                continue
+            for name in sorted(foreign):
+                yield f"{os.path.join(self._generation(generation), name)} is none of its files"
+            for name, (size, checksum) in files.items():
+                if damage := self._damage(generation, name, size, checksum):
+                    yield damage
 
-    def _check_usable(self) -> None:
-        self._check_open()
-        if not self._settled:
-            raise RuntimeError(
-                f"{self.path} was left in the middle of generation {self.generation}: roll it back first, to "
-                f"one of {self.generations}"
-            )
-
-    def _check_finished(self, instances: Iterable[int]) -> None:
-        if not self._unfinished.isdisjoint(instances):
-            raise RuntimeError(
-                f"{self.path}: {len(self._unfinished)} rows were being written when an error came: keep them "
-                "again, or roll back"
-            )
-
-    def _read_meta(self) -> dict[str, Any] | None:
-        """What meta.json says, if it is of rows as asked for; None where there is none yet."""
-        file = os.path.join(self.path, "meta.json")
-        try:
-            with open(file, encoding="utf-8") as stream:
-                meta = json.load(stream)
-        except FileNotFoundError:
-            # What may stand here before meta.json does, if the process was killed meanwhile.
-            foreign = set(os.listdir(self.path)) - {"lock", "journal.1", "meta.json.new"}
-            if foreign:
-                raise ValueError(
-                    f"{self.path} must be empty or hold rows of instances, but there is no meta.json, and "
-                    f"there is {min(foreign)!r}"
-                ) from None
-            return None
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged, or not of rows of instances: {error}") from None
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise ValueError(f"{file} is not of rows of instances (format {FORMAT!r})")
-        differing = [name for name, wanted in self._holds.items() if meta.get(name) != wanted]
-        if differing:
-            held, asked = (
-                ", ".join(f"{name}={meta.get(name)!r}" for name in differing) for meta in (meta, self._holds)
-            )
-            raise ValueError(f"{self.path} holds rows with {held}, but {asked} was asked for")
-        return meta
-
-    def _write_meta(self, generations: list[tuple[int, int | None]], last: int) -> None:
-        """Make these the generations available, each with its journal's size if that is full."""
-        file = os.path.join(self.path, "meta.json")
-        try:
-            with open(file + ".new", "w", encoding="utf-8") as stream:
-                json.dump(self._holds | {"generations": generations, "last": last}, stream, indent=1)
-            os.replace(file + ".new", file)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, file) from error
-
-    def _open_generation(self) -> None:
-        """Continue as meta.json says."""
-        meta = self._read_meta()
-        try:
-            assert meta is not None
-            generations = [(int(generation), sealed) for generation, sealed in meta["generations"]]
-            last = int(meta["last"])
-            assert generations
-        except (AssertionError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{os.path.join(self.path, 'meta.json')} is damaged") from None
-        journal = _Journal(self.path, generations[-1][0])
-        if hasattr(self, "_journal"):
-            self._journal.close()
-        self._generations, self._last, self._journal = generations, last, journal
-        self._settled = journal.empty
-        wanted = {f"journal.{generation}" for generation, _ in generations}
-        for name in os.listdir(self.path):
-            if name.startswith("journal.") and name not in wanted:
-                os.unlink(os.path.join(self.path, name))
-
-
-class _Journal:
-    """What rows were at the checkpoint that a generation began with, in blocks: one for each `append`.
-
-    A block is a head, then the instances, then their entries, then the records of the first of them, those
-    that had been written before.
-    """
-
-    HEAD = struct.Struct("=8sQ")  # mark, generation
-    BLOCK = struct.Struct("=IIII")  # instances, records, crc32 of what follows, crc32 of the three
-
-    def __init__(self, folder: str, generation: int, create: bool = False) -> None:
-        self.path = os.path.join(folder, f"journal.{generation}")
-        head = self.HEAD.pack(b"rows.jnl", generation)
-        try:
-            self._file = open(self.path, "wb+" if create else "rb+", buffering=0)  # noqa: SIM115
-        except FileNotFoundError:
-            raise ValueError(f"{self.path} is missing: {folder} cannot be rolled back") from None
-        if create:
-            self._write(head, 0)
-        if os.pread(self._file.fileno(), len(head), 0) != head:
-            self.close()
-            raise ValueError(f"{self.path} is damaged: it does not begin as a journal does")
-        self.size = os.fstat(self._file.fileno()).st_size
-
-    @property
-    def empty(self) -> bool:
-        return self.size == self.HEAD.size
-
-    def append(self, instances: NDArray[np.int64], entries: NDArray[np.void], records: np.ndarray) -> None:
-        body = instances.tobytes() + entries.tobytes() + records.tobytes()
-        head = struct.pack("=III", len(instances), len(records), zlib.crc32(body))
-        self._trim()
-        self.size = self._write(head + struct.pack("=I", zlib.crc32(head)) + body, self.size)
-
-    def clear(self) -> None:
-        self.size = self.HEAD.size
-        self._trim()
-
-    def _trim(self) -> None:
-        """Cut off what an `append` that failed has left."""
-        if os.fstat(self._file.fileno()).st_size != self.size:
-            os.ftruncate(self._file.fileno(), self.size)
-
-    def check(self, sealed: int) -> None:
-        self.close()
-        if self.size < sealed:
-            raise ValueError(f"{self.path} is damaged: {self.size} bytes are left of {sealed}")
-
-    def blocks(self, dtype: np.dtype, dim: int) -> Iterator[Rows]:
-        """One block after another; the last is left out if it was cut off."""
-        with open(self.path, "rb") as stream:
-            stream.seek(self.HEAD.size)
-            while len(head := stream.read(self.BLOCK.size)) == self.BLOCK.size:
-                rows, written, crc, head_crc = self.BLOCK.unpack(head)
-                if zlib.crc32(head[:-4]) != head_crc:
-                    raise ValueError(f"{self.path} is damaged before byte {stream.tell()}")
-                entries_at, records_at = 8 * rows, (8 + ENTRY.itemsize) * rows
-                size = records_at + written * 2 * dim * dtype.itemsize
-                body = stream.read(size)
-                if len(body) < size:
-                    return
-                if zlib.crc32(body) != crc:
-                    raise ValueError(f"{self.path} is damaged before byte {stream.tell()}")
-                yield (
-                    np.frombuffer(body, np.int64, rows),
-                    np.frombuffer(body, ENTRY, rows, entries_at),
-                    np.frombuffer(body, dtype, written * 2 * dim, records_at).reshape(written, 2, dim),
-                )
+    def new_working(self) -> str:
+        """The path of a database that is not there yet."""
+        self._workings += 1
+        return self._file("working", str(self._workings))
 
     def close(self) -> None:
-        self._file.close()
+        self._lock.close()
 
-    def _write(self, data: bytes, at: int) -> int:
-        left = memoryview(data)
+    def let_go(self) -> None:
+        """In a forked process: do not hold a lock that should end with the parent. (Data loaders' workers outlive
+        by seconds a trainer that was killed.)"""
+        self._lock.close()
+
+    def _file(self, *names: str) -> str:
+        return os.path.join(self.path, *names)
+
+    def _generation(self, number: int) -> str:
+        return self._file("generations", str(number))
+
+    def _tidy(self) -> None:
+        """Folders are there, and what an earlier process has left is not."""
+        for name in ("generations", "working"):
+            _require_plain(self._file(name), folder=True)
+        shutil.rmtree(self._file("working"), ignore_errors=True)
+        for name in ("generations", "working"):
+            os.makedirs(self._file(name), exist_ok=True)
+        _sync(self.path)
+        for name in os.listdir(self._file("generations")):
+            _require_plain(self._file("generations", name), folder=True)
+            if _LEFT.fullmatch(name):
+                shutil.rmtree(self._file("generations", name), ignore_errors=True)
+
+    def _read_description(self, holds: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """What rows.json says, if it is as asked for; None where there is none yet."""
+        file = self._file("rows.json")
+        description = _read_json(file)
+        if description is None:
+            foreign = set(os.listdir(self.path)) - {"lock", "rows.json.new"}
+            if "meta.json" in foreign:
+                raise ValueError(
+                    f"{self.path} holds rows in the format of an earlier version (meta.json), which this one does "
+                    "not read: choose another path"
+                )
+            if foreign or holds is None:
+                raise ValueError(
+                    f"{self.path} must be empty or hold rows of instances, but there is no rows.json"
+                    + (f", and there is {min(foreign)!r}" if foreign else "")
+                )
+            return None
+        if description.get("format") != FORMAT:
+            raise ValueError(f"{file} is not of rows of instances (format {FORMAT!r})")
+        identity = description.get("identity")
+        if not isinstance(identity, str) or not re.fullmatch("[0-9a-f]{32}", identity):
+            raise ValueError(f"{file} is damaged: its identity is {identity!r}")
+        asked = {"version": VERSION, **(holds or {})}
+        differing = [
+            name
+            for name, wanted in asked.items()
+            if type(description.get(name)) is not type(wanted) or description[name] != wanted
+        ]
+        if differing:
+            held, wanted = (
+                ", ".join(f"{name}={of.get(name)!r}" for name in differing) for of in (description, asked)
+            )
+            raise ValueError(f"{self.path} holds rows with {held}, but {wanted} was asked for")
+        return description
+
+    def _read_known(self) -> dict[str, int | None]:
+        file = self._file("kept.json")
+        known = _read_json(file)
+        if known is None:
+            return {"confirmed": None, "loaded": None}
+        if set(known) != {"confirmed", "loaded"} or not all(
+            number is None or type(number) is int and number > 0 for number in known.values()
+        ):
+            raise ValueError(f"{file} is damaged: it tells {known}")
+        return known
+
+    def _read_files(self, generation: int) -> dict[str, tuple[int, int]]:
+        """Size and checksum of each file, as files.json has them."""
+        file = os.path.join(self._generation(generation), FILES)
+        _require_plain(self._generation(generation), folder=True)
+        document = _read_json(file)
+        if document is None:
+            raise ValueError(f"{file} is missing")
+        files = document.get("files")
+        if (
+            document.get("identity") != self.identity
+            or document.get("generation") != generation
+            or not isinstance(files, dict)
+            or not all(
+                re.fullmatch(r"\w[\w.-]*", name)
+                and isinstance(entry, list)
+                and [type(number) for number in entry] == [int, int]
+                for name, entry in files.items()
+            )
+        ):
+            raise ValueError(f"{file} is damaged, or another folder's")
+        return {name: (size, checksum) for name, (size, checksum) in files.items()}
+
+    def _damage(self, generation: int, name: str, size: int, checksum: int | None) -> str | None:
+        """What is wrong with a file of a generation. Without a checksum only its size is compared."""
+        path = os.path.join(self._generation(generation), name)
+        try:
+            _require_plain(path)
+            if (actual := os.stat(path).st_size) != size:
+                return f"{path} is damaged: it has {actual} bytes of {size}"
+            if checksum is not None and _checksum(path) != checksum:
+                return f"{path} is damaged: its checksum is another"
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
+
+
+_NUMBER, _LEFT, _TABLE = (re.compile(p) for p in (r"[1-9]\d*", r"[1-9]\d*\.(new|new\.tmp|gone)", r"\d+\.sst"))
+
+
+def _require_plain(path: str, folder: bool = False) -> None:
+    """Raises ValueError for a symbolic link or whatever else should not lie there; nothing is fine."""
+    with suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+            what = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
+            raise ValueError(f"{path} must be a {'folder' if folder else 'file'}, and is {what}")
+
+
+def _read_json(path: str) -> dict[str, Any] | None:
+    """The object in a file that `_write_json` wrote; None where there is no file."""
+    _require_plain(path)
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            data = file.read(JSON_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    try:
+        if len(data) > JSON_BYTES:
+            raise ValueError("it is too large")
+        content = b"{" + data[len(_json_head(b"")) :]
+        if not data.startswith(_json_head(content)):
+            raise ValueError("its checksum is not there, or another")
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or not of rows of instances: {error}") from None
+
+
+def _write_json(path: str, value: Mapping[str, Any]) -> None:
+    """Have the file hold the object and its checksum: from one moment to the next, and on the disk when this
+    returns."""
+    content = json.dumps(value, indent=1).encode()
+    _require_plain(path + ".new")
+    try:
+        _write(path + ".new", _json_head(content) + content[1:])
+        os.replace(path + ".new", path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path + ".new")
+        raise
+    _sync(os.path.dirname(path))
+
+
+def _json_head(content: bytes) -> bytes:
+    """How a file begins whose content, from the first brace on, is this."""
+    return b'{\n "crc32": "%08x",' % zlib.crc32(content)
+
+
+def _write(path: str, data: bytes) -> None:
+    """A new file, on the disk when this returns."""
+    left = memoryview(data)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             while left:
-                done = os.pwrite(self._file.fileno(), left, at)
-                at, left = at + done, left[done:]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.path) from error
-        return at
+                left = left[os.write(file, left) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
 
 
-def _lock(folder: str) -> BinaryIO:
+def _sync(path: str) -> None:
+    """A file or folder is on the disk when this returns."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:  # some file systems have none
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target, follow_symlinks=False)
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    of = os.stat(path)
+    return of.st_ino, of.st_size, of.st_mtime_ns
+
+
+def _checksum(path: str) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            checksum = zlib.crc32(data, checksum)
+    return checksum
+
+
+def _lock(folder: str) -> Any:
     """Hold the folder until the file that is returned, or the process, ends."""
-    file = open(os.path.join(folder, "lock"), "ab")  # noqa: SIM115
+    path = os.path.join(folder, "lock")
+    _require_plain(path)
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "rb+")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         if isinstance(error, BlockingIOError):
             raise BlockingIOError(error.errno, "these rows are open elsewhere", folder) from None
-        raise OSError(error.errno, error.strerror, file.name) from error
+        raise OSError(error.errno, error.strerror, path) from error
     return file
 
 
@@ -469,10 +950,10 @@ _opened: weakref.WeakSet[DiskRows] = weakref.WeakSet()
 
 
 def _let_go() -> None:
-    """In a forked process: do not hold a lock that should end with the parent. (Data loaders' workers outlive
-    by seconds a trainer that was killed.)"""
+    """In a forked process: the folder is the parent's, and so are the threads of its database."""
     for rows in _opened:
-        rows._lock.close()
+        rows._folder.let_go()
+        rows._working._database.leak()
 
 
 os.register_at_fork(after_in_child=_let_go)
