@@ -5,6 +5,7 @@ Writes `bench/results/<date>-<device>-instances.json` and a report beside it:
 - a training step (activation, loss, backward, update) against the number of instances, beside the same step
   with all of them under torch.optim.SGD: its dense update alone, which is what grows;
 - activation of a batch of new rows, in rows a second, on each tier of storage;
+- what the disk's rows cost: fetching and keeping a batch, and a training step that reads ahead;
 - the exchange of rows with their catch-up, and the update of the active rows, as kernels, beside what copying
   as many bytes takes.
 """
@@ -20,12 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench import ceilings
 from bench.files import replace_in_readme, result_file
 from contrastive_ops import DelayedSGD, InstanceClassifier, _ops, conic_loss
 from contrastive_ops._history import History
+from contrastive_ops._storage import Storage
 from train_ref.machine import describe
 from train_ref.markdown import table
 
@@ -71,9 +74,15 @@ class Training:
         self.classifier.activate(self.batch(BATCH))
         self.classifier._take_step(0.06, 0.9, 1e-4, False)
 
-    def step(self) -> None:
+    def step_ahead(self) -> None:
+        self.step(ahead=True)
+
+    def step(self, ahead: bool = False) -> None:
         of = self.classifier
         target = of.activate(self.batch(BATCH // 2))
+        if ahead:
+            at = self.at if self.at + BATCH // 2 <= len(self.order) else 0
+            of.prefetch(self.order[at : at + BATCH // 2])
         loss = conic_loss(self.views, of.weight, target, num_instances=of.num_instances)
         loss.backward()
         self.optimizer.step()
@@ -118,6 +127,56 @@ def activations(device: str, tier: str, count: int, batches: int) -> list[dict[s
         }
         for kind, taken in (("new", new), ("old", old))
     ]
+
+
+def fill(store: Storage, count: int) -> None:
+    """Keep every row once."""
+    for first in range(0, count, 4096):
+        instances = np.arange(first, min(first + 4096, count))
+        room, at = store.room(instances)
+        room[at] = torch.randn(len(instances), 2, DIM)
+        store.keep(instances, 1)
+    store.state_dict()
+
+
+def calls_of_stores(stores: dict[str, Storage], count: int, rounds: int) -> list[dict[str, Any]]:
+    """Fetching and keeping a batch of rows that were kept before; the stores in turns, on a step of time each."""
+    taken: dict[tuple[str, str], list[float]] = {}
+    generator = np.random.default_rng(0)
+
+    def timed(what: str, name: str, call: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        call()
+        taken.setdefault((what, name), []).append(time.perf_counter() - start)
+
+    def keep(store: Storage, instances: np.ndarray, step: int) -> None:
+        room, at = store.room(instances)
+        room[at] = records
+        store.keep(instances, step)
+
+    records = torch.randn(BATCH, 2, DIM)
+    for step in range(rounds):
+        for name, store in stores.items():
+            now, ahead, gone = np.split(generator.choice(count, 3 * BATCH, replace=False), 3)
+            timed("fetch", name, lambda: store.fetch(now))
+            timed("announce", name, lambda: store.prefetch(ahead))
+            time.sleep(0.02)  # a training step, which leaves the processors alone
+            timed("fetch what was announced", name, lambda: store.fetch(ahead))
+            timed("keep", name, lambda: keep(store, gone, step))
+    return [
+        {"what": what, "store": name, "N": count, **milliseconds(times)} for (what, name), times in taken.items()
+    ]
+
+
+def steps_that_read_ahead(
+    trainings: dict[str, Training], device: str, rounds: int
+) -> list[dict[str, Any]]:
+    """Training steps that announce the next batch's rows before the loss; the stores in turns."""
+    times: dict[str, list[float]] = {name: [] for name in trainings}
+    for _ in range(rounds):
+        for name, training in trainings.items():
+            times[name] += seconds(training.step_ahead, 1, device)
+    return [{"what": "step, reading ahead", "store": name, **milliseconds(taken)} for name, taken in times.items()]
 
 
 def kernels(device: str, rounds: int, copy_gb_s: float) -> list[dict[str, Any]]:

@@ -89,8 +89,7 @@ class DiskRows:
         number = np.dtype(str(dtype).removeprefix("torch."))
         self._row = np.dtype([("step", "<i8"), ("record", number.newbyteorder("<"), (2, dim))])
         self._dtype, self._seed = dtype, seed
-        self._rocksdict = _import_rocksdict()
-        self._process = os.getpid()
+        self._rocksdict, self._process = _import_rocksdict(), _process_of_rocksdb()
         self._closed = False
         self._device = torch.device("cpu")
         self._room = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
@@ -148,6 +147,8 @@ class DiskRows:
         rows = np.empty(len(instances), self._row)
         rows["step"], rows["record"] = step, self._room.numpy()
         self._base = None
+        if self._ahead is not None and not set(instances.tolist()).isdisjoint(self._ahead[0].tolist()):
+            self._ahead = None  # was read too early
         self._working.keep(instances, rows)
 
     def check(self, state: Mapping[str, Any]) -> None:
@@ -368,11 +369,13 @@ class _Database:
     def __init__(self, rocksdict: Any, path: str, row: np.dtype) -> None:
         self._rocksdict, self._path, self._row = rocksdict, path, row
         self._options = _options(rocksdict)
+        self._options.create_if_missing(not os.path.exists(path))
         self._access = Lock()  # of readers, and of who opens it anew
         self._failed = False  # RocksDB takes no more until it is opened anew
         self._rocks: Any = None
         with self._errors():
             self._open()
+        self._options.create_if_missing(False)  # from now on what is not there was lost
 
     def read(self, instances: Indices) -> tuple[NDArray[np.bool_], np.ndarray]:
         """Which of the instances are stored, and their rows."""
@@ -478,17 +481,29 @@ class _Database:
         """What comes from RocksDB as a text becomes an OSError with the error's number and the file's name."""
         try:
             yield
-        except OSError:
-            raise
         except Exception as error:
-            if type(error) is not Exception:  # rocksdict has no class of its own for them
-                raise
+            if type(error) not in (Exception, OSError) or getattr(error, "errno", None) is not None:
+                raise  # which is none of rocksdict's: it has no class for them, nor numbers
             text = str(error)
             number = next((code for code in _NUMBERS if os.strerror(code) in text), errno.EIO)
             file = re.search(re.escape(self._path) + r"[^\s:]*", text)
             damaged = "damaged: " if text.startswith("Corruption") else ""
             raise OSError(number, damaged + text, file.group() if file else self._path) from error
 
+
+def _process_of_rocksdb() -> int:
+    """This process, if RocksDB can work in it: its threads are not there in a fork of one where they were started."""
+    global _first_process
+    _first_process = _first_process or os.getpid()
+    if _first_process != os.getpid():
+        raise RuntimeError(
+            f"rows with storage='disk' cannot be opened in process {os.getpid()}, a fork of {_first_process}, which "
+            "has had some open: start it by spawn or forkserver"
+        )
+    return _first_process
+
+
+_first_process: int | None = None
 
 _NUMBERS = (
     errno.ENOSPC,
@@ -540,7 +555,6 @@ def _options(rocksdict: Any) -> Any:
     table.set_partition_filters(True)
     table.set_metadata_block_size(4096)
     options = rocksdict.Options(raw_mode=True)
-    options.create_if_missing(True)
     options.set_block_based_table_factory(table)
     options.set_compression_type(rocksdict.DBCompressionType.none())  # rows do not compress
     options.set_paranoid_checks(True)
