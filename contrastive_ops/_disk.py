@@ -656,7 +656,7 @@ class Folder:
                 _link(source, target)
                 self._tables[name] = _stamp(target), checksum
             else:
-                shutil.copyfile(source, target, follow_symlinks=False)
+                _copy(source, target)
 
     def make(self, checkpoint: Callable[[str], None]) -> int:
         """Make a generation of what `checkpoint` writes into a folder, and return its number."""
@@ -899,7 +899,7 @@ def _json_head(content: bytes) -> bytes:
 def _write(path: str, data: bytes) -> None:
     """A new file, on the disk when this returns."""
     left = memoryview(data)
-    try:
+    with _naming(path):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             while left:
@@ -907,20 +907,21 @@ def _write(path: str, data: bytes) -> None:
             os.fsync(file)
         finally:
             os.close(file)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error
 
 
 def _sync(path: str) -> None:
     """A file or folder is on the disk when this returns."""
-    try:
+    with _naming(path):
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(file)
         finally:
             os.close(file)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error
+
+
+def _copy(source: str, target: str) -> None:
+    with _naming(target):
+        shutil.copyfile(source, target, follow_symlinks=False)
 
 
 def _link(source: str, target: str) -> None:
@@ -929,7 +930,7 @@ def _link(source: str, target: str) -> None:
     except OSError as error:  # some file systems have none
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
-        shutil.copyfile(source, target, follow_symlinks=False)
+        _copy(source, target)
 
 
 def _stamp(path: str) -> tuple[int, ...]:
@@ -939,10 +940,21 @@ def _stamp(path: str) -> tuple[int, ...]:
 
 def _checksum(path: str) -> int:
     checksum = 0
-    with open(path, "rb") as file:
+    with _naming(path), open(path, "rb") as file:
         while data := file.read(1 << 20):
             checksum = zlib.crc32(data, checksum)
     return checksum
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Errors of a file that is open do not say which one it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, path) from error
+        raise
 
 
 def _lock(folder: str) -> Any:
@@ -964,7 +976,14 @@ _opened: weakref.WeakSet[DiskRows] = weakref.WeakSet()
 
 
 def _let_go() -> None:
-    """In a forked process: the folder is the parent's, and so are the threads of its database."""
+    """In a forked process: the folder is the parent's, and so are the threads of its database. RocksDB would wait
+    for them when the process exits, and crash; so that ends where RocksDB's part would begin."""
+    if _first_process is None:
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):
+        libc.on_exit(libc._exit, None)
+        libc.__cxa_atexit(libc.fflush, None, None)  # before that: the last to be registered is the first to be run
     for rows in _opened:
         rows._folder.let_go()
         rows._working._database.leak()

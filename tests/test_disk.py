@@ -657,13 +657,14 @@ def cut(log: Path, root: Path, random: np.random.Generator, count: int, tally: d
     device, memory = power.Disk(root), dict[tuple[int, ...], State]()
     histories: dict[int, tuple[int, ...]] = {}
     promised: dict[str, int | None] = {"confirmed": None, "loaded": None}
-    identity, taking = None, ()
+    identity, taking, under_way = None, (), False
     for at, record in enumerate(records):
         for _ in range(np.count_nonzero(cuts == at)):
             there = root.with_name("crashed")
             device.crash(there, random)
             rows = open_rows(there, *SHAPE[:2])
-            must = {*sorted(histories)[-3:], *(n for n in promised.values() if n)}
+            # The one that is being taken counts among the last three.
+            must = {*sorted(histories)[-2 if under_way else -3 :], *(n for n in promised.values() if n)}
             for number in {*numbers(rows), *must}:
                 tally["tried"] += 1
                 state = {"generation": number, "rows": identity or rows._folder.identity}
@@ -688,6 +689,7 @@ def cut(log: Path, root: Path, random: np.random.Generator, count: int, tally: d
             shutil.rmtree(there)
         if record.letter == "M":
             what, *words = record.first.decode().split()
+            under_way = what == "taking"
             if what == "taking":
                 taking = tuple(map(int, words))
             elif what == "took":
@@ -835,8 +837,9 @@ if child == 0:
     rows.close()
     del rows
     import gc; gc.collect()
-    sys.exit(0)
-assert os.waitpid(child, 0)[1] == 0
+    sys.exit(7)
+code = os.waitpid(child, 0)[1]
+assert code == 7 << 8, code
 keep(rows, 9, *SHAPE)
 assert holds(rows, state_of(range(1, 10)))
 rows.load_state_dict(state)
