@@ -261,6 +261,8 @@ class SGDStep:
         momentum_buffer: (A, D) v, of the weight's dtype; overwritten with the weight.
         lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
         taken: whether backward has taken it. It does so once.
+        begun: versions of `momentum_buffer` and weight when backward began to take it.
+        recorded: number of the steps before it, once the optimiser knows of it.
     """
 
     momentum_buffer: Tensor
@@ -269,6 +271,8 @@ class SGDStep:
     weight_decay: float
     nesterov: bool
     taken: bool = False
+    begun: tuple[int, int] | None = None
+    recorded: int | None = None
 
 
 def conic_loss(
