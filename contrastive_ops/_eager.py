@@ -29,7 +29,7 @@ def eager(reason: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             return disabled(*args, **kwargs)
 
         # A code of its own: the compiler counts by code how often it had to compile again, and warns.
-        call.__code__ = call.__code__.replace(co_name=function.__name__)
+        call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
         return call
 
     return decorate

@@ -173,6 +173,7 @@ class InstanceClassifier(nn.Module):
             None  # completes or undoes what an exception has cut off
         )
         self._stepping: _Gradient | None = None  # of a step() that has not returned
+        self._spent: _Gradient | None = None  # that of the last step
         self._hook: RemovableHandle | None = None
         self._torn = ""  # why there is no going on without a checkpoint
         self._lock = threading.RLock()
@@ -290,14 +291,14 @@ class InstanceClassifier(nn.Module):
         With storage="disk" there are none."""
         with self._exclusively():
             state = {**self.__dict__, "_active": self._active.state()}
-            del state["_lock"], state["_carried"], state["_hook"], state["_stepping"]
+            del state["_lock"], state["_carried"], state["_hook"], state["_stepping"], state["_spent"]
             state["_parameters"] = {**state["_parameters"], "carried": None}
             return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lock = threading.RLock()
-        self._hook = self._stepping = None
+        self._hook = self._stepping = self._spent = None
         self._publish(None)
         self._active = _rows.ActiveSet(self.num_instances, len(self.weight), self.seed)
         self._active.load(state["_active"])
@@ -340,11 +341,11 @@ class InstanceClassifier(nn.Module):
                 raise ValueError(f"the checkpoint must hold the classifier's {prefix}{name} with the others")
         if self.weight.is_meta:
             raise ValueError("the classifier is on the meta device: move it by to_empty() before loading")
-        for name in ("weight", "momentum"):
-            shape = tuple(self.weight.shape)
-            tensor(state_dict, f"{prefix}{name}", "classifier", self.weight.dtype, shape, finite=False)
         with self._lock:
             self._checked(state_dict[f"{prefix}_extra_state"])
+            for name in ("weight", "momentum"):
+                shape = tuple(self.weight.shape)
+                tensor(state_dict, f"{prefix}{name}", "classifier", self.weight.dtype, shape, finite=False)
             self._torn = "loading a checkpoint was interrupted"
             self._publish(None)
             metadata = {**local_metadata, "assign_to_params_buffers": False}
@@ -466,12 +467,13 @@ class InstanceClassifier(nn.Module):
         if gradient is not None:
             exchange.slots = self._to_device(plan.slots)
             exchange.gradient = gradient.detach()[exchange.slots]
-            carried, arriving = self._carry(plan, gradient, exchange.gradient)
+            exchange.spent = self._spent is not None and self._spent.is_still(gradient)
+            carried, arriving = self._carry(exchange, gradient)
         self._unfinished = partial(self._undo, exchange)
         rows = self.weight, self.momentum
         self._exchange(*rows, plan.slots, incoming, coming, coefficients, room, going)
         if gradient is not None:
-            gradient.detach()[exchange.slots] = arriving
+            self._change_gradient(exchange, arriving)
             self._publish(carried)
         self._storage.keep(plan.evicted, len(self.history))
 
@@ -482,24 +484,33 @@ class InstanceClassifier(nn.Module):
         unchanged, scratch = np.tile(np.eye(2), (len(plan.slots), 1, 1)), torch.empty_like(exchange.room)
         rows, going = (self.weight, self.momentum), exchange.going
         self._exchange(*rows, plan.slots, exchange.room, going, unchanged, scratch, going)
-        if exchange.gradient is not None and self.weight.grad is not None:
-            self.weight.grad.detach()[exchange.slots] = exchange.gradient
+        if exchange.gradient is not None:
+            self._change_gradient(exchange, exchange.gradient)
         self._publish(exchange.carried)
 
-    def _carry(self, plan: _rows.Plan, whole: Tensor, leaving: Tensor) -> tuple[_Carried, Tensor]:
-        """What is carried after an exchange, and the gradient (n, D) of the rows that come in, when those who
-        go have the part `leaving` (n, D) in the `whole`."""
-        arriving = torch.zeros_like(leaving)
-        instances, gradients = plan.evicted, leaving
+    def _change_gradient(self, exchange: _Exchange, rows: Tensor) -> None:
+        """Of the slots that change hands. A gradient that was spent stays so."""
+        gradient = self.weight.grad
+        if gradient is not None:
+            gradient.detach()[exchange.slots] = rows
+            self._spent = _Gradient.of(gradient) if exchange.spent else None
+
+    def _carry(self, exchange: _Exchange, whole: Tensor) -> tuple[_Carried, Tensor]:
+        """What is carried after an exchange, and the gradient (n, D) of the rows that come in."""
+        assert exchange.gradient is not None
+        arriving = torch.zeros_like(exchange.gradient)
+        instances, gradients = exchange.plan.evicted, exchange.gradient
+        spent = exchange.spent
         if self._carried is not None:
-            _, back, of = np.intersect1d(plan.incoming, self._carried.instances, return_indices=True)
+            spent &= self._carried.spent
+            _, back, of = np.intersect1d(exchange.plan.incoming, self._carried.instances, return_indices=True)
             arriving[self._to_device(back)] = self._carried.gradient[self._to_device(of)]
             stay = np.setdiff1d(np.arange(len(self._carried.instances)), of)
             instances = np.concatenate([self._carried.instances[stay], instances])
             gradients = torch.cat([self._carried.gradient[self._to_device(stay)], gradients])
         parameter = nn.Parameter(torch.zeros_like(gradients), requires_grad=False)
         parameter.grad = gradients
-        return _Carried(instances, parameter, _Gradient.of(whole)), arriving
+        return _Carried(instances, parameter, _Gradient.of(whole), spent), arriving
 
     def _publish(self, carried: _Carried | None) -> None:
         """Where loss scalers, clipping and `zero_grad` look for parameters."""
@@ -516,9 +527,12 @@ class InstanceClassifier(nn.Module):
             )
 
     def _holds_gradient(self) -> bool:
-        """Whether the gradient is pending still that evicted rows have a part in."""
-        assert self._carried is not None
-        return self.weight.grad is not None and self._carried.parameter.grad is not None
+        """Whether the gradient is there still that evicted rows have a part in. One that another tensor has
+        taken the place of was added to, unless a step has spent it."""
+        carried, whole = self._carried, self.weight.grad
+        assert carried is not None
+        replaced = carried.part_of.tensor() is not whole
+        return whole is not None and carried.parameter.grad is not None and not (carried.spent and replaced)
 
     def _take_step_on_gradient(self, settings: _Settings) -> None:
         """A step with the gradients of active rows, and those of evicted ones."""
@@ -540,6 +554,7 @@ class InstanceClassifier(nn.Module):
         """What is left when the active rows have taken a step."""
         if step.records is not None:
             self._overwrite_stored(step.evicted, step.records, step.length + 1)
+        self._spent = step.gradient
         self._record(step.length, step.settings)
 
     def _finish_interrupted(self, step: _Step) -> None:
@@ -636,11 +651,13 @@ class _Carried:
         instances: (n,) whose they are.
         parameter: (n, D), whose ``grad`` is theirs.
         part_of: the weight's gradient that it was part of.
+        spent: whether a step had been taken on all of it.
     """
 
     instances: _Indices
     parameter: nn.Parameter
     part_of: _Gradient
+    spent: bool
 
     @property
     def gradient(self) -> Tensor:
@@ -658,6 +675,7 @@ class _Exchange:
         versions: of momentum and weight before.
         carried: what was carried before.
         slots, gradient: the rows' gradient (n, D) before, if there is one.
+        spent: whether a step had been taken on it.
     """
 
     plan: _rows.Plan
@@ -667,6 +685,7 @@ class _Exchange:
     carried: _Carried | None
     slots: Tensor | None = None
     gradient: Tensor | None = None
+    spent: bool = False
 
 
 @dataclass

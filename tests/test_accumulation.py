@@ -243,6 +243,22 @@ def test_replaced_by_a_sum() -> None:
         both.assert_equal()
 
 
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_spent_gradient_replaced_by_hand(drop: bool) -> None:
+    """By those who set gradients themselves, and never throw one away."""
+    both = Both()
+    for _ in range(6):
+        both.losses()
+        active = both.classifier.active_instances
+        grad = torch.randn(ACTIVE, DIM, generator=both.generator, dtype=torch.float64)
+        both.classifier.weight.grad = grad
+        both.dense.grad = torch.zeros_like(both.dense).index_copy(0, active, grad)
+        both.step()
+        if drop:
+            both.classifier.weight.grad = None
+        both.assert_equal()
+
+
 def test_a_second_step_on_the_same_gradient() -> None:
     both = Both()
     both.backward()
