@@ -826,7 +826,7 @@ class DelayedSGD(Optimizer):
             raise RuntimeError("backward has taken a step already: call step() before the next in_backward()")
         of = self.classifier
         with of._exclusively():
-            self._in_backward = of._in_backward = SGDStep(of.momentum, *self._settings())
+            self._in_backward = of._in_backward = SGDStep(of.momentum, *self._settings(), weight=of.weight)
         return self._in_backward
 
     @eager(_STATEFUL)
