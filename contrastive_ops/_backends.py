@@ -1,7 +1,8 @@
 """Which implementation serves a call.
 
 A backend is a module that implements the operators of `_ops.py` under their names. Adding one means adding
-one entry to `_BACKENDS`.
+one entry to `_BACKENDS`. Operators that write to their arguments move on the versions of these, when all is
+written, and the weight's last: by them the classifier tells whether an operator ran that was interrupted.
 """
 
 from __future__ import annotations

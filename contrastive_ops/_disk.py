@@ -42,6 +42,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -51,8 +52,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._rows import initial_rows
-
-Indices = NDArray[np.int64]
+from ._storage import Indices, _find
 
 FORMAT, VERSION = "contrastive_ops.rows", 2
 TABLE_BYTES = 32 << 20  # of rows in memory before they are written out; two tables at the most
@@ -102,6 +102,7 @@ class DiskRows:
             self._folder.close()
             raise
         self._base: int | None = None  # the generation whose rows these are, if none was kept since
+        self._step = 0  # the last as of which a row was kept
         known = self._folder.known
         self._barred = any(number is not None for number in known.values())
         self._told = self._barred or not self._folder.generations
@@ -146,21 +147,26 @@ class DiskRows:
             torch.cuda.current_stream(self._device).synchronize()
         rows = np.empty(len(instances), self._row)
         rows["step"], rows["record"] = step, self._room.numpy()
-        self._base = None
+        self._base, self._step = None, max(self._step, step)
         if self._ahead is not None and not set(instances.tolist()).isdisjoint(self._ahead[0].tolist()):
             self._ahead = None  # was read too early
         self._working.keep(instances, rows)
 
-    def check(self, state: Mapping[str, Any]) -> None:
+    def check(self, state: Mapping[str, Any], steps: int) -> None:
         self._require_open()
-        self._folder.checked_files(self._folder.checked(state))
+        generation = self._folder.checked(state)
+        if (step := self._folder.checked_contents(generation).step) > steps:
+            raise ValueError(
+                f"generation {generation} of {self._folder.path} has rows as of step {step}, and the checkpoint's "
+                f"history has {steps} steps"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Makes a generation, on the disk when this returns, unless the newest one holds these rows."""
         self._require_open()
         if self._base is None or self._base != max(self._folder.generations, default=0):
             self._working.write_out()
-            self._base = self._folder.make(self._working.checkpoint)
+            self._base = self._folder.make(self._working.checkpoint, self._step)
         return {"generation": self._base, "rows": self._folder.identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -169,7 +175,7 @@ class DiskRows:
         generation = self._folder.checked(state)
         path = self._folder.new_working()
         try:
-            self._folder.copy(generation, path)
+            step = self._folder.copy(generation, path)
             working = _Working(self._rocksdict, path, self._row)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
@@ -180,7 +186,8 @@ class DiskRows:
             working.close()
             raise
         self._ahead = None
-        former, self._working, self._base, self._barred, self._told = self._working, working, generation, False, True
+        former, self._working, self._base, self._step = self._working, working, generation, step
+        self._barred, self._told = False, True
         former.close()
 
     def confirm(self, state: Mapping[str, Any]) -> None:
@@ -232,8 +239,8 @@ class DiskRows:
             return None
         (ahead, future), self._ahead = self._ahead, None
         records, steps = future.result()
-        at = np.minimum(np.searchsorted(ahead, instances), len(ahead) - 1)
-        if not np.array_equal(ahead[at], instances):  # others were announced
+        at = _find(ahead, instances)
+        if at is None:  # others were announced
             return None
         return (records, steps) if np.array_equal(at, np.arange(len(ahead))) else (records[at], steps[at])
 
@@ -580,6 +587,19 @@ def _keys(instances: Indices) -> list[bytes]:
     return instances.astype(">u8").view("V8").tolist()
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """What files.json tells of a generation.
+
+    Attributes:
+        step: the last as of which one of its rows was kept.
+        files: size and checksum of each file.
+    """
+
+    step: int
+    files: dict[str, tuple[int, int]]
+
+
 class Folder:
     """Generations in a folder, and what they are of.
 
@@ -638,28 +658,30 @@ class Folder:
             )
         return generation
 
-    def checked_files(self, generation: int) -> dict[str, tuple[int, int]]:
-        """Size and checksum of each file of a generation; what is quickly compared with them is."""
-        files = self._read_files(generation)
-        for name, (size, checksum) in files.items():
+    def checked_contents(self, generation: int) -> _Contents:
+        """Of a generation, whose files are compared with it where that is quickly done."""
+        contents = self._read_contents(generation)
+        for name, (size, checksum) in contents.files.items():
             damage = self._damage(generation, name, size, None if _TABLE.fullmatch(name) else checksum)
             if damage:
                 raise ValueError(damage)
-        return files
+        return contents
 
-    def copy(self, generation: int, path: str) -> None:
-        """Make the folder `path` a database that begins as a generation: its tables by hard links."""
+    def copy(self, generation: int, path: str) -> int:
+        """Make the folder `path` a database that begins as a generation, its tables by hard links; return its step."""
+        contents = self.checked_contents(generation)
         os.mkdir(path)
-        for name, (_, checksum) in self.checked_files(generation).items():
+        for name, (_, checksum) in contents.files.items():
             source, target = os.path.join(self._generation(generation), name), os.path.join(path, name)
             if _TABLE.fullmatch(name):
                 _link(source, target)
                 self._tables[name] = _stamp(target), checksum
             else:
                 _copy(source, target)
+        return contents.step
 
-    def make(self, checkpoint: Callable[[str], None]) -> int:
-        """Make a generation of what `checkpoint` writes into a folder, and return its number."""
+    def make(self, checkpoint: Callable[[str], None], step: int) -> int:
+        """Make a generation of what `checkpoint` writes into a folder, rows as of `step`, and return its number."""
         generation = max(self.generations, default=0) + 1
         path = self._generation(generation)
         new = path + ".new"
@@ -677,9 +699,8 @@ class Folder:
                 files[name] = [os.stat(file).st_size, known[1]]
                 if _TABLE.fullmatch(name):
                     tables[name] = known
-            _write_json(
-                os.path.join(new, FILES), {"identity": self.identity, "generation": generation, "files": files}
-            )
+            contents = {"identity": self.identity, "generation": generation, "step": step, "files": files}
+            _write_json(os.path.join(new, FILES), contents)
             os.rename(new, path)
             _sync(os.path.dirname(path))
         except BaseException:
@@ -718,7 +739,7 @@ class Folder:
             yield f"{self._generation(generation)} is missing"
         for generation in generations:
             try:
-                files = self._read_files(generation)
+                files = self._read_contents(generation).files
                 foreign = {*os.listdir(self._generation(generation))} - {*files, FILES}
             except (ValueError, OSError) as error:
                 yield str(error)
@@ -807,17 +828,17 @@ class Folder:
             raise ValueError(f"{file} is damaged: it tells {known}")
         return known
 
-    def _read_files(self, generation: int) -> dict[str, tuple[int, int]]:
-        """Size and checksum of each file, as files.json has them."""
+    def _read_contents(self, generation: int) -> _Contents:
         file = os.path.join(self._generation(generation), FILES)
         _require_plain(self._generation(generation), folder=True)
         document = _read_json(file)
         if document is None:
             raise ValueError(f"{file} is missing")
-        files = document.get("files")
+        files, step = document.get("files"), document.get("step")
         if (
             document.get("identity") != self.identity
             or document.get("generation") != generation
+            or type(step) is not int
             or not isinstance(files, dict)
             or not all(
                 re.fullmatch(r"\w[\w.-]*", name)
@@ -827,7 +848,7 @@ class Folder:
             )
         ):
             raise ValueError(f"{file} is damaged, or another folder's")
-        return {name: (size, checksum) for name, (size, checksum) in files.items()}
+        return _Contents(step, {name: (size, checksum) for name, (size, checksum) in files.items()})
 
     def _damage(self, generation: int, name: str, size: int, checksum: int | None) -> str | None:
         """What is wrong with a file of a generation. Without a checksum only its size is compared."""

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
 from . import _backends
+from ._eager import eager
 from .reference import computed_in
 
 _library = torch.library.Library("contrastive_ops", "DEF")
@@ -183,6 +183,9 @@ class _ConIC(torch.autograd.Function):
         return *(grad if needed else None for grad, needed in zip(gradients, need, strict=True)), *(None,) * 5
 
 
+_steps = eager("the step that backward takes is recorded on the host")
+
+
 class _ConICWithUpdate(torch.autograd.Function):
     """`conic` whose backward takes a step of SGD on the weight (`update`, a `functional.SGDStep`) and returns
     no gradient for it. The weight is an argument so that a backward exists where the views need none."""
@@ -195,6 +198,7 @@ class _ConICWithUpdate(torch.autograd.Function):
         return _ConIC.forward(ctx, views, weight, target, *arguments)
 
     @staticmethod
+    @_steps
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         update, grad_views = ctx.update, None
         if grad_loss is not None:
@@ -203,14 +207,16 @@ class _ConICWithUpdate(torch.autograd.Function):
                     "contrastive_ops: this step of SGD has been taken by an earlier backward; "
                     "ask the optimizer for one for each loss, and call its step() in between"
                 )
-            update.taken = True
             views, weight, target, statistics = ctx.saved_tensors
+            # Until the operator has moved the versions on, the step is not taken, whatever it raises.
+            update.begun = update.momentum_buffer._version, weight._version
             grad_views = conic_backward_sgd_(
                 grad_loss, views, weight.detach(), update.momentum_buffer, target, statistics,
                 ctx.temperature, ctx.consistency_weight, update.lr, update.momentum,
                 update.weight_decay, update.nesterov,
                 ctx.backend,
             )  # fmt: skip
+            update.taken = True
         return grad_views, *(None,) * 7
 
 
@@ -255,22 +261,18 @@ def _conic_backward_sgd_(
 ) -> Tensor:
     *settings, backend = arguments
     kernels = _backends.select(backend, views)
-    grad_views = kernels.conic_backward_sgd_(grad_loss, views, weight, momentum_buffer, *settings)
-    increment_version((weight, momentum_buffer))
-    return grad_views
+    return kernels.conic_backward_sgd_(grad_loss, views, weight, momentum_buffer, *settings)
 
 
 def _sgd_(weight: Tensor, momentum_buffer: Tensor, *arguments: Any) -> None:
     *settings, backend = arguments
     _backends.select(backend, weight).sgd_(weight, momentum_buffer, *settings)
-    increment_version((weight, momentum_buffer))
 
 
 def _exchange_rows_(weight: Tensor, momentum_buffer: Tensor, *arguments: Any) -> None:
     *rows, outgoing, outgoing_rows, backend = arguments
     kernels = _backends.select(backend, weight)
     kernels.exchange_rows_(weight, momentum_buffer, *rows, outgoing, outgoing_rows)
-    increment_version((weight, momentum_buffer, outgoing))
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -360,4 +362,4 @@ conic_backward_sgd_ = _register(
 )
 sgd_ = _register("sgd_", _sgd_, _fake_in_place)
 exchange_rows_ = _register("exchange_rows_", _exchange_rows_, _fake_in_place)
-conic_with_update = _ConICWithUpdate.apply
+conic_with_update = _steps(_ConICWithUpdate.apply)

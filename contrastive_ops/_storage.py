@@ -21,8 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._rows import initial_rows
+from ._state import tensor
 
 Indices = NDArray[np.int64]
+
+_ROWS_AT_A_TIME = 1 << 16  # that are copied from a device
 
 
 class Storage(Protocol):
@@ -46,10 +49,11 @@ class Storage(Protocol):
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
         """The classifier moves to a device; `function` brings a tensor there."""
 
-    def check(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where `load_state_dict` would."""
+    def check(self, state: Mapping[str, Any], steps: int) -> None:
+        """Raises ValueError where `load_state_dict` would, and for rows that have taken more than `steps`."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The rows as they are now, whatever happens to them afterwards."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
@@ -82,22 +86,16 @@ class MemoryRows:
         self._device = torch.device("cpu")
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy needs: of the records, those that were ever kept."""
-        self._wait()
-        kept = torch.from_numpy(np.flatnonzero(self._taken)).to(self._records.device)
         count, _, dim = self._records.shape
         return {
             "arguments": (count, dim, self._records.dtype, self._seed, self._on_host),
             "device": self._device,
-            "taken": self._taken,
-            "records": self._records[kept],
+            "rows": self.state_dict(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["arguments"])  # type: ignore[misc]
-        self._taken[:] = state["taken"]
-        kept = torch.from_numpy(np.flatnonzero(self._taken))
-        self._records[kept] = state["records"].to(self._records.device)
+        self.load_state_dict(state["rows"])
         self.move(state["device"], lambda records: records.to(state["device"]))
 
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
@@ -114,7 +112,7 @@ class MemoryRows:
         new = instances[self._taken[instances] == 0]
         if len(new):
             at = torch.from_numpy(new).to(self._records.device)
-            self._records[at, 0] = self._initial(new)
+            self._records[at, 0], self._records[at, 1] = self._initial(new), 0
             self._taken[new] = 1
         steps = self._taken[instances].astype(np.int64) - 1
         if self._staged is not None:
@@ -132,7 +130,7 @@ class MemoryRows:
         taken = self._taken[instances].astype(np.int64)
         if not taken.all():
             new = torch.from_numpy(taken == 0).to(records.device)
-            records[new, 0] = self._initial(instances[taken == 0])
+            records[new, 0], records[new, 1] = self._initial(instances[taken == 0]), 0
         return records, np.maximum(taken - 1, 0)
 
     def room(self, instances: Indices) -> tuple[Tensor, Indices]:
@@ -165,26 +163,41 @@ class MemoryRows:
         if self._written is not None:
             self._written.synchronize()
 
-    def check(self, state: Mapping[str, Any]) -> None:
-        if "records" not in state:
+    def check(self, state: Mapping[str, Any], steps: int) -> None:
+        if isinstance(state, Mapping) and "generation" in state:
             raise ValueError(
                 "this is a checkpoint of a classifier with storage='disk', whose rows are in its files"
             )
-        if state["records"].shape != self._records.shape:
-            raise ValueError(
-                f"the checkpoint's rows must be {tuple(self._records.shape)}, "
-                f"got {tuple(state['records'].shape)}"
-            )
+        count, _, dim = self._records.shape
+        instances = tensor(state, "instances", "storage", torch.int64, (None,))
+        taken = tensor(state, "steps", "storage", torch.int64, instances.shape)
+        tensor(state, "records", "storage", self._records.dtype, (len(instances), 2, dim), finite=False)
+        for name, values, bound in (("instances", instances, count), ("steps", taken, steps + 1)):
+            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < bound:
+                raise ValueError(
+                    f"the checkpoint's storage: {name} must be in [0, {bound}), "
+                    f"got values from {int(values.min())} to {int(values.max())}"
+                )
+        if not bool((instances.diff() > 0).all()):
+            raise ValueError("the checkpoint's storage: instances must ascend")
 
     def state_dict(self) -> dict[str, Any]:
+        """A copy of the rows that were ever kept, in the host's memory."""
         self._wait()
-        return {"records": self._records, "taken": torch.from_numpy(self._taken.astype(np.int64))}
+        kept = torch.from_numpy(np.flatnonzero(self._taken))
+        records = torch.empty(len(kept), *self._records.shape[1:], dtype=self._records.dtype, device="cpu")
+        for part in torch.arange(len(kept), device="cpu").split(_ROWS_AT_A_TIME):
+            records[part] = self._records[kept[part].to(self._records.device)].cpu()
+        steps = torch.from_numpy(self._taken[kept.numpy()].astype(np.int64) - 1)
+        return {"instances": kept, "steps": steps, "records": records}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._wait()
         self._staged = None
-        self._records.copy_(state["records"])
-        self._taken[:] = state["taken"].cpu().numpy()
+        instances = state["instances"].cpu()
+        self._taken[:] = 0
+        self._records[instances.to(self._records.device)] = state["records"].to(self._records.device)
+        self._taken[instances.numpy()] = state["steps"].cpu().numpy() + 1
 
     def confirm(self, state: Mapping[str, Any]) -> None:
         pass  # all rows are in it

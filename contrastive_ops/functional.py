@@ -261,6 +261,9 @@ class SGDStep:
         momentum_buffer: (A, D) v, of the weight's dtype; overwritten with the weight.
         lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
         taken: whether backward has taken it. It does so once.
+        begun: versions of `momentum_buffer` and weight when backward began to take it.
+        recorded: number of the steps before it, once the optimiser knows of it.
+        weight: the only weight that it may be taken on; None for any.
     """
 
     momentum_buffer: Tensor
@@ -269,6 +272,9 @@ class SGDStep:
     weight_decay: float
     nesterov: bool
     taken: bool = False
+    begun: tuple[int, int] | None = None
+    recorded: int | None = None
+    weight: Tensor | None = None
 
 
 def conic_loss(
@@ -351,6 +357,14 @@ def conic_loss(
     check_flag("return_metrics", return_metrics)
     _check_reduction(reduction)
     check_backend(backend)
+    if update is not None:
+        if not isinstance(update, SGDStep):
+            raise TypeError(f"update must come from DelayedSGD.in_backward(), got {type(update).__name__}")
+        if update.weight is not None and update.weight is not weight:
+            raise ValueError(
+                "update is a step on the weight of its optimizer's classifier, which weight must be, got "
+                "another tensor"
+            )
 
     compensation = 1.0
     if num_instances is not None and rows > 1:

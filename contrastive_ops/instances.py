@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +18,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from . import _ops
+from ._eager import eager
 from ._history import History, check_step
+from ._state import entry, tensor
 from .functional import (
     SGDStep,
     check_flag,
@@ -36,7 +43,12 @@ else:
     _missing = None
 
 
-def checked_instances(name: str, indices: Any, num_instances: int) -> NDArray[np.int64]:
+_Indices = NDArray[np.int64]
+_Settings = tuple[float, float, float, bool]  # of a step: learning rate, momentum, weight decay, nesterov
+_STATEFUL = "it changes what is kept on the host, which compiled code would do once, when it is traced"
+
+
+def checked_instances(name: str, indices: Any, num_instances: int) -> _Indices:
     """The numbers of instances that a tensor (B,) holds, on the host.
 
     Raises:
@@ -84,11 +96,17 @@ class InstanceClassifier(nn.Module):
     Attributes:
         weight: (A, D) parameter, the active rows, not normalised.
         momentum: (A, D) buffer, theirs.
+        carried: None, or while a gradient is accumulated over several batches, a parameter (n, D) for rows
+            that were evicted meanwhile. Its ``grad`` is what they have to their credit at the next step, for
+            loss scalers and clipping to see; it has no values of interest.
 
-    A checkpoint is the ``state_dict()``, which holds all rows; with storage="disk" it holds the active ones,
-    and taking it makes a generation of the files that ``load_state_dict()`` brings them back to, in whatever way
-    the process or the machine stopped. The last `generations` of these can be loaded, and the one that `confirm`
-    said is saved.
+    A checkpoint is the ``state_dict()``: a copy of all rows as they are at that moment, which training leaves
+    alone. With storage="disk" it holds the active ones, and taking it makes a generation of the files that
+    ``load_state_dict()`` brings them back to, in whatever way the process or the machine stopped. The last
+    `generations` of these can be loaded, and the one that `confirm` said is saved. Gradients are in no checkpoint: loading one throws those away that there are.
+
+    An exception in any method, an interrupt from the keyboard too, leaves the classifier as if the method had
+    not been called, or had run to its end; calls from several threads wait for one another.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the folder holds something else.
@@ -109,6 +127,7 @@ class InstanceClassifier(nn.Module):
 
     weight: nn.Parameter
     momentum: Tensor
+    carried: nn.Parameter | None
 
     def __init__(
         self,
@@ -153,63 +172,110 @@ class InstanceClassifier(nn.Module):
         _rows.initial_rows(seed, self._active.instances, rows.numpy())
         self.weight = nn.Parameter(rows)
         self.register_buffer("momentum", torch.zeros_like(rows))
+        self.register_parameter("carried", None)
+        self._carried: _Carried | None = None
+        self._trained: list[nn.Parameter] = [self.weight]  # what optimisers hold: with `carried`, if there is
+        self._in_backward: SGDStep | None = None  # the step that a backward may take, or has taken
+        self._unfinished: Callable[[], None] | None = (
+            None  # completes or undoes what an exception has cut off
+        )
+        self._stepping: _Gradient | None = None  # of a step() that has not returned
+        self._spent: _Gradient | None = None  # that of the last step
+        self._hook: RemovableHandle | None = None
+        self._torn = ""  # why there is no going on without a checkpoint
+        self._lock = threading.RLock()
         self._guard()
         self.to(device)
 
-    @torch.no_grad()
+    @eager(_STATEFUL)
     def activate(self, indices: Tensor) -> Tensor:
         """Make the instances `indices` (B,) active, caught up to now, and return the rows of `weight` that
         they own: (B,) int64 on its device.
 
-        The batch may repeat instances. Rows that were activated since the optimiser's last step are never
-        evicted, so that gradients may be accumulated over several batches. Call it before the forward that
-        uses its rows, not between a forward and its backward.
+        The batch may repeat instances. Call it before the forward that uses its rows, not between a forward
+        and its backward.
+
+        Gradients may be accumulated over several batches, each activated before its forward. Rows of these
+        batches are not evicted before the optimiser's `step` or `zero_grad`. What gradient a row has that is
+        evicted stays to its credit, and `step` spends it. In evaluation, which takes no steps, rows are only
+        kept until the next call: with gradients switched off, in eval mode, and for a weight that requires no
+        gradient.
 
         Raises:
             TypeError, ValueError: `indices` is not (B,) int64 in [0, N), or there are more distinct rows
                 since the optimiser's last step than fit.
             OSError: the disk failed, or is full. Nothing is lost: the active set is as it was.
         """
-        plan = self._active.plan(checked_instances("indices", indices, self.num_instances))
-        if len(plan.slots):
-            rows = self.weight, self.momentum
-            incoming, coming, steps = self._storage.fetch(plan.incoming)
-            room, going = self._storage.room(plan.evicted)
-            self._exchange(*rows, plan.slots, incoming, coming, self.history.coefficients(steps), room, going)
-            try:
-                self._storage.keep(plan.evicted, len(self.history))
-            except OSError:  # back into their slots, as they were
-                unchanged = np.tile(np.eye(2), (len(plan.slots), 1, 1))
-                self._exchange(*rows, plan.slots, room.clone(), going, unchanged, room, going)
-                raise
-        self._active.commit(plan)
-        return self._to_device(plan.target)
+        protect = self.training and self.weight.requires_grad and torch.is_grad_enabled()
+        with self._exclusively():
+            self._stepping = None
+            plan = self._active.plan(checked_instances("indices", indices, self.num_instances))
+            if len(plan.slots):
+                self._bring_in(plan)
+            self._active.commit(plan, protect)
+            self._unfinished = None
+            return self._to_device(plan.target)
 
+    @eager(_STATEFUL)
     def prefetch(self, next_indices: Tensor) -> None:
         """Start to bring the rows of the next batch near, while the current step computes.
 
         Changes nothing but how long the next `activate` takes. Call it after this step's `activate`, with
         what the next one is going to be called with.
         """
-        indices = np.unique(checked_instances("next_indices", next_indices, self.num_instances))
-        self._storage.prefetch(indices[self._active.find(indices) < 0])
+        with self._exclusively():
+            indices = np.unique(checked_instances("next_indices", next_indices, self.num_instances))
+            self._storage.prefetch(indices[self._active.find(indices) < 0])
 
-    @torch.no_grad()
+    @eager(_STATEFUL)
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and momentum of any instances (n,), caught up to now, without activating them: two (n, D)
         tensors on the weight's device."""
+        with self._exclusively():
+            instances = checked_instances("indices", indices, self.num_instances)
+            slots = self._active.find(instances)
+            at = self._to_device(np.maximum(slots, 0))
+            weight, momentum = self.weight.detach()[at], self.momentum[at]
+            (late,) = np.nonzero(slots < 0)
+            if len(late):
+                at = self._to_device(late)
+                weight[at], momentum[at] = self._caught_up(instances[late])
+            return weight, momentum
+
+    @eager(_STATEFUL)
+    def write(self, indices: Tensor, weight: Tensor, momentum: Tensor | None = None) -> None:
+        """Overwrite the rows of any instances, as of now: what `read` then says of them.
+
+        A dense classifier's checkpoint goes into one with an active set in this way, some rows at a time.
+
+        Args:
+            indices: (n,) int64, distinct.
+            weight: (n, D), floating.
+            momentum: (n, D), floating; zeros by default.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; nothing has been changed.
+
+        Example:
+            >>> import torch
+            >>> from contrastive_ops import InstanceClassifier
+            >>> dense, classifier = torch.randn(1000, 8), InstanceClassifier(1000, 8, active=16)
+            >>> for rows in torch.arange(1000).split(256):
+            ...     classifier.write(rows, dense[rows])
+        """
         instances = checked_instances("indices", indices, self.num_instances)
-        slots = self._active.find(instances)
-        at = self._to_device(np.maximum(slots, 0))
-        weight, momentum = self.weight.detach()[at], self.momentum[at]
-        (late,) = np.nonzero(slots < 0)
-        if len(late):
-            records, steps = self._storage.peek(instances[late])
-            records = records.to(weight.device)
-            every = np.arange(len(late))
-            coefficients, room = self.history.coefficients(steps), torch.empty_like(records)
-            self._exchange(weight, momentum, late, records, every, coefficients, room, every)
-        return weight, momentum
+        if len(np.unique(instances)) < len(instances):
+            raise ValueError("indices must be distinct")
+        momentum = torch.zeros_like(weight) if momentum is None and isinstance(weight, Tensor) else momentum
+        wanted = (len(instances), self.dim)
+        for name, rows in (("weight", weight), ("momentum", momentum)):
+            check_floating(name, rows)
+            if rows.shape != wanted or rows.is_meta:
+                raise ValueError(f"{name} must be {wanted} and have values, got {tuple(rows.shape)}")
+        records = torch.stack([weight.detach().to(self.weight), momentum.detach().to(self.weight)], 1)
+        with self._exclusively():
+            self._unfinished = partial(self._overwrite, instances, records, len(self.history))
+            self._settle()
 
     def export(self, rows: int = 65536) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All instances in order, `rows` at a time: their numbers (n,), and what `read` says of them."""
@@ -230,14 +296,13 @@ class InstanceClassifier(nn.Module):
         Raises:
             ValueError: the state is not of this classifier, or its generation is gone.
         """
-        extra = state.get("_extra_state") if isinstance(state, Mapping) else None
-        if not isinstance(extra, Mapping) or "storage" not in extra:
-            raise ValueError("state must be what this classifier's state_dict() returned")
-        self._storage.confirm(extra["storage"])
+        with self._lock:
+            self._storage.confirm(entry(entry(state, "_extra_state", "state"), "storage", "classifier"))
 
     def verify(self) -> list[str]:
         """Read all that storage="disk" has in its folder, and say what is damaged: nothing, where all is well."""
-        return self._storage.verify()
+        with self._lock:
+            return self._storage.verify()
 
     @staticmethod
     def verify_folder(path: str | os.PathLike[str]) -> list[str]:
@@ -249,11 +314,19 @@ class InstanceClassifier(nn.Module):
         self._storage.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies, pickled ones too, go on as the original would. With storage="disk" there are none."""
-        return {**self.__dict__, "_active": self._active.state()}
+        """Copies, pickled ones too, go on as the original would; like other modules' they have no gradients.
+        With storage="disk" there are none."""
+        with self._exclusively():
+            state = {**self.__dict__, "_active": self._active.state()}
+            del state["_lock"], state["_carried"], state["_hook"], state["_stepping"], state["_spent"]
+            state["_parameters"] = {**state["_parameters"], "carried": None}
+            return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._lock = threading.RLock()
+        self._hook = self._stepping = self._spent = None
+        self._publish(None)
         self._active = _rows.ActiveSet(self.num_instances, len(self.weight), self.seed)
         self._active.load(state["_active"])
         self._guard()
@@ -271,19 +344,71 @@ class InstanceClassifier(nn.Module):
             "storage": self._storage.state_dict(),
         }
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        self._storage.load_state_dict(state["storage"])
-        self._active.load({name: value.cpu().numpy() for name, value in state["active"].items()})
-        self.history.load_state_dict(state["history"])
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """All of it as of one moment: rows are copies, as the rest is."""
+        with self._exclusively():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination.pop(f"{prefix}carried", None)
+            for name in ("weight", "momentum"):
+                if not keep_vars:
+                    destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].clone()
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
-        state = state_dict.get(f"{prefix}_extra_state")
-        if state is not None:  # before anything is overwritten
-            for name, here in self._identity().items():
-                if state[name] != here:
-                    raise ValueError(f"the checkpoint's {name} is {state[name]}, the classifier's {here}")
-            self._storage.check(state["storage"])
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        """All of a checkpoint, or nothing. Rows are copied into the tensors that the optimiser holds, also
+        where ``assign=True`` asks for others."""
+        names = ("weight", "momentum", "_extra_state")
+        given = [name for name in names if f"{prefix}{name}" in state_dict]
+        if not given:  # missing as a whole, which is for PyTorch to say
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+            return
+        for name in names:
+            if name not in given:
+                raise ValueError(f"the checkpoint must hold the classifier's {prefix}{name} with the others")
+        if self.weight.is_meta:
+            raise ValueError("the classifier is on the meta device: move it by to_empty() before loading")
+        with self._lock:
+            self._checked(state_dict[f"{prefix}_extra_state"])
+            for name in ("weight", "momentum"):
+                shape = tuple(self.weight.shape)
+                tensor(state_dict, f"{prefix}{name}", "classifier", self.weight.dtype, shape, finite=False)
+            self._torn = "loading a checkpoint was interrupted"
+            self._publish(None)
+            metadata = {**local_metadata, "assign_to_params_buffers": False}
+            super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        with self._lock:
+            active, history = self._checked(state)
+            self._torn = "loading a checkpoint was interrupted"
+            self._publish(None)
+            self.weight.grad = None
+            self._in_backward = self._unfinished = self._stepping = None
+            self._storage.load_state_dict(state["storage"])
+            self._active, self.history = active, history
+            self._torn = ""
+
+    def _checked(self, state: Mapping[str, Any]) -> tuple[_rows.ActiveSet, History]:
+        """The active set and the history of a state that can be loaded.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        of = "classifier"
+        for name, here in self._identity().items():
+            if entry(state, name, of) != here:
+                raise ValueError(f"the checkpoint's {name} is {state[name]}, the classifier's {here}")
+        history = History.from_state(entry(state, "history", of))
+        active = _rows.ActiveSet(self.num_instances, len(self.weight), self.seed)
+        parts = entry(state, "active", of)
+        sizes = {"instances": len(self.weight), "order": len(self.weight), "protected": 1}
+        tensors = {
+            name: tensor(parts, name, "active set", torch.int64, (size,)) for name, size in sizes.items()
+        }
+        active.load({name: value.cpu().contiguous().numpy() for name, value in tensors.items()})
+        self._storage.check(entry(state, "storage", of), len(history))
+        return active, history
 
     def _identity(self) -> dict[str, Any]:
         rows, dim = self.weight.shape
@@ -306,18 +431,212 @@ class InstanceClassifier(nn.Module):
         self._storage.move(probe.device, fn)
         return self
 
+    @contextlib.contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Alone, from a settled state to a settled state, whatever comes between.
+
+        Tensors are written to detached from autograd, rather than with gradients switched off, which an
+        interrupt at the wrong moment would leave off.
+        """
+        with self._lock:
+            self._settle()
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(Exception):  # it will be tried again, and say so then
+                    self._settle()
+                raise
+
+    def _settle(self) -> None:
+        """Complete or undo what an exception has cut off, and record a step that backward has taken.
+
+        May be cut off itself, at any place, and be called again.
+        """
+        if self._torn:
+            raise RuntimeError(f"{self._torn}: load a checkpoint to go on")
+        if self._unfinished is not None:
+            self._unfinished()
+            self._unfinished = None
+        step = self._in_backward
+        if step is not None and (step.taken or self._has_begun(step.begun)):
+            step.taken = True
+            if step.recorded is None:
+                step.recorded = len(self.history)
+            self._record(step.recorded, (step.lr, step.momentum, step.weight_decay, step.nesterov))
+            self._in_backward = None
+        if self._carried is not None and not self._holds_gradient():
+            self._publish(None)
+
+    def _has_begun(self, versions: tuple[int, int] | None) -> bool:
+        """Whether an operator has written weight and momentum since they had these versions."""
+        if versions is None:
+            return False
+        momentum, weight = versions
+        if self.weight._version != weight:
+            return True
+        if self.momentum._version != momentum or self.weight.is_cuda:
+            # A GPU is given its work and goes on by itself: that was so already, or never came to it.
+            self._torn = "an interrupt came while rows were being written, and some may be"
+            raise RuntimeError(f"{self._torn}: load a checkpoint to go on")
+        return False
+
+    def _versions(self) -> tuple[int, int]:
+        """Of momentum and weight. An operator moves them on when it has written both, the weight's last."""
+        return self.momentum._version, self.weight._version
+
+    def _bring_in(self, plan: _rows.Plan) -> None:
+        """Exchange rows, and their gradients; `_unfinished` undoes it until the plan is committed."""
+        incoming, coming, steps = self._storage.fetch(plan.incoming)
+        coefficients = self.history.coefficients(steps)
+        room, going = self._storage.room(plan.evicted)
+        exchange = _Exchange(plan, room, going, self._versions(), self._carried)
+        gradient = self.weight.grad
+        if gradient is not None:
+            exchange.slots = self._to_device(plan.slots)
+            exchange.gradient = gradient.detach()[exchange.slots]
+            exchange.spent = self._spent is not None and self._spent.is_still(gradient)
+            carried, arriving = self._carry(exchange, gradient)
+        self._unfinished = partial(self._undo, exchange)
+        rows = self.weight, self.momentum
+        self._exchange(*rows, plan.slots, incoming, coming, coefficients, room, going)
+        if gradient is not None:
+            self._change_gradient(exchange, arriving)
+            self._publish(carried)
+        self._storage.keep(plan.evicted, len(self.history))
+
+    def _undo(self, exchange: _Exchange) -> None:
+        plan = exchange.plan
+        if not self._active.awaits(plan) or not self._has_begun(exchange.versions):
+            return  # it was committed, or nothing was written
+        unchanged, scratch = np.tile(np.eye(2), (len(plan.slots), 1, 1)), torch.empty_like(exchange.room)
+        rows, going = (self.weight, self.momentum), exchange.going
+        self._exchange(*rows, plan.slots, exchange.room, going, unchanged, scratch, going)
+        if exchange.gradient is not None:
+            self._change_gradient(exchange, exchange.gradient)
+        self._publish(exchange.carried)
+
+    def _change_gradient(self, exchange: _Exchange, rows: Tensor) -> None:
+        """Of the slots that change hands. A gradient that was spent stays so."""
+        gradient = self.weight.grad
+        if gradient is not None:
+            gradient.detach()[exchange.slots] = rows
+            self._spent = _Gradient.of(gradient) if exchange.spent else None
+
+    def _carry(self, exchange: _Exchange, whole: Tensor) -> tuple[_Carried, Tensor]:
+        """What is carried after an exchange, and the gradient (n, D) of the rows that come in."""
+        assert exchange.gradient is not None
+        arriving = torch.zeros_like(exchange.gradient)
+        instances, gradients = exchange.plan.evicted, exchange.gradient
+        spent = exchange.spent
+        if self._carried is not None:
+            spent &= self._carried.spent
+            _, back, of = np.intersect1d(exchange.plan.incoming, self._carried.instances, return_indices=True)
+            arriving[self._to_device(back)] = self._carried.gradient[self._to_device(of)]
+            stay = np.setdiff1d(np.arange(len(self._carried.instances)), of)
+            instances = np.concatenate([self._carried.instances[stay], instances])
+            gradients = torch.cat([self._carried.gradient[self._to_device(stay)], gradients])
+        parameter = nn.Parameter(torch.zeros_like(gradients), requires_grad=False)
+        parameter.grad = gradients
+        return _Carried(instances, parameter, _Gradient.of(whole), spent), arriving
+
+    def _publish(self, carried: _Carried | None) -> None:
+        """Where loss scalers, clipping and `zero_grad` look for parameters."""
+        self._carried = carried
+        parameter = None if carried is None else carried.parameter
+        self._parameters["carried"] = parameter
+        self._trained[1:] = [] if parameter is None else [parameter]
+        if carried is None and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        elif carried is not None and self._hook is None:
+            self._hook = self.weight.register_post_accumulate_grad_hook(
+                partial(_forget_if_begun_anew, weakref.ref(self))
+            )
+
+    def _holds_gradient(self) -> bool:
+        """Whether the gradient is there still that evicted rows have a part in. One that another tensor has
+        taken the place of was added to, unless a step has spent it."""
+        carried, whole = self._carried, self.weight.grad
+        assert carried is not None
+        replaced = carried.part_of.tensor() is not whole
+        return whole is not None and carried.parameter.grad is not None and not (carried.spent and replaced)
+
+    def _take_step_on_gradient(self, settings: _Settings) -> None:
+        """A step with the gradients of active rows, and those of evicted ones."""
+        grad = self.weight.grad
+        assert grad is not None
+        step = _Step(settings, len(self.history), self._versions(), _Gradient.of(grad))
+        if self._carried is not None:
+            step.evicted = self._carried.instances
+            weight, momentum = self._caught_up(step.evicted)
+            _ops.sgd_(weight, momentum, self._carried.gradient, *settings, None)
+            step.records = torch.stack([weight, momentum], 1)
+        self._unfinished = partial(self._finish_interrupted, step)
+        self._stepping = step.gradient
+        _ops.sgd_(self.weight.detach(), self.momentum, grad.detach(), *settings, None)
+        self._finish(step)
+        self._unfinished = None
+
+    def _finish(self, step: _Step) -> None:
+        """What is left when the active rows have taken a step."""
+        if step.records is not None:
+            self._overwrite_stored(step.evicted, step.records, step.length + 1)
+        self._spent = step.gradient
+        self._record(step.length, step.settings)
+
+    def _finish_interrupted(self, step: _Step) -> None:
+        if self._has_begun(step.versions):
+            self._finish(step)
+        else:
+            self._stepping = None
+
+    def _record(self, length: int, settings: _Settings) -> None:
+        """The step after the first `length` was taken, by the active rows; the others will. Once."""
+        if len(self.history) == length:
+            self.history.append(*settings)
+        self._active.release()
+
+    def _take_step(self, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
+        """The active rows have taken a step; the others will."""
+        self._record(len(self.history), (lr, momentum, weight_decay, nesterov))
+
+    def _caught_up(self, instances: _Indices) -> tuple[Tensor, Tensor]:
+        """Weight and momentum (n, D) of instances that are not active."""
+        records, steps = self._storage.peek(instances)
+        records = records.to(self.weight.device)
+        every, room = np.arange(len(instances)), torch.empty_like(records)
+        weight, momentum = records[:, 0].clone(), records[:, 1].clone()
+        coefficients = self.history.coefficients(steps)
+        self._exchange(weight, momentum, every, records, every, coefficients, room, every)
+        return weight, momentum
+
+    def _overwrite(self, instances: _Indices, records: Tensor, step: int) -> None:
+        slots = self._active.find(instances)
+        late, active = slots < 0, slots >= 0
+        if late.any():
+            self._overwrite_stored(instances[late], records[self._to_device(late)], step)
+        at = self._to_device(slots[active])
+        self.weight.detach()[at], self.momentum[at] = records[self._to_device(active)].unbind(1)
+
+    def _overwrite_stored(self, instances: _Indices, records: Tensor, step: int) -> None:
+        """Of instances that are not active."""
+        room, rows = self._storage.room(instances)
+        room[torch.from_numpy(rows).to(room.device)] = records.to(room.device)
+        self._storage.keep(instances, step)
+
     def _exchange(
         self,
         weight: Tensor,
         momentum: Tensor,
-        slots: NDArray[np.int64],
+        slots: _Indices,
         incoming: Tensor,
-        incoming_rows: NDArray[np.int64],
+        incoming_rows: _Indices,
         coefficients: NDArray[np.float64],
         outgoing: Tensor,
-        outgoing_rows: NDArray[np.int64],
+        outgoing_rows: _Indices,
     ) -> None:
         """The operator, with arrays of the host."""
+        weight = weight.detach()
         at, source, matrices, target = map(
             self._to_device, (slots, incoming_rows, coefficients, outgoing_rows)
         )
@@ -326,14 +645,94 @@ class InstanceClassifier(nn.Module):
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.weight.device, non_blocking=True)
 
-    def _take_step(self, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
-        """The active rows have taken a step; the others will."""
-        self.history.append(lr, momentum, weight_decay, nesterov)
-        self._active.release()
-
     def extra_repr(self) -> str:
         rows, dim = self.weight.shape
         return f"num_instances={self.num_instances}, dim={dim}, active={rows}, storage={self.storage!r}"
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """A gradient as it was at a moment, without keeping it alive.
+
+    Attributes:
+        tensor: a weak reference to it.
+        version: how often it had been written.
+    """
+
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    @classmethod
+    def of(cls, gradient: Tensor) -> _Gradient:
+        return cls(weakref.ref(gradient), gradient._version)
+
+    def is_still(self, gradient: Tensor | None) -> bool:
+        return gradient is not None and self.tensor() is gradient and self.version == gradient._version
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """Rows that were evicted while they had a gradient.
+
+    Attributes:
+        instances: (n,) whose they are.
+        parameter: (n, D), whose ``grad`` is theirs.
+        part_of: the weight's gradient that it was part of.
+        spent: whether a step had been taken on all of it.
+    """
+
+    instances: _Indices
+    parameter: nn.Parameter
+    part_of: _Gradient
+    spent: bool
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.parameter.grad is not None
+        return self.parameter.grad
+
+
+@dataclass
+class _Exchange:
+    """An exchange of rows that may have to be undone.
+
+    Attributes:
+        plan: what it is for.
+        room, going: the storage's records, and which of them are the evicted rows.
+        versions: of momentum and weight before.
+        carried: what was carried before.
+        slots, gradient: the rows' gradient (n, D) before, if there is one.
+        spent: whether a step had been taken on it.
+    """
+
+    plan: _rows.Plan
+    room: Tensor
+    going: _Indices
+    versions: tuple[int, int]
+    carried: _Carried | None
+    slots: Tensor | None = None
+    gradient: Tensor | None = None
+    spent: bool = False
+
+
+@dataclass
+class _Step:
+    """A step on a gradient that may have to be completed.
+
+    Attributes:
+        settings: learning rate, momentum, weight decay, nesterov.
+        length: of the history before.
+        versions: of momentum and weight before.
+        gradient: the weight's.
+        evicted, records: instances with a gradient that are not active, and their rows (n, 2, D) after it.
+    """
+
+    settings: _Settings
+    length: int
+    versions: tuple[int, int]
+    gradient: _Gradient
+    evicted: _Indices = field(default_factory=lambda: np.empty(0, np.int64))
+    records: Tensor | None = None
 
 
 class DelayedSGD(Optimizer):
@@ -380,38 +779,59 @@ class DelayedSGD(Optimizer):
             raise TypeError(f"classifier must be an InstanceClassifier, got {type(classifier).__name__}")
         self.classifier = classifier
         self._in_backward: SGDStep | None = None
-        self._stepped = False  # whether the gradient there is was spent on a step
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         _check_settings(**defaults)
         super().__init__([classifier.weight], defaults)
+        self.param_groups[0]["params"] = classifier._trained
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("classifier", "_in_backward", "_stepped")
+        own = ("classifier", "_in_backward")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of this moment; the momentum is in the classifier's."""
+        state = super().state_dict()
+        (group,) = state["param_groups"]
+        group["params"] = [0]
+        group.update((name, value.clone()) for name, value in group.items() if isinstance(value, Tensor))
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.param_groups[0]["params"] = [self.classifier.weight]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self.param_groups[0]["params"] = self.classifier._trained
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
             raise ValueError("DelayedSGD holds one weight; other parameters want an optimizer of their own")
         super().add_param_group(param_group)
 
-    @torch.no_grad()
+    @eager(_STATEFUL)
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step with the gradient there is; without one, none, as in torch.optim."""
+        """Take a step with the gradient there is; without one, none, as in torch.optim.
+
+        If it raises, for example because it is interrupted, call it again or go on: the step is taken once.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        weight, pending = self.classifier.weight, self._in_backward
-        if pending is not None and pending.taken:
-            if weight.grad is not None:
-                raise RuntimeError("weight has a gradient beside the step that backward has taken")
-            self._in_backward = None
-            self.classifier._take_step(pending.lr, pending.momentum, pending.weight_decay, pending.nesterov)
-        elif weight.grad is not None:
-            settings = self._settings()
-            _ops.sgd_(weight, self.classifier.momentum, weight.grad, *settings, None)
-            self.classifier._take_step(*settings)
-            self._stepped = True
+        of, update = self.classifier, self._in_backward
+        with of._exclusively():
+            grad = of.weight.grad
+            if update is not None and update.taken:
+                if grad is not None:
+                    raise RuntimeError("weight has a gradient beside the step that backward has taken")
+                self._in_backward = None
+            elif of._stepping is not None and of._stepping.is_still(grad):
+                pass  # the step is taken, by a call that did not return
+            elif grad is not None:
+                of._take_step_on_gradient(self._settings())
+            else:
+                of._active.release()
+        of._stepping = None
         return loss
 
     def in_backward(self) -> SGDStep:
@@ -431,18 +851,23 @@ class DelayedSGD(Optimizer):
         """
         if self._in_backward is not None and self._in_backward.taken:
             raise RuntimeError("backward has taken a step already: call step() before the next in_backward()")
-        self._in_backward = SGDStep(self.classifier.momentum, *self._settings())
+        of = self.classifier
+        with of._exclusively():
+            self._in_backward = of._in_backward = SGDStep(of.momentum, *self._settings(), weight=of.weight)
         return self._in_backward
 
+    @eager(_STATEFUL)
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim. Rows whose gradient is thrown away here, unspent, may be evicted again: a loss
-        scaler that skips many steps does not fill the active set."""
-        if self.classifier.weight.grad is not None and not self._stepped:
-            self.classifier._active.release()
-        self._stepped = False
-        super().zero_grad(set_to_none)
+        """As in torch.optim. Rows whose gradient is thrown away here may be evicted again: a loss scaler that
+        skips many steps does not fill the active set."""
+        of = self.classifier
+        with of._exclusively():
+            super().zero_grad(set_to_none)
+            of._stepping = None
+            of._publish(None)
+            of._active.release()
 
-    def _settings(self) -> tuple[float, float, float, bool]:
+    def _settings(self) -> _Settings:
         (group,) = self.param_groups
         settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
         return _check_settings(**settings)
@@ -499,6 +924,7 @@ class MemoryBank(nn.Module):
         rows = F.normalize(torch.randn(num_instances, dim, generator=generator, device="cpu"), dim=1)
         self.register_buffer("rows", rows.to(torch.empty(0, device=device).device, dtype))
 
+    @eager(_STATEFUL)
     @torch.no_grad()
     def update(self, indices: Tensor, features: Tensor) -> None:
         """Average the features of instances into their rows; call it after backward.
@@ -550,6 +976,14 @@ class MemoryBank(nn.Module):
 _classifiers: weakref.WeakSet[InstanceClassifier] = weakref.WeakSet()
 
 
+def _forget_if_begun_anew(of: weakref.ref[InstanceClassifier], weight: Tensor) -> None:
+    """Runs when a gradient has been accumulated while evicted rows carry one. If it is another tensor than
+    they have a part in, that one was thrown away in between, by ``weight.grad = None``."""
+    carried = (classifier := of()) and classifier._carried
+    if carried and carried.part_of.tensor() is not weight.grad and not torch.is_grad_enabled():
+        carried.parameter.grad = None
+
+
 def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
     """Runs before any optimiser's step, once there is a classifier whose rows are not all active. One that
     lets `optimizers` of its own take the step is not asked: they are."""
@@ -569,9 +1003,7 @@ def _watch_optimizers() -> None:
     register_optimizer_step_pre_hook(_refuse_other_optimizers)
 
 
-def _check_settings(
-    lr: Any, momentum: Any, weight_decay: Any, nesterov: Any
-) -> tuple[float, float, float, bool]:
+def _check_settings(lr: Any, momentum: Any, weight_decay: Any, nesterov: Any) -> _Settings:
     """Of a step, as numbers; a learning rate may be a tensor of one."""
     lr = float(lr) if isinstance(lr, Tensor) else lr
     check_number("lr", lr, minimum=0)

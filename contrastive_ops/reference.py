@@ -320,7 +320,9 @@ def exchange_rows_(
     arriving = (coefficients @ arriving.double()).to(weight.dtype)
     leaving = torch.stack([weight[slots], momentum_buffer[slots]], 1)
     outgoing[outgoing_rows.to(outgoing.device)] = leaving.to(outgoing.device)
-    weight[slots], momentum_buffer[slots] = arriving.unbind(1)
+    weights, buffers = arriving.unbind(1)
+    momentum_buffer[slots] = buffers
+    weight[slots] = weights
 
 
 def _pair_similarities(views: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

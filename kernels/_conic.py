@@ -63,6 +63,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ._rows import device_of, sgd_
 from ._tiles import Tiles, select_conic_tiles
@@ -697,6 +698,7 @@ def conic_backward_sgd_(
             grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
             _gradient_of_weight(call, weight, grad_weight)
             sgd_(weight, momentum_buffer, grad_weight, *settings, nesterov)
+    increment_version((momentum_buffer, weight))
     return grad_views
 
 

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 _BLOCK = 2048
 
@@ -63,6 +64,7 @@ def sgd_(
             lr, momentum, weight_decay, NESTEROV=nesterov,
             CONTIGUOUS=all(x.is_contiguous() for x in tensors), BLOCK=_BLOCK,
         )  # fmt: skip
+    increment_version((momentum_buffer, weight))
 
 
 @triton.jit
@@ -117,6 +119,7 @@ def exchange_rows_(
             coefficients.contiguous(), outgoing, outgoing_rows.contiguous(), dim,
             *weight.stride(), *momentum_buffer.stride(), *incoming.stride(), *outgoing.stride(), BLOCK=block,
         )  # fmt: skip
+    increment_version((outgoing, momentum_buffer, weight))
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

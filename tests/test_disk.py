@@ -148,7 +148,7 @@ def test_rows_equal_arrays_and_their_snapshots(
             assert_holds(rows, was)
         else:
             with pytest.raises(ValueError, match=f"keeps generations .* is of {number}"):
-                rows.check(state)
+                rows.check(state, 10**9)
     assert rows.verify() == []
     rows.close()
 
@@ -160,9 +160,9 @@ def test_a_failed_load_leaves_the_rows_as_they_are(tmp_path: Path) -> None:
     keep(with_rows, 2)
     (table,) = (tmp_path / "generations" / "1").glob("*.sst")
     table.rename(tmp_path / "table")
-    for call in (with_rows.check, with_rows.load_state_dict):
+    for call in (lambda: with_rows.check(state, 9), lambda: with_rows.load_state_dict(state)):
         with pytest.raises(ValueError, match=rf"{table} is missing"):
-            call(state)
+            call()
     assert_holds(with_rows, after(after(initial(), 1), 2))
     (tmp_path / "table").rename(table)
     with_rows.load_state_dict(state)
@@ -193,8 +193,31 @@ def test_a_wrong_state_is_refused_and_changes_nothing(
     keep(rows, 1)
     state = rows.state_dict()
     with pytest.raises(ValueError, match=message):
-        getattr(rows, call)({} if change is None else state | change)
+        getattr(rows, call)({} if change is None else state | change, *([9] if call == "check" else []))
     assert_holds(rows, after(initial(), 1))
+    rows.close()
+
+
+def test_rows_that_have_taken_more_steps_than_there_were_are_refused(tmp_path: Path) -> None:
+    rows = open_rows(tmp_path)
+    for step in (5, 3):
+        keep(rows, step)
+    state = rows.state_dict()
+    rows.check(state, 5)
+    with pytest.raises(ValueError, match="rows as of step 5, and the checkpoint's history has 4 steps"):
+        rows.check(state, 4)
+    rows.load_state_dict(state)
+    keep(rows, 4)
+    with pytest.raises(ValueError, match="step 5"):
+        rows.check(rows.state_dict(), 4)
+    rows.close()
+
+
+def test_what_was_announced_too_early_is_read_again(tmp_path: Path) -> None:
+    rows = open_rows(tmp_path)
+    rows.prefetch(np.arange(COUNT))
+    keep(rows, 1)
+    assert_holds(rows, after(initial(), 1), "fetch")
     rows.close()
 
 
@@ -365,7 +388,7 @@ def test_files_that_are_not_as_they_were_are_found(tmp_path: Path, damage: str) 
         assert_holds(rows, was)
     else:
         with pytest.raises(ValueError, match=str(file)):
-            rows.check(state)
+            rows.check(state, 10**9)
     rows.close()
 
 
@@ -827,7 +850,7 @@ if child == 0:
         except RuntimeError as error: assert "is a fork" in str(error) and str(path) in str(error)
         else: os._exit(3)
     for call in (rows.state_dict, rows.verify, lambda: rows.confirm(state), lambda: rows.load_state_dict(state),
-                 lambda: rows.check(state), lambda: rows.keep(np.arange(2), 1)):
+                 lambda: rows.check(state, 10**9), lambda: rows.keep(np.arange(2), 1)):
         try: call()
         except RuntimeError as error: assert "is a fork" in str(error)
         else: os._exit(4)
@@ -846,7 +869,7 @@ rows.load_state_dict(state)
 assert holds(rows, state_of(range(1, 9)))
 child = os.fork()
 if child == 0:
-    import time; time.sleep(60); os._exit(0)
+    os.close(1), os.close(2), time.sleep(60), os._exit(0)
 print(child, flush=True)
 os._exit(0)  # dies without closing; the child lives on
 """

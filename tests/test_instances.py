@@ -269,6 +269,16 @@ class TestDelayedEqualsDense:
             fused.classifier.read(EVERY), plain.classifier.read(EVERY), rtol=1e-5, atol=1e-6
         )
 
+    def test_the_step_in_backward_is_on_that_weight_alone(self) -> None:
+        """On another, a normalised copy for instance, the step would be recorded and not taken."""
+        of, other = classifier(), classifier()
+        update, views = DelayedSGD(of).in_backward(), torch.randn(2, 1, 6)
+        for weight in (other.weight, F.normalize(of.weight, dim=1), of.weight.detach()):
+            with pytest.raises(ValueError, match=r"update is a step on .* got another tensor"):
+                conic_loss(views, weight, torch.tensor([0]), update=update)
+        with pytest.raises(TypeError, match=r"update must come from DelayedSGD.in_backward\(\), got dict"):
+            conic_loss(views, of.weight, torch.tensor([0]), update={})  # type: ignore[arg-type]
+
 
 class TestActiveSet:
     def test_targets_are_the_instances_rows(self, storage: str, tmp_path: Path) -> None:

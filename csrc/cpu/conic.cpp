@@ -308,8 +308,10 @@ at::Tensor conic_backward_sgd_(const at::Tensor& grad_loss, const at::Tensor& vi
                                const at::Tensor& statistics, double temperature, double consistency_weight,
                                double lr, double momentum, double weight_decay, bool nesterov) {
   const SGD step(weight, momentum_buffer, lr, momentum, weight_decay, nesterov);
-  return std::get<0>(backward(grad_loss, views, weight, target, statistics, temperature, consistency_weight,
-                              true, true, step));
+  const at::Tensor grad_views = std::get<0>(backward(grad_loss, views, weight, target, statistics,
+                                                     temperature, consistency_weight, true, true, step));
+  mark_written({momentum_buffer, weight});
+  return grad_views;
 }
 
 }  // namespace contrastive_ops

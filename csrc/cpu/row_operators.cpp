@@ -35,6 +35,7 @@ void sgd_(const at::Tensor& weight, const at::Tensor& momentum_buffer, const at:
     const at::Tensor w = weight.contiguous(), v = momentum_buffer.contiguous();
     sgd_(w, v, grad, lr, momentum, weight_decay, nesterov);
     weight.copy_(w), momentum_buffer.copy_(v);
+    mark_written({momentum_buffer, weight});
     return;
   }
   const SGD step(weight, momentum_buffer, lr, momentum, weight_decay, nesterov);
@@ -46,6 +47,7 @@ void sgd_(const at::Tensor& weight, const at::Tensor& momentum_buffer, const at:
       for (int64_t row = begin; row < end; ++row) step.take(row, data + row * dim);
     });
   });
+  mark_written({momentum_buffer, weight});
 }
 
 void exchange_rows_(const at::Tensor& weight, const at::Tensor& momentum_buffer, const at::Tensor& slots,
@@ -91,6 +93,7 @@ void exchange_rows_(const at::Tensor& weight, const at::Tensor& momentum_buffer,
       }
     });
   });
+  mark_written({outgoing, momentum_buffer, weight});
 }
 
 }  // namespace contrastive_ops

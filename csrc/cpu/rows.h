@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <type_traits>
 
 #include "vector.h"
@@ -81,6 +82,14 @@ void write_row(const at::Tensor& out, int64_t row, const T* values) {
     to_t* to = out.mutable_data_ptr<to_t>() + row * dim;
     for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<to_t>(values[d]);
   });
+}
+
+// Moves on the versions of tensors that an operator has written, which autograd compares. The last act of the
+// operator, and the weight's come last of all: who is interrupted in the interpreter can tell by them whether
+// the operator has run.
+inline void mark_written(std::initializer_list<at::Tensor> tensors) {
+  for (const auto& tensor : tensors)
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
 // Sum of a function's values, in eight chains so that the compiler makes vectors of them.

@@ -133,7 +133,7 @@ class ActiveSet {
                                   " fit in the active set: an optimiser step frees them, a larger active set "
                                   "holds more");
     }
-    // What is protected was sampled last, so the walk never comes to it.
+    // What is protected stands last in the order, so the walk never comes to it.
     for (int64_t slot = later_[active_]; plan.slots.size() < plan.incoming.size(); slot = later_[slot]) {
       if (batch.find(instances_[slot]) >= 0) continue;
       plan.slots.push_back(slot);
@@ -145,8 +145,13 @@ class ActiveSet {
     return plan;
   }
 
-  void commit(const Plan& plan) {
-    if (plan.version != version_) {
+  // Whether the set is as it was when the plan was made.
+  bool awaits(const Plan& plan) const { return plan.version == version_; }
+
+  // Without `protect`, the batch's rows are the last that were sampled, and yet may be evicted: in the order
+  // they stand before those that may not.
+  void commit(const Plan& plan, bool protect) {
+    if (!awaits(plan)) {
       throw std::runtime_error("the active set has changed since this plan was made, or it is another's");
     }
     version_ = next_version();
@@ -155,11 +160,16 @@ class ActiveSet {
       slots_.insert(plan.incoming[k], plan.slots[k]);
       instances_[plan.slots[k]] = plan.incoming[k];
     }
+    int64_t end = active_;
+    for (int64_t i = 0; i < protected_ && !protect; ++i) end = earlier_[end];
     for (const int64_t slot : plan.target) {
-      protected_ += !is_protected(slot);
-      sampled_[slot] = step_;
+      if (is_protected(slot) && !protect) continue;
       remove(slot);
-      append(slot);
+      insert(slot, end);
+      if (protect) {
+        protected_ += !is_protected(slot);
+        sampled_[slot] = step_;
+      }
     }
   }
 
@@ -246,11 +256,13 @@ class ActiveSet {
     earlier_[later_[slot]] = earlier_[slot];
   }
 
-  void append(int64_t slot) {
-    const int64_t last = earlier_[active_];
-    earlier_[slot] = last, later_[slot] = active_;
-    later_[last] = earlier_[active_] = slot;
+  void insert(int64_t slot, int64_t before) {
+    const int64_t last = earlier_[before];
+    earlier_[slot] = last, later_[slot] = before;
+    later_[last] = earlier_[before] = slot;
   }
+
+  void append(int64_t slot) { insert(slot, active_); }
 
   int64_t num_instances_, active_;
   IndexMap slots_;

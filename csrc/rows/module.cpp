@@ -130,7 +130,9 @@ PYBIND11_MODULE(_rows, module) {
             return set.plan(numbers(indices, "indices"), indices.size());
           },
           "indices"_a, "What activating the indices takes; changes nothing.")
-      .def("commit", &ActiveSet::commit, "plan"_a, "Make it so, and protect the rows of the batch.")
+      .def("awaits", &ActiveSet::awaits, "plan"_a, "Whether the plan can be committed, and was not yet.")
+      .def("commit", &ActiveSet::commit, "plan"_a, "protect"_a = true,
+           "Make it so; with protect, the rows of the batch are not evicted before a release.")
       .def("release", &ActiveSet::release, "Unprotect all rows.")
       .def("state", &state)
       .def("load", &load, "state"_a);

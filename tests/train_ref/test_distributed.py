@@ -18,6 +18,7 @@ SETTINGS = {
     "moco_in_groups": ["--model.norm_groups=4", "--model.queue_size=200"],
     "simclr": ["--model.consistency_weight=0.5"],
     "conic": ["--model.active=128"],
+    "conic_accumulated": ["--model.active=128", "--trainer.accumulate_grad_batches=2"],
     "instdisc": [],
 }
 

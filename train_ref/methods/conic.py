@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from contrastive_ops import ConICLoss, DelayedSGD, InstanceClassifier
 
-from ..distributed import gather, own_rows, rank
+from ..distributed import gather, mean, own_rows, rank
 from ..errors import UsageError
 from ..networks import Head
 from .method import Batch, Method
@@ -126,6 +126,13 @@ class ConIC(Method):
 
         self.report(loss, metrics)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """What rows carry that were evicted between accumulated batches: processes average it, as the wrapper
+        of the model does the weight's gradient."""
+        carried = self.classifier.carried
+        if carried is not None and carried.grad is not None:
+            carried.grad = mean(carried.grad)
 
     def optimizer(self, **settings: Any) -> Optimizer:
         return Together(SGD(self.encoder.parameters(), **settings), DelayedSGD(self.classifier, **settings))
