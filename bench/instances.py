@@ -164,19 +164,20 @@ def calls_of_stores(stores: dict[str, Storage], count: int, rounds: int) -> list
             timed("fetch what was announced", name, lambda: store.fetch(ahead))
             timed("keep", name, lambda: keep(store, gone, step))
     return [
-        {"what": what, "store": name, "N": count, **milliseconds(times)} for (what, name), times in taken.items()
+        {"what": what, "store": name, "N": count, **milliseconds(times)}
+        for (what, name), times in taken.items()
     ]
 
 
-def steps_that_read_ahead(
-    trainings: dict[str, Training], device: str, rounds: int
-) -> list[dict[str, Any]]:
+def steps_that_read_ahead(trainings: dict[str, Training], device: str, rounds: int) -> list[dict[str, Any]]:
     """Training steps that announce the next batch's rows before the loss; the stores in turns."""
     times: dict[str, list[float]] = {name: [] for name in trainings}
     for _ in range(rounds):
         for name, training in trainings.items():
             times[name] += seconds(training.step_ahead, 1, device)
-    return [{"what": "step, reading ahead", "store": name, **milliseconds(taken)} for name, taken in times.items()]
+    return [
+        {"what": "step, reading ahead", "store": name, **milliseconds(taken)} for name, taken in times.items()
+    ]
 
 
 def kernels(device: str, rounds: int, copy_gb_s: float) -> list[dict[str, Any]]:

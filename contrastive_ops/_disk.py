@@ -1,6 +1,6 @@
 """Rows of instance classification on disk: a RocksDB at work, and generations that are checkpoints of it.
 
-What is in the folder:
+What is in the folder (`_folder.py` keeps it):
 
     rows.json              what the rows are, and an identity that every checkpoint file bears
     kept.json              the generations that are known to be in a saved checkpoint: confirmed, loaded
@@ -14,35 +14,29 @@ its number is told when that name is. A generation that is loaded, or nothing, i
 made anew from, whenever the folder is opened. So there is no log of writes to keep, and nothing to repair.
 
 **Why nothing that is damaged is taken for rows.** RocksDB has a checksum for every block that it reads. What
-else it reads (manifest, options) is compared with files.json when a generation is loaded, and `verify` compares
-all of it. Our own JSON files bear their checksums.
+else it reads (manifest, options) is compared with files.json when a generation is loaded, and `verify`
+compares all of it. Our own JSON files bear their checksums.
 
-**Who waits for what.** `keep` copies its records into a table in memory. A full table is written by a thread of
-its own while the next one fills, and serves its rows until it is on the disk: a write that fails, because the
+**Who waits for what.** `keep` copies its records into a table in memory. A full table is written by another
+thread while the next one fills, and serves its rows until it is on the disk: a write that fails, because the
 disk is full, is done again. RocksDB's own state after such an error is thrown away by opening it anew. What
-`prefetch` announces is read by another thread.
+`prefetch` announces is read by a third thread.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import importlib
-import json
 import os
 import re
 import shutil
-import stat
 import time
-import uuid
 import warnings
 import weakref
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -51,16 +45,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ._folder import Folder, write
 from ._rows import initial_rows
 from ._storage import Indices, _find
 
-FORMAT, VERSION = "contrastive_ops.rows", 2
 TABLE_BYTES = 32 << 20  # of rows in memory before they are written out; two tables at the most
 CACHE_BYTES = 128 << 20  # of RocksDB's indices, filters and blocks, however many rows there are
 OPEN_FILES = 512
 LEVEL_0_FILES = 24  # more wait for compaction: each costs every read a look into its filter
-JSON_BYTES = 16 << 20  # of ours at the most: a list of the files of 15 TB of rows
-FILES = "files.json"
 
 
 class DiskRows:
@@ -94,7 +86,9 @@ class DiskRows:
         self._device = torch.device("cpu")
         self._room = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
         self._folder = Folder(
-            path, {"num_instances": num_instances, "dim": dim, "dtype": number.name, "seed": seed}, generations
+            path,
+            {"num_instances": num_instances, "dim": dim, "dtype": number.name, "seed": seed},
+            generations,
         )
         try:
             self._working = _Working(self._rocksdict, self._folder.new_working(), self._row)
@@ -135,7 +129,7 @@ class DiskRows:
             self._ahead = instances, self._reader.submit(self._read, instances)
 
     def room(self, instances: Indices) -> tuple[Tensor, Indices]:
-        """Waits if writing is two tables behind, and raises what it met with, before anything is exchanged."""
+        """Waits if writing is behind, and raises what it met with, before anything is exchanged."""
         self._require_rows()
         self._working.make_room()
         self._room = self._empty(len(instances))
@@ -157,8 +151,8 @@ class DiskRows:
         generation = self._folder.checked(state)
         if (step := self._folder.checked_contents(generation).step) > steps:
             raise ValueError(
-                f"generation {generation} of {self._folder.path} has rows as of step {step}, and the checkpoint's "
-                f"history has {steps} steps"
+                f"generation {generation} of {self._folder.path} has rows as of step {step}, and the "
+                f"checkpoint's history has {steps} steps"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,8 +207,8 @@ class DiskRows:
     def _require_open(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
-                f"{self._folder.path} is open in process {self._process}, of which this one, {os.getpid()}, is a "
-                "fork: rows with storage='disk' belong to the process that opened them"
+                f"{self._folder.path} is open in process {self._process}, and this one, {os.getpid()}, is a fork "
+                "of it: rows with storage='disk' belong to the process that opened them"
             )
         if self._closed:
             raise ValueError(f"{self._folder.path} was closed")
@@ -223,14 +217,14 @@ class DiskRows:
         self._require_open()
         if self._barred:
             raise RuntimeError(
-                f"{self._folder.path} holds the rows of an earlier training, whose checkpoint was saved: load its "
-                "checkpoint first, or choose another path for a new one, or remove the folder to start over"
+                f"{self._folder.path} holds the rows of an earlier training, which were saved: load its checkpoint "
+                "first, or choose another path for a new one, or remove the folder to start over"
             )
         if not self._told:
             self._told = True
             warnings.warn(
-                f"{self._folder.path} holds generations {self._folder.generations} of an earlier training, none "
-                "of which was confirmed or loaded: without load_state_dict(), training starts over",
+                f"{self._folder.path} holds generations {self._folder.generations} of an earlier training, "
+                "none of which was confirmed or loaded: without load_state_dict(), training starts over",
                 stacklevel=4,
             )
 
@@ -270,7 +264,7 @@ class _Working:
         self._database = _Database(rocksdict, path, row)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-write")
         self._capacity = max(1, TABLE_BYTES // row.itemsize)
-        # The table that fills, and the one that is being written. One attribute, for a reader takes both at once.
+        # The table that fills, and the one that is being written: one attribute, as a reader takes both at once.
         self._tables: tuple[_Table, _Table | None] = _Table(row, self._capacity), None
         self._writing: Future[None] | None = None
 
@@ -333,8 +327,8 @@ class _Working:
 
 
 class _Table:
-    """Rows in memory, the newest of an instance last. What a thread reads while another appends is whole: rows
-    are there before the map tells of them."""
+    """Rows in memory, the newest of an instance last. What a thread reads while another appends is whole: the
+    rows are there before the map tells of them."""
 
     def __init__(self, row: np.dtype, capacity: int) -> None:
         self._rows = np.empty(capacity, row)
@@ -437,7 +431,7 @@ class _Database:
                 del iterator  # which keeps the database open
 
     def leak(self) -> None:
-        """In a forked process: never let it be closed, for the threads that it would wait for are not there."""
+        """In a forked process: never let it be closed, as the threads that it would wait for are not there."""
         if self._rocks is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._rocks))
 
@@ -458,7 +452,9 @@ class _Database:
             )
             writing, reading = self._rocksdict.WriteOptions(), self._rocksdict.ReadOptions()
             writing.disable_wal = True
-            reading.fill_cache(False)  # the system's page cache has the blocks; ours is for indices and filters
+            reading.fill_cache(
+                False
+            )  # the system's page cache has the blocks; ours is for indices and filters
             self._rocks.set_write_options(writing)
             self._rocks.set_read_options(reading)
 
@@ -466,7 +462,7 @@ class _Database:
         """Open it anew, once the disk takes as much as is to be written: until then it can still be read."""
         probe = self._path + ".probe"
         try:
-            _write(probe, bytes(size + (4 << 20)))
+            write(probe, bytes(size + (4 << 20)))
         finally:
             with suppress(OSError):
                 os.unlink(probe)
@@ -485,7 +481,7 @@ class _Database:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """What comes from RocksDB as a text becomes an OSError with the error's number and the file's name."""
+        """What comes from RocksDB as a text becomes an OSError with the number and the file's name."""
         try:
             yield
         except Exception as error:
@@ -499,13 +495,13 @@ class _Database:
 
 
 def _process_of_rocksdb() -> int:
-    """This process, if RocksDB can work in it: its threads are not there in a fork of one where they were started."""
+    """This process, if RocksDB can work in it: in a fork of one where it did, its threads are missing."""
     global _first_process
     _first_process = _first_process or os.getpid()
     if _first_process != os.getpid():
         raise RuntimeError(
-            f"rows with storage='disk' cannot be opened in process {os.getpid()}, a fork of {_first_process}, which "
-            "has had some open: start it by spawn or forkserver"
+            f"rows with storage='disk' cannot be opened in process {os.getpid()}, a fork of {_first_process}, "
+            "which has had some open: start it by spawn or forkserver"
         )
     return _first_process
 
@@ -523,18 +519,6 @@ _NUMBERS = (
     errno.ENOMEM,
     errno.ENOENT,
 )
-
-
-def verify(path: str | os.PathLike[str]) -> list[str]:
-    """What is damaged in a folder that is not open; reads everything."""
-    try:
-        folder = Folder(path, None)
-    except ValueError as error:
-        return [str(error)]
-    try:
-        return list(folder.damages())
-    finally:
-        folder.close()
 
 
 def _import_rocksdict() -> Any:
@@ -587,426 +571,22 @@ def _keys(instances: Indices) -> list[bytes]:
     return instances.astype(">u8").view("V8").tolist()
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """What files.json tells of a generation.
-
-    Attributes:
-        step: the last as of which one of its rows was kept.
-        files: size and checksum of each file.
-    """
-
-    step: int
-    files: dict[str, tuple[int, int]]
-
-
-class Folder:
-    """Generations in a folder, and what they are of.
-
-    Args:
-        path: of the folder; created if it is absent.
-        holds: what the rows are; None: whatever the folder says.
-        keep: how many generations are kept of those made last.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], holds: Mapping[str, Any] | None, keep: int = 3) -> None:
-        self.path, self._keep = os.path.abspath(path), keep
-        if holds is not None:
-            os.makedirs(self.path, exist_ok=True)
-        self._read_description(holds)  # a folder that is not ours is left as it is, without so much as a lock
-        self._lock = _lock(self.path)
-        # Checksums of RocksDB's tables, which are on the disk and never change, by name, each with the file's stamp.
-        self._tables: dict[str, tuple[tuple[int, ...], int]] = {}
-        self._workings = 0
-        try:
-            description = self._read_description(holds)
-            if description is None:
-                description = {"format": FORMAT, "version": VERSION, **(holds or {}), "identity": uuid.uuid4().hex}
-                _write_json(self._file("rows.json"), description)
-                _sync(os.path.dirname(self.path))
-            self.identity = description["identity"]
-            self.known = self._read_known()
-            self._tidy()
-        except BaseException:
-            self._lock.close()
-            raise
-
-    @property
-    def generations(self) -> list[int]:
-        """Those that are there, oldest first."""
-        return sorted(int(name) for name in os.listdir(self._file("generations")) if _NUMBER.fullmatch(name))
-
-    def checked(self, state: Mapping[str, Any]) -> int:
-        """The generation that a `state_dict` names, if it is here."""
-        if not isinstance(state, Mapping) or "generation" not in state:
-            raise ValueError(
-                "this is a checkpoint of a classifier with storage='device' or 'host', "
-                "which a classifier with storage='disk' cannot load"
-            )
-        generation, identity = state["generation"], state.get("rows")
-        if not isinstance(generation, int) or isinstance(generation, bool) or generation < 1:
-            raise ValueError(f"the checkpoint's generation must be an integer of at least 1, got {generation!r}")
-        if identity != self.identity:
-            raise ValueError(
-                f"the checkpoint is of rows {identity!r}, and {self.path} holds {self.identity!r}: another folder's, "
-                "or those of a training that started over"
-            )
-        if generation not in self.generations:
-            raise ValueError(
-                f"{self.path} keeps generations {self.generations}, and the checkpoint is of {generation}: the last "
-                f"{self._keep} are kept, and the one that was confirmed"
-            )
-        return generation
-
-    def checked_contents(self, generation: int) -> _Contents:
-        """Of a generation, whose files are compared with it where that is quickly done."""
-        contents = self._read_contents(generation)
-        for name, (size, checksum) in contents.files.items():
-            damage = self._damage(generation, name, size, None if _TABLE.fullmatch(name) else checksum)
-            if damage:
-                raise ValueError(damage)
-        return contents
-
-    def copy(self, generation: int, path: str) -> int:
-        """Make the folder `path` a database that begins as a generation, its tables by hard links; return its step."""
-        contents = self.checked_contents(generation)
-        os.mkdir(path)
-        for name, (_, checksum) in contents.files.items():
-            source, target = os.path.join(self._generation(generation), name), os.path.join(path, name)
-            if _TABLE.fullmatch(name):
-                _link(source, target)
-                self._tables[name] = _stamp(target), checksum
-            else:
-                _copy(source, target)
-        return contents.step
-
-    def make(self, checkpoint: Callable[[str], None], step: int) -> int:
-        """Make a generation of what `checkpoint` writes into a folder, rows as of `step`, and return its number."""
-        generation = max(self.generations, default=0) + 1
-        path = self._generation(generation)
-        new = path + ".new"
-        try:
-            shutil.rmtree(new, ignore_errors=True)  # what an attempt has left that failed
-            shutil.rmtree(new + ".tmp", ignore_errors=True)
-            checkpoint(new)
-            files, tables = {}, {}
-            for name in sorted(os.listdir(new)):
-                file = os.path.join(new, name)
-                stamp = _stamp(file)
-                if (known := self._tables.get(name)) is None or known[0] != stamp:
-                    _sync(file)
-                    known = stamp, _checksum(file)
-                files[name] = [os.stat(file).st_size, known[1]]
-                if _TABLE.fullmatch(name):
-                    tables[name] = known
-            contents = {"identity": self.identity, "generation": generation, "step": step, "files": files}
-            _write_json(os.path.join(new, FILES), contents)
-            os.rename(new, path)
-            _sync(os.path.dirname(path))
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        self._tables = tables
-        self.prune()
-        return generation
-
-    def know(self, **known: int | None) -> None:
-        """Write down which generation was confirmed, and which was loaded."""
-        changed = self.known | known
-        if changed != self.known:
-            _write_json(self._file("kept.json"), changed)
-            self.known = changed
-
-    def prune(self) -> None:
-        """Remove the generations that need not be kept."""
-        generations = self.generations
-        for generation in generations[: -self._keep]:
-            if generation not in self.known.values():
-                path = self._generation(generation)
-                os.rename(path, path + ".gone")
-                _sync(os.path.dirname(path))  # half of it must not come back under its name
-                shutil.rmtree(path + ".gone", ignore_errors=True)
-
-    def damages(self) -> Iterator[str]:
-        """What is damaged. Reads everything."""
-        for read in (lambda: self._read_description(None), self._read_known):
-            try:
-                read()
-            except (ValueError, OSError) as error:
-                yield str(error)
-        generations = self.generations
-        for generation in {number for number in self.known.values() if number is not None} - {*generations}:
-            yield f"{self._generation(generation)} is missing"
-        for generation in generations:
-            try:
-                files = self._read_contents(generation).files
-                foreign = {*os.listdir(self._generation(generation))} - {*files, FILES}
-            except (ValueError, OSError) as error:
-                yield str(error)
-                continue
-            for name in sorted(foreign):
-                yield f"{os.path.join(self._generation(generation), name)} is none of its files"
-            for name, (size, checksum) in files.items():
-                if damage := self._damage(generation, name, size, checksum):
-                    yield damage
-
-    def new_working(self) -> str:
-        """The path of a database that is not there yet."""
-        self._workings += 1
-        return self._file("working", str(self._workings))
-
-    def close(self) -> None:
-        self._lock.close()
-
-    def let_go(self) -> None:
-        """In a forked process: do not hold a lock that should end with the parent. (Data loaders' workers outlive
-        by seconds a trainer that was killed.)"""
-        self._lock.close()
-
-    def _file(self, *names: str) -> str:
-        return os.path.join(self.path, *names)
-
-    def _generation(self, number: int) -> str:
-        return self._file("generations", str(number))
-
-    def _tidy(self) -> None:
-        """Folders are there, and what an earlier process has left is not."""
-        for name in ("generations", "working"):
-            _require_plain(self._file(name), folder=True)
-        shutil.rmtree(self._file("working"), ignore_errors=True)
-        for name in ("generations", "working"):
-            os.makedirs(self._file(name), exist_ok=True)
-        _sync(self.path)
-        for name in os.listdir(self._file("generations")):
-            _require_plain(self._file("generations", name), folder=True)
-            if _LEFT.fullmatch(name):
-                shutil.rmtree(self._file("generations", name), ignore_errors=True)
-
-    def _read_description(self, holds: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        """What rows.json says, if it is as asked for; None where there is none yet."""
-        file = self._file("rows.json")
-        description = _read_json(file)
-        if description is None:
-            foreign = set(os.listdir(self.path)) - {"lock", "rows.json.new"}
-            if "meta.json" in foreign:
-                raise ValueError(
-                    f"{self.path} holds rows in the format of an earlier version (meta.json), which this one does "
-                    "not read: choose another path"
-                )
-            if foreign or holds is None:
-                raise ValueError(
-                    f"{self.path} must be empty or hold rows of instances, but there is no rows.json"
-                    + (f", and there is {min(foreign)!r}" if foreign else "")
-                )
-            return None
-        if description.get("format") != FORMAT:
-            raise ValueError(f"{file} is not of rows of instances (format {FORMAT!r})")
-        identity = description.get("identity")
-        if not isinstance(identity, str) or not re.fullmatch("[0-9a-f]{32}", identity):
-            raise ValueError(f"{file} is damaged: its identity is {identity!r}")
-        asked = {"version": VERSION, **(holds or {})}
-        differing = [
-            name
-            for name, wanted in asked.items()
-            if type(description.get(name)) is not type(wanted) or description[name] != wanted
-        ]
-        if differing:
-            held, wanted = (
-                ", ".join(f"{name}={of.get(name)!r}" for name in differing) for of in (description, asked)
-            )
-            raise ValueError(f"{self.path} holds rows with {held}, but {wanted} was asked for")
-        return description
-
-    def _read_known(self) -> dict[str, int | None]:
-        file = self._file("kept.json")
-        known = _read_json(file)
-        if known is None:
-            return {"confirmed": None, "loaded": None}
-        if set(known) != {"confirmed", "loaded"} or not all(
-            number is None or type(number) is int and number > 0 for number in known.values()
-        ):
-            raise ValueError(f"{file} is damaged: it tells {known}")
-        return known
-
-    def _read_contents(self, generation: int) -> _Contents:
-        file = os.path.join(self._generation(generation), FILES)
-        _require_plain(self._generation(generation), folder=True)
-        document = _read_json(file)
-        if document is None:
-            raise ValueError(f"{file} is missing")
-        files, step = document.get("files"), document.get("step")
-        if (
-            document.get("identity") != self.identity
-            or document.get("generation") != generation
-            or type(step) is not int
-            or not isinstance(files, dict)
-            or not all(
-                re.fullmatch(r"\w[\w.-]*", name)
-                and isinstance(entry, list)
-                and [type(number) for number in entry] == [int, int]
-                for name, entry in files.items()
-            )
-        ):
-            raise ValueError(f"{file} is damaged, or another folder's")
-        return _Contents(step, {name: (size, checksum) for name, (size, checksum) in files.items()})
-
-    def _damage(self, generation: int, name: str, size: int, checksum: int | None) -> str | None:
-        """What is wrong with a file of a generation. Without a checksum only its size is compared."""
-        path = os.path.join(self._generation(generation), name)
-        try:
-            _require_plain(path)
-            if (actual := os.stat(path).st_size) != size:
-                return f"{path} is damaged: it has {actual} bytes of {size}"
-            if checksum is not None and _checksum(path) != checksum:
-                return f"{path} is damaged: its checksum is another"
-        except FileNotFoundError:
-            return f"{path} is missing"
-        except (ValueError, OSError) as error:
-            return str(error)
-        return None
-
-
-_NUMBER, _LEFT, _TABLE = (re.compile(p) for p in (r"[1-9]\d*", r"[1-9]\d*\.(new|new\.tmp|gone)", r"\d+\.sst"))
-
-
-def _require_plain(path: str, folder: bool = False) -> None:
-    """Raises ValueError for a symbolic link or whatever else should not lie there; nothing is fine."""
-    with suppress(FileNotFoundError):
-        mode = os.lstat(path).st_mode
-        if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
-            what = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
-            raise ValueError(f"{path} must be a {'folder' if folder else 'file'}, and is {what}")
-
-
-def _read_json(path: str) -> dict[str, Any] | None:
-    """The object in a file that `_write_json` wrote; None where there is no file."""
-    _require_plain(path)
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-            data = file.read(JSON_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    try:
-        if len(data) > JSON_BYTES:
-            raise ValueError("it is too large")
-        content = b"{" + data[len(_json_head(b"")) :]
-        if not data.startswith(_json_head(content)):
-            raise ValueError("its checksum is not there, or another")
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or not of rows of instances: {error}") from None
-
-
-def _write_json(path: str, value: Mapping[str, Any]) -> None:
-    """Have the file hold the object and its checksum: from one moment to the next, and on the disk when this
-    returns."""
-    content = json.dumps(value, indent=1).encode()
-    _require_plain(path + ".new")
-    try:
-        _write(path + ".new", _json_head(content) + content[1:])
-        os.replace(path + ".new", path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(path + ".new")
-        raise
-    _sync(os.path.dirname(path))
-
-
-def _json_head(content: bytes) -> bytes:
-    """How a file begins whose content, from the first brace on, is this."""
-    return b'{\n "crc32": "%08x",' % zlib.crc32(content)
-
-
-def _write(path: str, data: bytes) -> None:
-    """A new file, on the disk when this returns."""
-    left = memoryview(data)
-    with _naming(path):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            while left:
-                left = left[os.write(file, left) :]
-            os.fsync(file)
-        finally:
-            os.close(file)
-
-
-def _sync(path: str) -> None:
-    """A file or folder is on the disk when this returns."""
-    with _naming(path):
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
-
-
-def _copy(source: str, target: str) -> None:
-    with _naming(target):
-        shutil.copyfile(source, target, follow_symlinks=False)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError as error:  # some file systems have none
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        _copy(source, target)
-
-
-def _stamp(path: str) -> tuple[int, ...]:
-    of = os.stat(path)
-    return of.st_ino, of.st_size, of.st_mtime_ns
-
-
-def _checksum(path: str) -> int:
-    checksum = 0
-    with _naming(path), open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            checksum = zlib.crc32(data, checksum)
-    return checksum
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Errors of a file that is open do not say which one it is."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror, path) from error
-        raise
-
-
-def _lock(folder: str) -> Any:
-    """Hold the folder until the file that is returned, or the process, ends."""
-    path = os.path.join(folder, "lock")
-    _require_plain(path)
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "rb+")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if isinstance(error, BlockingIOError):
-            raise BlockingIOError(error.errno, "these rows are open elsewhere", folder) from None
-        raise OSError(error.errno, error.strerror, path) from error
-    return file
-
-
 _opened: weakref.WeakSet[DiskRows] = weakref.WeakSet()
 
 
 def _let_go() -> None:
-    """In a forked process: the folder is the parent's, and so are the threads of its database. RocksDB would wait
-    for them when the process exits, and crash; so that ends where RocksDB's part would begin."""
+    """In a forked process: the folder is the parent's, and so are the threads of its database. RocksDB would
+    wait for them when the process exits, and crash; so that ends where RocksDB's part would begin."""
     if _first_process is None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "on_exit"):
         libc.on_exit(libc._exit, None)
-        libc.__cxa_atexit(libc.fflush, None, None)  # before that: the last to be registered is the first to be run
+        libc.__cxa_atexit(
+            libc.fflush, None, None
+        )  # before that: the last to be registered is the first to be run
     for rows in _opened:
-        rows._folder.let_go()
+        rows._folder.close()  # data loaders' workers outlive a trainer that was killed: without its lock
         rows._working._database.leak()
 
 

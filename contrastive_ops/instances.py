@@ -35,7 +35,8 @@ from .functional import (
 
 try:
     from . import _rows
-    from ._disk import DiskRows, verify
+    from ._disk import DiskRows
+    from ._folder import verify
     from ._storage import MemoryRows, Storage
 except ImportError as error:  # the extension was not built: the losses work without it
     _missing: ImportError | None = error
@@ -90,8 +91,8 @@ class InstanceClassifier(nn.Module):
         seed: of the first active set and of the rows' initial values, in [0, 2**64).
         dtype: float32 or float64.
         device: of the weight.
-        generations: how many checkpoints of storage="disk" can be loaded: those taken last, beside the one that
-            was confirmed.
+        generations: how many checkpoints of storage="disk" can be loaded: those taken last, beside the one
+            that was confirmed.
 
     Attributes:
         weight: (A, D) parameter, the active rows, not normalised.
@@ -103,7 +104,8 @@ class InstanceClassifier(nn.Module):
     A checkpoint is the ``state_dict()``: a copy of all rows as they are at that moment, which training leaves
     alone. With storage="disk" it holds the active ones, and taking it makes a generation of the files that
     ``load_state_dict()`` brings them back to, in whatever way the process or the machine stopped. The last
-    `generations` of these can be loaded, and the one that `confirm` said is saved. Gradients are in no checkpoint: loading one throws those away that there are.
+    `generations` of these can be loaded, and the one that `confirm` said is saved. Gradients are in no
+    checkpoint: loading one throws those away that there are.
 
     An exception in any method, an interrupt from the keyboard too, leaves the classifier as if the method had
     not been called, or had run to its end; calls from several threads wait for one another.
@@ -290,8 +292,8 @@ class InstanceClassifier(nn.Module):
         return torch.from_numpy(self._active.instances)
 
     def confirm(self, state: Mapping[str, Any]) -> None:
-        """Say that a file with this state, which `state_dict` returned, is safely saved: with storage="disk" it
-        can be loaded until another one is confirmed, however many are taken meanwhile.
+        """Say that a file with this state, which `state_dict` returned, is safely saved: with storage="disk"
+        it can be loaded until another one is confirmed, however many are taken meanwhile.
 
         Raises:
             ValueError: the state is not of this classifier, or its generation is gone.
@@ -300,7 +302,7 @@ class InstanceClassifier(nn.Module):
             self._storage.confirm(entry(entry(state, "_extra_state", "state"), "storage", "classifier"))
 
     def verify(self) -> list[str]:
-        """Read all that storage="disk" has in its folder, and say what is damaged: nothing, where all is well."""
+        """Read all that storage="disk" has in its folder, and say what is damaged; [] where all is well."""
         with self._lock:
             return self._storage.verify()
 

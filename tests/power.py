@@ -49,7 +49,7 @@ class File:
         self.content, self.pending = self.crashed(None), []
 
     def crashed(self, random: np.random.Generator | None, chance: float = 1) -> bytearray:
-        """Each block of each write that is pending is there or not, and so is each truncation; without `random`, all."""
+        """Each block of each pending write is there or not, and so is each truncation; without `random`, all."""
         content = bytearray(self.content)
         for letter, at, data in self.pending:
             if letter == "T":
@@ -71,7 +71,9 @@ class File:
 class Folder:
     durable: dict[str, File | Folder] = field(default_factory=dict)
     now: dict[str, File | Folder] = field(default_factory=dict)
-    pending: list[tuple[str, str, File | Folder | None]] = field(default_factory=list)  # names taken and given
+    pending: list[tuple[str, str, File | Folder | None]] = field(
+        default_factory=list
+    )  # names taken and given
 
     def change(self, old: str, new: str = "", target: File | Folder | None = None) -> None:
         """Remove the old name, give the new one, or both at once."""

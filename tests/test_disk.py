@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import multiprocessing
@@ -12,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from tests import power
 if os.environ.get("CONTRASTIVE_OPS_TEST_WITHOUT_EXTENSION") == "1":
     pytest.importorskip("contrastive_ops._rows")
 pytest.importorskip("rocksdict")
-disk = importlib.import_module("contrastive_ops._disk")
+disk, folder = (importlib.import_module(f"contrastive_ops.{name}") for name in ("_disk", "_folder"))
 
 COUNT, DIM, SEED = 40, 3, 5
 State = tuple[np.ndarray, np.ndarray]  # records and steps of all rows
@@ -269,7 +267,9 @@ def test_a_training_that_was_saved_wants_its_checkpoint(tmp_path: Path, how: str
     rows.close()
 
 
-def test_a_checkpoint_that_was_loaded_can_be_loaded_however_often_the_next_is_not_saved(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_loaded_can_be_loaded_however_often_the_next_is_not_saved(
+    tmp_path: Path,
+) -> None:
     rows = open_rows(tmp_path)
     keep(rows, 1)
     state = rows.state_dict()
@@ -321,7 +321,7 @@ def two_generations(path: Path) -> list[tuple[Any, State]]:
 def test_a_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:
     """By verify, always; and what is loaded all the same is right."""
     taken, random = two_generations(tmp_path / "rows"), np.random.default_rng(0)
-    assert disk.verify(tmp_path / "rows") == []
+    assert folder.verify(tmp_path / "rows") == []
     files = [file for file in (tmp_path / "rows").rglob("*") if file.is_file() and file.name != "lock"]
     assert {"rows.json", "kept.json", "files.json", "CURRENT"} <= {file.name for file in files}
     loads = 0
@@ -330,7 +330,7 @@ def test_a_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:
         every = np.arange(len(data))
         for at in every if len(every) < 30 else np.sort(random.choice(every, 30, replace=False)):
             flipped(file, at, random.integers(8))
-            found = disk.verify(tmp_path / "rows")
+            found = folder.verify(tmp_path / "rows")
             assert any(str(file) in damage for damage in found), (file, at)
             if at % 8 == 0:
                 loads += 1
@@ -348,7 +348,7 @@ def test_a_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:
                     rows.close()
             file.write_bytes(data)
     assert loads > 20
-    assert disk.verify(tmp_path / "rows") == []
+    assert folder.verify(tmp_path / "rows") == []
 
 
 def test_a_row_that_is_damaged_is_named_and_never_used(tmp_path: Path) -> None:
@@ -370,18 +370,18 @@ def test_a_row_that_is_damaged_is_named_and_never_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["missing", "short", "long", "foreign"])
 def test_files_that_are_not_as_they_were_are_found(tmp_path: Path, damage: str) -> None:
     (_, _), (state, was) = two_generations(tmp_path)
-    folder = tmp_path / "generations" / "2"
-    file = next(folder.glob("*.sst"))
+    generation = tmp_path / "generations" / "2"
+    file = next(generation.glob("*.sst"))
     data = file.read_bytes()
     if damage == "missing":
         file.unlink()
     elif damage == "foreign":
-        file = folder / "000099.sst"
+        file = generation / "000099.sst"
         file.write_bytes(data)
     else:
         file.unlink()
         file.write_bytes(data[:-1] if damage == "short" else data + b"x")
-    assert any(str(file) in found for found in disk.verify(tmp_path))
+    assert any(str(file) in found for found in folder.verify(tmp_path))
     rows = open_rows(tmp_path)
     if damage == "foreign":  # it is none of those that are loaded
         rows.load_state_dict(state)
@@ -393,13 +393,16 @@ def test_files_that_are_not_as_they_were_are_found(tmp_path: Path, damage: str) 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[1]", b"{}", b"\xff" * 99, b"[" * 10**6, b'{"a":' * 10**5, b"9" * 10**6, b" " * (20 << 20)]
+    "content",
+    [b"", b"[1]", b"{}", b"\xff" * 99, b"[" * 10**6, b'{"a":' * 10**5, b"9" * 10**6, b" " * (20 << 20)],
 )
 @pytest.mark.parametrize("name", ["rows.json", "kept.json", "generations/2/files.json"])
-def test_whatever_stands_in_a_file_of_ours_is_refused_by_name(tmp_path: Path, name: str, content: bytes) -> None:
+def test_whatever_stands_in_a_file_of_ours_is_refused_by_name(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
     _, (state, _) = two_generations(tmp_path)
     (tmp_path / name).write_bytes(content)
-    assert any(str(tmp_path / name) in found for found in disk.verify(tmp_path))
+    assert any(str(tmp_path / name) in found for found in folder.verify(tmp_path))
     with pytest.raises(ValueError, match=rf"{tmp_path / name} is damaged"):
         open_rows(tmp_path).load_state_dict(state)
 
@@ -423,13 +426,14 @@ def test_whatever_stands_in_a_file_of_ours_is_refused_by_name(tmp_path: Path, na
 )
 def test_fields_are_checked_where_the_checksum_is_right(tmp_path: Path, name: str, changes: Any) -> None:
     _, (state, _) = two_generations(tmp_path)
-    disk._write_json(str(tmp_path / name), disk._read_json(str(tmp_path / name)) | changes)
+    folder._write_json(str(tmp_path / name), folder._read_json(str(tmp_path / name)) | changes)
     with pytest.raises((ValueError, OSError), match=str(tmp_path)):
         open_rows(tmp_path).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
-    "name", ["rows.json", "kept.json", "lock", "generations", "working", "generations/2", "generations/2/files.json"]
+    "name",
+    ["rows.json", "kept.json", "lock", "generations", "working", "generations/2", "generations/2/files.json"],
 )
 @pytest.mark.parametrize("dangling", [True, False])
 def test_symbolic_links_are_refused_by_name(tmp_path: Path, name: str, dangling: bool) -> None:
@@ -440,7 +444,9 @@ def test_symbolic_links_are_refused_by_name(tmp_path: Path, name: str, dangling:
     before = {file: file.read_bytes() for file in (tmp_path / "elsewhere").rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match=rf"{path / name} must be a (file|folder), and is a symbolic link"):
         open_rows(path).load_state_dict(state)
-    assert {file: file.read_bytes() for file in (tmp_path / "elsewhere").rglob("*") if file.is_file()} == before
+    assert {
+        file: file.read_bytes() for file in (tmp_path / "elsewhere").rglob("*") if file.is_file()
+    } == before
 
 
 def test_a_table_that_is_a_symbolic_link_is_refused_by_name(tmp_path: Path) -> None:
@@ -456,19 +462,25 @@ def test_a_table_that_is_a_symbolic_link_is_refused_by_name(tmp_path: Path) -> N
 # Other folders
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_instances", 8), ("dim", 4), ("dtype", "float64"), ("seed", 6)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_instances", 8), ("dim", 4), ("dtype", "float64"), ("seed", 6)]
+)
 def test_other_rows_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     asked = {"num_instances": COUNT, "dim": DIM, "dtype": "float32", "seed": SEED} | {name: value}
     open_rows(tmp_path).close()
     with pytest.raises(ValueError, match=rf"{tmp_path} holds .*{name}=.* but {name}={value!r} was asked"):
-        disk.DiskRows(tmp_path, asked["num_instances"], asked["dim"], getattr(torch, asked["dtype"]), asked["seed"])
+        disk.DiskRows(
+            tmp_path, asked["num_instances"], asked["dim"], getattr(torch, asked["dtype"]), asked["seed"]
+        )
 
 
-@pytest.mark.parametrize(("name", "value"), [("version", 3), ("format", "other"), ("version", "2"), ("seed", 5.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("version", 3), ("format", "other"), ("version", "2"), ("seed", 5.0)]
+)
 def test_other_formats_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     open_rows(tmp_path).close()
     file = str(tmp_path / "rows.json")
-    disk._write_json(file, disk._read_json(file) | {name: value})
+    folder._write_json(file, folder._read_json(file) | {name: value})
     with pytest.raises(ValueError, match=f"rows.json is not of rows|holds rows with {name}={value!r}"):
         open_rows(tmp_path)
 
@@ -493,7 +505,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path, name: str, content: str)
 
 def test_one_opener_at_a_time(tmp_path: Path) -> None:
     rows = open_rows(tmp_path)
-    for call in (open_rows, disk.verify):
+    for call in (open_rows, folder.verify):
         with pytest.raises(BlockingIOError, match="open elsewhere") as caught:
             call(tmp_path)
         assert caught.value.filename == str(tmp_path)
@@ -515,7 +527,9 @@ def test_without_rocksdict_the_extra_is_named(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
-def test_a_billion_rows_take_the_space_of_those_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_billion_rows_take_the_space_of_those_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
 
     def resident() -> int:
@@ -607,7 +621,9 @@ def state_of(history):
     return state
 """
 
-POWER = DRIVER + """
+POWER = (
+    DRIVER
+    + """
 random.seed(int(sys.argv[2]))
 rows, history, taken, step = open_rows(path, *SHAPE[:2]), [], {}, 0
 for round in range(12):
@@ -620,8 +636,8 @@ for round in range(12):
     mark(f"took {state['generation']} {state['rows']} " + " ".join(map(str, history)))
     taken[state["generation"]] = state, list(history)
     if random.random() < 0.4:
+        mark(f"confirmed {state['generation']}")  # from now on the one before is not wanted any more
         rows.confirm(state)
-        mark(f"confirmed {state['generation']}")
     if random.random() < 0.3:
         if random.random() < 0.5:
             rows.close()
@@ -632,6 +648,7 @@ for round in range(12):
         mark(f"loaded {state['generation']}")
 rows.close()
 """
+)
 
 
 def run(script: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -747,16 +764,18 @@ def test_the_log_of_the_shim_is_the_whole_truth(shim: Path, tmp_path: Path) -> N
     compare(device.tree, root)
 
 
-FAULTS = DRIVER + """
+FAULTS = (
+    DRIVER
+    + """
 import errno
 fault = ctypes.CDLL(None).shim_fault
 fault.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long]
 errors = 0
 for after_calls in range(int(sys.argv[2]), 400, int(sys.argv[3])):
     number = (errno.ENOSPC, errno.EIO)[after_calls % 2]
-    folder = path / str(after_calls)
+    place = path / str(after_calls)
     fault(0, -1, 0)
-    rows, history, step = open_rows(folder, *SHAPE[:2]), [], 0
+    rows, history, step = open_rows(place, *SHAPE[:2]), [], 0
     keep(rows, 1, *SHAPE); history.append(1)
     state, was = rows.state_dict(), [1]
     fault(number, after_calls, (1, 3, 10**9)[after_calls % 3])
@@ -779,7 +798,7 @@ for after_calls in range(int(sys.argv[2]), 400, int(sys.argv[3])):
             except OSError as error:
                 failed += 1
                 assert error.errno == number, error
-                assert str(error.filename).startswith(str(folder)), error
+                assert str(error.filename).startswith(str(place)), error
                 if pending != "load":
                     assert holds(rows, state_of(history))  # also while the disk is full
                 if attempt == 2:
@@ -791,13 +810,14 @@ for after_calls in range(int(sys.argv[2]), 400, int(sys.argv[3])):
     assert holds(rows, state_of(history))
     state = rows.state_dict()
     rows.close()
-    rows = open_rows(folder, *SHAPE[:2])
+    rows = open_rows(place, *SHAPE[:2])
     rows.load_state_dict(state)
     assert holds(rows, state_of(history))
     assert rows.verify() == []
     rows.close()
 print(errors)
 """
+)
 
 
 @pytest.mark.slow
@@ -809,7 +829,9 @@ def test_a_disk_that_is_full_or_broken_loses_nothing(shim: Path, tmp_path: Path)
     assert int(done.stdout) > 400 / stride / 2
 
 
-LIMIT = DRIVER + """
+LIMIT = (
+    DRIVER
+    + """
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 rows, history = open_rows(path, *SHAPE[:2]), []
@@ -831,6 +853,7 @@ rows.load_state_dict(state)
 assert holds(rows, state_of(history))
 rows.close()
 """
+)
 
 
 @pytest.mark.slow
@@ -838,7 +861,9 @@ def test_files_over_a_size_limit(tmp_path: Path) -> None:
     run(LIMIT, tmp_path / "rows")
 
 
-FORK = DRIVER + """
+FORK = (
+    DRIVER
+    + """
 rows = open_rows(path, *SHAPE[:2])
 for step in range(1, 9): keep(rows, step, *SHAPE)
 state = rows.state_dict()
@@ -873,6 +898,7 @@ if child == 0:
 print(child, flush=True)
 os._exit(0)  # dies without closing; the child lives on
 """
+)
 
 
 @pytest.mark.slow
