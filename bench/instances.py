@@ -140,13 +140,13 @@ def fill(store: Storage, count: int) -> None:
 
 
 def calls_of_stores(stores: dict[str, Storage], count: int, rounds: int) -> list[dict[str, Any]]:
-    """Fetching and keeping a batch of rows that were kept before; the stores in turns, on a step of time each."""
+    """Fetching and keeping a batch of rows that were kept before; the stores in turns, 20 ms each."""
     taken: dict[tuple[str, str], list[float]] = {}
-    generator = np.random.default_rng(0)
+    generator, records = np.random.default_rng(0), torch.randn(BATCH, 2, DIM)
 
-    def timed(what: str, name: str, call: Callable[[], Any]) -> None:
+    def timed(what: str, call: Callable[..., Any], *arguments: Any) -> None:
         start = time.perf_counter()
-        call()
+        call(*arguments)
         taken.setdefault((what, name), []).append(time.perf_counter() - start)
 
     def keep(store: Storage, instances: np.ndarray, step: int) -> None:
@@ -154,15 +154,14 @@ def calls_of_stores(stores: dict[str, Storage], count: int, rounds: int) -> list
         room[at] = records
         store.keep(instances, step)
 
-    records = torch.randn(BATCH, 2, DIM)
     for step in range(rounds):
         for name, store in stores.items():
             now, ahead, gone = np.split(generator.choice(count, 3 * BATCH, replace=False), 3)
-            timed("fetch", name, lambda: store.fetch(now))
-            timed("announce", name, lambda: store.prefetch(ahead))
+            timed("fetch", store.fetch, now)
+            timed("announce", store.prefetch, ahead)
             time.sleep(0.02)  # a training step, which leaves the processors alone
-            timed("fetch what was announced", name, lambda: store.fetch(ahead))
-            timed("keep", name, lambda: keep(store, gone, step))
+            timed("fetch what was announced", store.fetch, ahead)
+            timed("keep", keep, store, gone, step)
     return [
         {"what": what, "store": name, "N": count, **milliseconds(times)}
         for (what, name), times in taken.items()

@@ -207,8 +207,8 @@ class DiskRows:
     def _require_open(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
-                f"{self._folder.path} is open in process {self._process}, and this one, {os.getpid()}, is a fork "
-                "of it: rows with storage='disk' belong to the process that opened them"
+                f"{self._folder.path} is open in process {self._process}, and this one, {os.getpid()}, is a "
+                "fork of it: rows with storage='disk' belong to the process that opened them"
             )
         if self._closed:
             raise ValueError(f"{self._folder.path} was closed")
@@ -217,8 +217,8 @@ class DiskRows:
         self._require_open()
         if self._barred:
             raise RuntimeError(
-                f"{self._folder.path} holds the rows of an earlier training, which were saved: load its checkpoint "
-                "first, or choose another path for a new one, or remove the folder to start over"
+                f"{self._folder.path} holds the rows of an earlier training, which were saved: load its "
+                "checkpoint first, or choose another path for a new one, or remove the folder to start over"
             )
         if not self._told:
             self._told = True
@@ -264,7 +264,7 @@ class _Working:
         self._database = _Database(rocksdict, path, row)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-write")
         self._capacity = max(1, TABLE_BYTES // row.itemsize)
-        # The table that fills, and the one that is being written: one attribute, as a reader takes both at once.
+        # The table that fills, and the one that is being written: in one, as a reader takes both at once.
         self._tables: tuple[_Table, _Table | None] = _Table(row, self._capacity), None
         self._writing: Future[None] | None = None
 
@@ -431,7 +431,7 @@ class _Database:
                 del iterator  # which keeps the database open
 
     def leak(self) -> None:
-        """In a forked process: never let it be closed, as the threads that it would wait for are not there."""
+        """In a forked process: never let it be closed, as the threads that it would wait for are missing."""
         if self._rocks is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._rocks))
 
@@ -500,8 +500,8 @@ def _process_of_rocksdb() -> int:
     _first_process = _first_process or os.getpid()
     if _first_process != os.getpid():
         raise RuntimeError(
-            f"rows with storage='disk' cannot be opened in process {os.getpid()}, a fork of {_first_process}, "
-            "which has had some open: start it by spawn or forkserver"
+            f"rows with storage='disk' cannot be opened in process {os.getpid()}, a fork of {_first_process} "
+            "that has had some open: start it by spawn or forkserver"
         )
     return _first_process
 

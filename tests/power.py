@@ -49,7 +49,7 @@ class File:
         self.content, self.pending = self.crashed(None), []
 
     def crashed(self, random: np.random.Generator | None, chance: float = 1) -> bytearray:
-        """Each block of each pending write is there or not, and so is each truncation; without `random`, all."""
+        """Each block of each pending write is there or not, as is each truncation; without `random`, all."""
         content = bytearray(self.content)
         for letter, at, data in self.pending:
             if letter == "T":
