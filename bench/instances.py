@@ -144,7 +144,7 @@ def calls_of_stores(stores: dict[str, Storage], count: int, rounds: int) -> list
     taken: dict[tuple[str, str], list[float]] = {}
     generator, records = np.random.default_rng(0), torch.randn(BATCH, 2, DIM)
 
-    def timed(what: str, call: Callable[..., Any], *arguments: Any) -> None:
+    def timed(what: str, name: str, call: Callable[..., Any], *arguments: Any) -> None:
         start = time.perf_counter()
         call(*arguments)
         taken.setdefault((what, name), []).append(time.perf_counter() - start)
@@ -157,11 +157,11 @@ def calls_of_stores(stores: dict[str, Storage], count: int, rounds: int) -> list
     for step in range(rounds):
         for name, store in stores.items():
             now, ahead, gone = np.split(generator.choice(count, 3 * BATCH, replace=False), 3)
-            timed("fetch", store.fetch, now)
-            timed("announce", store.prefetch, ahead)
+            timed("fetch", name, store.fetch, now)
+            timed("announce", name, store.prefetch, ahead)
             time.sleep(0.02)  # a training step, which leaves the processors alone
-            timed("fetch what was announced", store.fetch, ahead)
-            timed("keep", keep, store, gone, step)
+            timed("fetch what was announced", name, store.fetch, ahead)
+            timed("keep", name, keep, store, gone, step)
     return [
         {"what": what, "store": name, "N": count, **milliseconds(times)}
         for (what, name), times in taken.items()
@@ -177,6 +177,21 @@ def steps_that_read_ahead(trainings: dict[str, Training], device: str, rounds: i
     return [
         {"what": "step, reading ahead", "store": name, **milliseconds(taken)} for name, taken in times.items()
     ]
+
+
+def disk(device: str, count: int, rounds: int) -> list[dict[str, Any]]:
+    """Its rows, all of which were kept before, beside those of "device"."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainings = {
+            "device": Training(count, device),
+            "disk": Training(count, device, storage="disk", path=folder),
+        }
+        of = trainings["disk"].classifier
+        fill(of._storage, count)
+        records = calls_of_stores({"disk": of._storage}, count, rounds * 15)
+        records += steps_that_read_ahead(trainings, device, rounds)
+        of.close()
+    return records
 
 
 def kernels(device: str, rounds: int, copy_gb_s: float) -> list[dict[str, Any]]:
@@ -227,6 +242,7 @@ def report(result: dict[str, Any]) -> str:
         for r in records
         if "rows_s" in r
     ]
+    stores = [(r["store"], r["what"], f"{r['ms']:.2f}") for r in records if "store" in r]
     alone = [(r["what"], f"{r['ms']:.2f}", f"{r['floor_ms']:.2f}") for r in records if "floor_ms" in r]
     parts = [
         f"# A classifier of many instances on {machine['device']}",
@@ -239,6 +255,9 @@ def report(result: dict[str, Any]) -> str:
         "rows have their initial value, old ones were evicted and are caught up. Files are in the system's "
         "cache.",
         table(("storage", "rows", "ms", "rows a second"), active),
+        f"Rows on disk that were all kept before, {BATCH} at a time, and a training step that announces the next "
+        "one's rows:",
+        table(("storage", "call", "ms"), stores),
         "The kernels alone, and what copying as many bytes takes:",
         table(("kernel", "ms", "copy, ms"), alone),
     ]
@@ -282,6 +301,7 @@ def main() -> None:
     }
     for tier in TIERS:
         result["records"] += activations(device, tier, COUNTS[1], rounds * 5)
+    result["records"] += disk(device, COUNTS[1], rounds)
     for tier in ("device", "host") if device == "cuda" else ("device",):
         result["records"] += training_steps(device, tier, rounds)
     for count in COUNTS:
