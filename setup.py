@@ -104,8 +104,7 @@ def extensions():
         sorted(glob.glob("csrc/rows/*.cpp")),
         depends=["setup.py", *sorted(glob.glob("csrc/rows/*.h"))],
         language="c++",
-        extra_compile_args=[*COMPILE_ARGS, "-pthread"],
-        extra_link_args=["-pthread"],
+        extra_compile_args=[*COMPILE_ARGS],
     )
     return [*cpu, rows]
 

@@ -115,7 +115,12 @@ class DiskRows:
 
     def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
         self._require_rows()
-        records, steps = self._arrived(instances) or self._read(instances)
+        if self._ahead is not None:
+            (ahead, future), self._ahead = self._ahead, None
+            records, steps = future.result()
+            if (at := _find(ahead, instances)) is not None:  # else others were announced
+                return records, at, steps[at]
+        records, steps = self._read(instances)
         return records, np.arange(len(instances)), steps
 
     def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
@@ -227,16 +232,6 @@ class DiskRows:
                 "none of which was confirmed or loaded: without load_state_dict(), training starts over",
                 stacklevel=4,
             )
-
-    def _arrived(self, instances: Indices) -> tuple[Tensor, Indices] | None:
-        if self._ahead is None:
-            return None
-        (ahead, future), self._ahead = self._ahead, None
-        records, steps = future.result()
-        at = _find(ahead, instances)
-        if at is None:  # others were announced
-            return None
-        return (records, steps) if np.array_equal(at, np.arange(len(ahead))) else (records[at], steps[at])
 
     def _read(self, instances: Indices) -> tuple[Tensor, Indices]:
         """Records (n, 2, D) and steps (n,), wherever they are by now."""
@@ -371,7 +366,7 @@ class _Database:
         self._rocksdict, self._path, self._row = rocksdict, path, row
         self._options = _options(rocksdict)
         self._options.create_if_missing(not os.path.exists(path))
-        self._access = Lock()  # of readers, and of who opens it anew
+        self._access, self._writes = Lock(), Lock()  # of readers and who opens it anew; of writers
         self._failed = False  # RocksDB takes no more until it is opened anew
         self._rocks: Any = None
         with self._errors():
@@ -391,7 +386,7 @@ class _Database:
 
     def write(self, instances: Indices, rows: np.ndarray) -> None:
         """Store the rows of the instances, in order. Where it fails, all may be written once more."""
-        with self._errors():
+        with self._writes, self._errors():
             if self._failed:
                 self._recover(rows.nbytes)
             self._failed = True
@@ -408,7 +403,7 @@ class _Database:
             self._failed = False
 
     def checkpoint(self, path: str) -> None:
-        with self._errors():
+        with self._writes, self._errors():
             if self._failed:
                 self._recover(0)
             self._failed = True
