@@ -255,8 +255,8 @@ def report(result: dict[str, Any]) -> str:
         "rows have their initial value, old ones were evicted and are caught up. Files are in the system's "
         "cache.",
         table(("storage", "rows", "ms", "rows a second"), active),
-        f"Rows on disk that were all kept before, {BATCH} at a time, and a training step that announces the next "
-        "one's rows:",
+        f"Rows on disk that were all kept before, {BATCH} at a time, and a training step that announces the "
+        "next one's rows:",
         table(("storage", "call", "ms"), stores),
         "The kernels alone, and what copying as many bytes takes:",
         table(("kernel", "ms", "copy, ms"), alone),

@@ -82,7 +82,6 @@ class DiskRows:
         self._row = np.dtype([("step", "<i8"), ("record", number.newbyteorder("<"), (2, dim))])
         self._dtype, self._seed = dtype, seed
         self._rocksdict, self._process = _import_rocksdict(), _process_of_rocksdb()
-        self._closed = False
         self._device = torch.device("cpu")
         self._room = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
         self._folder = Folder(
@@ -202,12 +201,10 @@ class DiskRows:
 
     def close(self) -> None:
         """Let others open the folder. Rows that were kept since the last `state_dict()` are gone."""
-        if self._closed or os.getpid() != self._process:
-            return
-        self._closed = True
-        self._reader.shutdown()
-        self._working.close()
-        self._folder.close()
+        if os.getpid() == self._process and not self._folder.closed:
+            self._reader.shutdown()
+            self._working.close()
+            self._folder.close()
 
     def _require_open(self) -> None:
         if os.getpid() != self._process:
@@ -215,7 +212,7 @@ class DiskRows:
                 f"{self._folder.path} is open in process {self._process}, and this one, {os.getpid()}, is a "
                 "fork of it: rows with storage='disk' belong to the process that opened them"
             )
-        if self._closed:
+        if self._folder.closed:
             raise ValueError(f"{self._folder.path} was closed")
 
     def _require_rows(self) -> None:
@@ -284,7 +281,7 @@ class _Working:
         if len(filling) >= self._capacity:
             self._settle()
             self._tables = _Table(self._row, self._capacity), filling
-            self._writing = self._writer.submit(self._database.write, *filling.rows())
+            self._writing = self._writer.submit(self._write, filling)
 
     def keep(self, instances: Indices, rows: np.ndarray) -> None:
         self._tables[0].append(instances, rows)
@@ -303,8 +300,11 @@ class _Working:
         if table is None:
             return
         if self._writing is None or self._writing.exception() is not None:
-            self._database.write(*table.rows())
+            self._write(table)
         self._writing, self._tables = None, (self._tables[0], None)
+
+    def _write(self, table: _Table) -> None:
+        self._database.write(*table.sorted())
 
     def checkpoint(self, path: str) -> None:
         self._database.checkpoint(path)
@@ -350,13 +350,12 @@ class _Table:
         here = wanted[at >= 0]
         rows[here], found[here] = self._rows[at[at >= 0]], True
 
-    def rows(self) -> tuple[Indices, np.ndarray]:
-        """Instances in order, and their rows."""
+    def sorted(self) -> tuple[Indices, np.ndarray, Indices]:
+        """Instances in order, and rows of which theirs are those that the third array tells."""
         count = len(self._where)
         instances = np.fromiter(self._where.keys(), np.int64, count)
         order = np.argsort(instances)
-        at = np.fromiter(self._where.values(), np.int64, count)
-        return instances[order], self._rows[at[order]]
+        return instances[order], self._rows, np.fromiter(self._where.values(), np.int64, count)[order]
 
 
 class _Database:
@@ -384,16 +383,16 @@ class _Database:
             raise OSError(errno.EIO, "damaged: a row is not of the size that rows have here", self._path)
         return stored, np.frombuffer(b"".join(present), self._row)
 
-    def write(self, instances: Indices, rows: np.ndarray) -> None:
-        """Store the rows of the instances, in order. Where it fails, all may be written once more."""
+    def write(self, instances: Indices, rows: np.ndarray, at: Indices) -> None:
+        """Store rows[at] of the instances, in order. Where it fails, all may be written once more."""
         with self._writes, self._errors():
             if self._failed:
-                self._recover(rows.nbytes)
+                self._recover(len(at) * self._row.itemsize)
             self._failed = True
             self._wait_for_compaction()
             size, keys = self._row.itemsize, _keys(instances)
             for first in range(0, len(keys), 64):
-                data = rows[first : first + 64].tobytes()
+                data = rows[at[first : first + 64]].tobytes()
                 batch = self._rocksdict.WriteBatch(raw_mode=True)
                 for i, key in enumerate(keys[first : first + 64]):
                     batch[key] = data[i * size : (i + 1) * size]
@@ -447,9 +446,8 @@ class _Database:
             )
             writing, reading = self._rocksdict.WriteOptions(), self._rocksdict.ReadOptions()
             writing.disable_wal = True
-            reading.fill_cache(
-                False
-            )  # the system's page cache has the blocks; ours is for indices and filters
+            # The system's page cache has the blocks; ours is for indices and filters.
+            reading.fill_cache(False)
             self._rocks.set_write_options(writing)
             self._rocks.set_read_options(reading)
 
@@ -466,7 +464,7 @@ class _Database:
             self._open()
 
     def _wait_for_compaction(self) -> None:
-        """RocksDB's own brakes are off, because it would brake while it holds the interpreter's lock."""
+        """Where reads would have too many files to look into, and where the disk keeps up no more."""
         rocks = self._rocks
         while (
             int(rocks.property_value("rocksdb.num-files-at-level0")) > LEVEL_0_FILES
@@ -547,7 +545,8 @@ def _options(rocksdict: Any) -> Any:
     options.set_max_open_files(OPEN_FILES)
     options.set_max_background_jobs(2)
     options.set_target_file_size_base(64 << 20)
-    # A table is written by one flush of ours, never by RocksDB's own.
+    # One flush of ours writes a table, never RocksDB's own, and nothing has it wait: it would with the lock of
+    # the interpreter, so that `_wait_for_compaction` does.
     options.set_write_buffer_size(4 * TABLE_BYTES)
     options.set_max_write_buffer_number(4)
     options.set_level_zero_slowdown_writes_trigger(1 << 20)
@@ -576,10 +575,8 @@ def _let_go() -> None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "on_exit"):
-        libc.on_exit(libc._exit, None)
-        libc.__cxa_atexit(
-            libc.fflush, None, None
-        )  # before that: the last to be registered is the first to be run
+        libc.on_exit(libc._exit, None)  # with the status that it exits with
+        libc.__cxa_atexit(libc.fflush, None, None)  # registered last, run first
     for rows in _opened:
         rows._folder.close()  # data loaders' workers outlive a trainer that was killed: without its lock
         rows._working._database.leak()

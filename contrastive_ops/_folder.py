@@ -117,7 +117,7 @@ class Folder:
         return generation
 
     def checked_contents(self, generation: int) -> Contents:
-        """Of a generation, whose files are compared with it where that is quickly done."""
+        """What a generation consists of. Its files are compared with that, tables of rows by size alone."""
         contents = self._read_contents(generation)
         for name, (size, checksum) in contents.files.items():
             damage = self._damage(generation, name, size, None if _TABLE.fullmatch(name) else checksum)
@@ -216,6 +216,10 @@ class Folder:
 
     def close(self) -> None:
         self._lock.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._lock.closed
 
     def _file(self, *names: str) -> str:
         return os.path.join(self.path, *names)

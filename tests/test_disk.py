@@ -562,9 +562,9 @@ def test_rows_are_served_from_wherever_they_are(tmp_path: Path, monkeypatch: pyt
     """Fetched while they are written behind, announced while others are kept."""
     slow = disk._Database.write
 
-    def write(database: Any, instances: np.ndarray, rows: np.ndarray) -> None:
+    def write(database: Any, *arguments: Any) -> None:
         time.sleep(0.003)
-        slow(database, instances, rows)
+        slow(database, *arguments)
 
     monkeypatch.setattr(disk._Database, "write", write)
     rows, now, random = open_rows(tmp_path), initial(), np.random.default_rng(0)
@@ -586,9 +586,9 @@ def test_rows_are_served_from_wherever_they_are(tmp_path: Path, monkeypatch: pyt
 def test_neither_keep_nor_fetch_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = disk._Database.write
 
-    def write(database: Any, instances: np.ndarray, rows: np.ndarray) -> None:
+    def write(database: Any, *arguments: Any) -> None:
         time.sleep(1)
-        slow(database, instances, rows)
+        slow(database, *arguments)
 
     monkeypatch.setattr(disk._Database, "write", write)
     rows, now = open_rows(tmp_path), initial()
@@ -823,7 +823,7 @@ print(errors)
 @pytest.mark.slow
 def test_a_disk_that_is_full_or_broken_loses_nothing(shim: Path, tmp_path: Path) -> None:
     """Wherever it fails, once or for long: the error names file and cause, no row is lost, and it goes on."""
-    start, stride = (0, 13) if "DISK_FAULTS" not in os.environ else (0, int(os.environ["DISK_FAULTS"]))
+    start, stride = (0, 21) if "DISK_FAULTS" not in os.environ else (0, int(os.environ["DISK_FAULTS"]))
     done = run(FAULTS, tmp_path, start, stride, LD_PRELOAD=str(shim), SHIM_ROOT=str(tmp_path))
     print(f"\n{done.stdout.strip()} runs met an error")
     assert int(done.stdout) > 400 / stride / 2
@@ -832,7 +832,7 @@ def test_a_disk_that_is_full_or_broken_loses_nothing(shim: Path, tmp_path: Path)
 LIMIT = (
     DRIVER
     + """
-import resource, signal
+import errno, resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 rows, history = open_rows(path, *SHAPE[:2]), []
 for step in range(1, 6):
