@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import _backends
+from ._checks import Checks
 from .reference import computed_in
 
 _library = torch.library.Library("contrastive_ops", "DEF")
@@ -215,13 +216,6 @@ class _ConICWithUpdate(torch.autograd.Function):
 
 
 def _conic(views: Tensor, weight: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    # Here, and not where arguments are checked: compilation traces that, and has no values then. On a GPU,
-    # where looking at them would wait for it, a row outside the weight gives a loss of NaN.
-    if target.device.type == "cpu" and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
-        raise ValueError(
-            f"target must be rows of weight, from 0 to {len(weight) - 1}, "
-            f"got values from {target.min()} to {target.max()}"
-        )
     *settings, backend = arguments
     return _backends.select(backend, views).conic(views, weight, target, *settings)
 
@@ -262,14 +256,17 @@ def _conic_backward_sgd_(
 
 def _sgd_(weight: Tensor, momentum_buffer: Tensor, *arguments: Any) -> None:
     *settings, backend = arguments
-    _backends.select(backend, weight).sgd_(weight, momentum_buffer, *settings)
+    kernels = _backends.select(backend, weight)
+    if weight.numel():
+        kernels.sgd_(weight, momentum_buffer, *settings)
     increment_version((weight, momentum_buffer))
 
 
 def _exchange_rows_(weight: Tensor, momentum_buffer: Tensor, *arguments: Any) -> None:
     *rows, outgoing, outgoing_rows, backend = arguments
     kernels = _backends.select(backend, weight)
-    kernels.exchange_rows_(weight, momentum_buffer, *rows, outgoing, outgoing_rows)
+    if weight.numel() and len(outgoing_rows):
+        kernels.exchange_rows_(weight, momentum_buffer, *rows, outgoing, outgoing_rows)
     increment_version((weight, momentum_buffer, outgoing))
 
 
@@ -316,11 +313,26 @@ def _register(
     fake: Callable[..., Any],
     record: Callable[..., Any] | None = None,
 ) -> Any:
-    """The operator, with `record` called in its place where a tensor argument requires a gradient. An
-    operator without it has no derivative."""
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"contrastive_ops::{name}", fake, lib=_library)
+    """The operator, whose arguments are checked before `kernel` and `fake` see them, and with `record` called in
+    its place where a tensor argument requires a gradient. An operator without it has no derivative."""
     operator = getattr(torch.ops.contrastive_ops, name)
+    check = Checks(name, operator.default._schema)
+
+    def checked_kernel(*arguments: Any) -> Any:
+        check(arguments)
+        return kernel(*arguments)
+
+    def checked_fake(*arguments: Any) -> Any:
+        check.without_memory(arguments)
+        return fake(*arguments)
+
+    def negated(*_: Any) -> Any:
+        raise ValueError(f"contrastive_ops::{name}: tensors must not be negated views; pass x.resolve_neg()")
+
+    _library.impl(name, checked_kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"contrastive_ops::{name}", checked_fake, lib=_library)
+    if check.written:  # else PyTorch resolves them
+        _library.impl(name, negated, "Negative")
 
     def autograd(*arguments: Any) -> Any:
         tensors = [a for a in arguments if isinstance(a, Tensor)]
@@ -328,6 +340,11 @@ def _register(
         _refuse_transforms(name, tensors, needs_gradient)
         if record is not None and needs_gradient:
             return record(*arguments)
+        if check.written and needs_gradient:
+            raise RuntimeError(
+                f"contrastive_ops::{name} writes in place and has no derivative, but a tensor requires one; "
+                "call it under torch.no_grad(), or with detached tensors"
+            )
         return _below_autograd(operator, *arguments)
 
     _library.impl(name, autograd, "Autograd")
@@ -356,7 +373,7 @@ conic_backward = _register(
     partial(_NoDoubleBackward.apply, "conic_backward"),
 )
 conic_backward_sgd_ = _register(
-    "conic_backward_sgd_", _conic_backward_sgd_, lambda grad_loss, views, *_: torch.empty_like(views)
+    "conic_backward_sgd_", _conic_backward_sgd_, lambda grad_loss, views, *_: views.new_empty(views.shape)
 )
 sgd_ = _register("sgd_", _sgd_, _fake_in_place)
 exchange_rows_ = _register("exchange_rows_", _exchange_rows_, _fake_in_place)
