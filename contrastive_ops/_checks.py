@@ -109,10 +109,11 @@ class Checks:
         """What can be asked of meta tensors too: layout, dtype, shape, device, numbers. Returns the tensors."""
         tensors: dict[str, Tensor] = {}
         sizes: dict[str, int] = dict(_FIXED)
-        first, first_place, *_ = self._tensors[0]
-        device = arguments[first_place].device
+        first, device = self._tensors[0][0], None
         for name, place, wanted, shape in self._tensors:
             tensor = tensors[name] = arguments[place]
+            if tensor is None:  # which schemas take for a tensor
+                self._refuse(TypeError, name, "be a torch.Tensor", None)
             if tensor.layout is not torch.strided:
                 self._refuse(TypeError, name, "be a dense tensor", f"layout {tensor.layout}")
             self._check_dtype(name, wanted, tensors)
@@ -126,9 +127,9 @@ class Checks:
                     self._refuse_shape(name, tensor, shape, sizes)
                 if size == 0 and not self._may_be_empty:
                     self._refuse(ValueError, name, "not be empty", f"shape {tuple(given)}")
-            if tensor.device != device and not (
-                wanted.or_host and tensor.device.type == "cpu" and device.type != "meta"
-            ):
+            device = device or tensor.device
+            on_host = wanted.or_host and tensor.device.type == "cpu" and device.type != "meta"
+            if tensor.device != device and not on_host:
                 self._refuse(ValueError, name, f"be on the device of {first}, {device}", tensor.device)
         for name, place, may_be_zero in self._numbers:
             number = arguments[place]
@@ -140,8 +141,9 @@ class Checks:
         """All of them."""
         tensors = self.without_memory(arguments)
         for name, tensor in tensors.items():
-            if tensor.storage_offset() * tensor.itemsize + _reach(tensor) > tensor.untyped_storage().nbytes():
-                self._refuse(ValueError, name, "lie within its storage", "a storage that was made smaller")
+            reach, there = _reach(tensor), tensor.untyped_storage().nbytes()
+            if reach and tensor.storage_offset() * tensor.itemsize + reach > there:
+                self._refuse(ValueError, name, "lie within its storage", f"one of {there} bytes")
         if self.written:
             self._check_written(tensors)
         for name, of, distinct in self._rows:

@@ -104,6 +104,8 @@ class _CO2(torch.autograd.Function):
             raise RuntimeError(
                 "contrastive_ops::co2: compute_gradient is false, but query requires a gradient"
             )
+        if any(ctx.needs_input_grad[1:3]):
+            raise RuntimeError("contrastive_ops::co2: key and queue get no gradient, but one requires it")
         output = _below_autograd(co2, query, *arguments)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -121,7 +123,7 @@ class _CO2(torch.autograd.Function):
 
 
 def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tensor:
-    scaled = torch.empty_like(gradient, dtype=query.dtype)
+    scaled = query.new_empty(query.shape)
     return torch.mul(gradient, grad_loss.unsqueeze(1), out=scaled)  # rounds once, to the query's dtype
 
 
@@ -356,7 +358,10 @@ def _register(
 # in views and weight.
 co2 = _register("co2", _co2, _co2_fake, _CO2.apply)
 scale_gradient = _register(
-    "scale_gradient", _scale_gradient, _scale_gradient, partial(_NoDoubleBackward.apply, "scale_gradient")
+    "scale_gradient",
+    _scale_gradient,
+    lambda gradient, grad_loss, query: query.new_empty(query.shape),
+    partial(_NoDoubleBackward.apply, "scale_gradient"),
 )
 nt_xent = _register("nt_xent", _nt_xent, _nt_xent_fake, _NTXent.apply)
 nt_xent_backward = _register(

@@ -81,7 +81,9 @@ class ConIC {
         above += parts[range * unit_views_.panels + panel].rank[lane];
       rank.mutable_data_ptr<int64_t>()[row] = above;
       double* out = statistics.mutable_data_ptr<double>() + 3 * row;
-      out[0] = finished.max_s, out[1] = finished.instance, out[2] = finished.grad_positive;
+      // The only row has no negatives.
+      out[0] = weight_.size(0) > 1 ? finished.max_s : positive.similarity[row];
+      out[1] = finished.instance, out[2] = finished.grad_positive;
     }
     auto [loss, consistency] = finish_losses(classification);
     return {loss, classification, consistency, rank, statistics};
