@@ -164,7 +164,11 @@ class Checks:
         """No memory is written twice, nor written and read in another argument's name; a GPU reaches all of it."""
         spans = {name: (start := each.data_ptr(), start + _reach(each)) for name, each in tensors.items()}
         for name, tensor in tensors.items():
-            if tensor.device != tensors["weight"].device and tensors["weight"].is_cuda and not tensor.is_pinned():
+            if (
+                tensor.device != tensors["weight"].device
+                and tensors["weight"].is_cuda
+                and not tensor.is_pinned()
+            ):
                 self._refuse(ValueError, name, "be on a GPU or in pinned memory", "memory that is not pinned")
         for name in self.written:
             tensor, (begin, end) = tensors[name], spans[name]

@@ -201,6 +201,8 @@ class _ConICWithUpdate(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         update, grad_views = ctx.update, None
         if grad_loss is not None:
+            if torch.is_grad_enabled():
+                raise RuntimeError("contrastive_ops: double backward is not supported")
             if update.taken:
                 raise RuntimeError(
                     "contrastive_ops: this step of SGD has been taken by an earlier backward; "

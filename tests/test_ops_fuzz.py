@@ -109,7 +109,10 @@ class Call:
 
 
 def arguments_of(operator: str, draw: Drawn, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
-    dtype, of_weight = draw.choice(dtypes), draw.choice(dtypes if operator in ("sgd_", "exchange_rows_") else DTYPES)
+    dtype, of_weight = (
+        draw.choice(dtypes),
+        draw.choice(dtypes if operator in ("sgd_", "exchange_rows_") else DTYPES),
+    )
     batch, dim, views = draw.size(), draw.size(), draw.randint(1, 3)
     count = draw.choice((draw.size(), draw.size(300)))  # of keys, or of the rows of a weight
     temperatures = draw.uniform(0.2, 2), draw.uniform(0.2, 2)
