@@ -1,7 +1,7 @@
 """What the operators ask of their arguments: once, for all backends, before anything is read or written.
 
-A backend takes memory to be what shapes, strides and indices say. Every call in which it is not is refused here,
-by a TypeError or ValueError that names operator and argument.
+A backend takes memory to be what shapes, strides and indices say. Every call in which it is not is refused
+here, by a TypeError or ValueError that names operator and argument.
 
 The values of indices are looked at where the host has them. For those of a GPU it would have to wait: there
 kernels neither read nor write rows outside, and what comes of it stands in `reference.py`.
@@ -27,8 +27,8 @@ _DOUBLE, _INDEX = (torch.float64,), (torch.int64,)
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Of a tensor: its sizes, in which a letter stands for one number throughout a call, and its dtype, which is
-    one of some, that of another argument, or that of another's loss.
+    """Of a tensor: its sizes, in which a letter stands for one number throughout a call, and its dtype, which
+    is one of some, that of another argument, or that of another's loss.
 
     It may be in the host's memory while others are on a GPU (`or_host`). Its values may be rows of another
     argument, each of them once (`distinct`).
@@ -86,7 +86,7 @@ _FIXED = {"2": 2, "3": 3, "5": 5}
 
 
 class Checks:
-    """Those of one operator. Its schema says where its arguments stand, which are numbers, which are written."""
+    """Those of one operator, whose schema says where its arguments stand, and which it writes."""
 
     def __init__(self, name: str, schema: torch._C.FunctionSchema) -> None:
         place = {argument.name: i for i, argument in enumerate(schema.arguments)}
@@ -106,7 +106,7 @@ class Checks:
         self.written = [each.name for each in schema.arguments if each.is_write]
 
     def without_memory(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
-        """What can be asked of meta tensors too: layout, dtype, shape, device, numbers. Returns the tensors."""
+        """What can be asked of meta tensors too: layout, dtype, shape, device; and numbers."""
         tensors: dict[str, Tensor] = {}
         sizes: dict[str, int] = dict(_FIXED)
         first, device = self._tensors[0][0], None
@@ -133,7 +133,7 @@ class Checks:
                 self._refuse(ValueError, name, f"be on the device of {first}, {device}", tensor.device)
         for name, place, may_be_zero in self._numbers:
             number = arguments[place]
-            if not ((0 <= number if may_be_zero else 0 < number) and number < math.inf):
+            if not (0 < number < math.inf or (may_be_zero and number == 0)):
                 self._refuse(ValueError, name, f"be finite and {'>=' if may_be_zero else '>'} 0", number)
         return tensors
 
@@ -161,7 +161,7 @@ class Checks:
             self._refuse(TypeError, name, f"be of dtype {words}{why}", tensors[name].dtype)
 
     def _check_written(self, tensors: Mapping[str, Tensor]) -> None:
-        """No memory is written twice, nor written and read in another argument's name; a GPU reaches all of it."""
+        """No memory is written in two places, or read in one and written in another; a GPU reaches all."""
         spans = {name: (start := each.data_ptr(), start + _reach(each)) for name, each in tensors.items()}
         for name, tensor in tensors.items():
             if (
@@ -246,7 +246,7 @@ def _same_records(a: Tensor, b: Tensor) -> bool:
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     """Exactly, for tensors whose spans overlap, as those of columns beside each other do."""
     try:
-        return np.shares_memory(_addresses(a), _addresses(b), max_work=10_000)
+        return np.shares_memory(_addresses(a), _addresses(b), max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

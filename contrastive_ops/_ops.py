@@ -317,8 +317,8 @@ def _register(
     fake: Callable[..., Any],
     record: Callable[..., Any] | None = None,
 ) -> Any:
-    """The operator, whose arguments are checked before `kernel` and `fake` see them, and with `record` called in
-    its place where a tensor argument requires a gradient. An operator without it has no derivative."""
+    """The operator, with its arguments checked before `kernel` and `fake` see them, and with `record` called
+    in its place where a tensor argument requires a gradient. An operator without it has no derivative."""
     operator = getattr(torch.ops.contrastive_ops, name)
     check = Checks(name, operator.default._schema)
 

@@ -197,8 +197,8 @@ def conic(
         views: (V, B, D). weight: (A, D). target: (B,) int64, the row of `weight` that each instance owns. Any
             floating dtype; computed in float64 if the views are float64, otherwise in float32.
 
-    On a GPU, where nobody looks at the values of `target` first, kernels make the loss of an instance NaN that
-    owns no row, and its gradients too.
+    On a GPU, where nobody looks at the values of `target` first, an instance that owns no row has a loss and
+    gradients of NaN.
 
     Returns:
         loss (B,), classification loss (V, B), consistency loss (B,), rank of the view's own row (V, B) int64,
@@ -318,8 +318,8 @@ def exchange_rows_(
             tensor where no row of it both comes and goes. slots, incoming_rows, outgoing_rows: (n,) int64;
             no slot and no outgoing row twice. coefficients: (n, 2, 2) float64, the C_i; computed in float64.
 
-    On a GPU, where nobody looks at the rows' numbers first, the kernels read a row outside as NaN and do not
-    write it; of two rows that are written to one place, or of one that comes and goes, either may be the first.
+    On a GPU, where nobody looks at the rows' numbers first, a row outside is read as NaN and not written; of
+    two that are written to one place, or of one that comes and goes, either may be the first.
     """
     # The records may be in the host's memory while the slots are on a GPU.
     arriving = incoming[incoming_rows.to(incoming.device)].to(weight.device)

@@ -29,12 +29,11 @@ from tests.oracles import (
 triton = pytest.importorskip("triton")
 
 # ruff: noqa: E402
-from contrastive_ops import kernels
 from contrastive_ops.kernels import _co2, _conic, _nt_xent
 from contrastive_ops.kernels._walk import steps_a_range
 
 from bench import resources
-from contrastive_ops import conic_loss, nt_xent_loss
+from contrastive_ops import conic_loss, kernels, nt_xent_loss
 
 
 def version(module: ModuleType) -> tuple[int, int]:
