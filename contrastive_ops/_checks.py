@@ -140,12 +140,13 @@ class Checks:
     def __call__(self, arguments: Sequence[Any]) -> None:
         """All of them."""
         tensors = self.without_memory(arguments)
-        for name, tensor in tensors.items():
-            reach, there = _reach(tensor), tensor.untyped_storage().nbytes()
+        reaches = {name: _reach(tensor) for name, tensor in tensors.items()}
+        for name, reach in reaches.items():
+            tensor, there = tensors[name], tensors[name].untyped_storage().nbytes()
             if reach and tensor.storage_offset() * tensor.itemsize + reach > there:
                 self._refuse(ValueError, name, "lie within its storage", f"one of {there} bytes")
         if self.written:
-            self._check_written(tensors)
+            self._check_written(tensors, reaches)
         for name, of, distinct in self._rows:
             if tensors[name].device.type == "cpu" and len(tensors[name]):
                 self._check_rows(name, of, distinct, tensors)
@@ -160,26 +161,24 @@ class Checks:
             words = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             self._refuse(TypeError, name, f"be of dtype {words}{why}", tensors[name].dtype)
 
-    def _check_written(self, tensors: Mapping[str, Tensor]) -> None:
+    def _check_written(self, tensors: Mapping[str, Tensor], reaches: Mapping[str, int]) -> None:
         """No memory is written in two places, or read in one and written in another; a GPU reaches all."""
-        spans = {name: (start := each.data_ptr(), start + _reach(each)) for name, each in tensors.items()}
         for name, tensor in tensors.items():
-            if (
-                tensor.device != tensors["weight"].device
-                and tensors["weight"].is_cuda
-                and not tensor.is_pinned()
-            ):
+            weight = tensors["weight"]
+            if weight.is_cuda and not (tensor.is_cuda or tensor.is_pinned()):
                 self._refuse(ValueError, name, "be on a GPU or in pinned memory", "memory that is not pinned")
-        for name in self.written:
-            tensor, (begin, end) = tensors[name], spans[name]
+        spans = [(name, x, x.data_ptr(), x.data_ptr() + reaches[name]) for name, x in tensors.items()]
+        for name, tensor, begin, end in spans:
+            if name not in self.written:
+                continue
             if _overlaps_itself(tensor):
                 self._refuse(ValueError, name, "not overlap itself", f"strides {tensor.stride()}")
-            for other, (other_begin, other_end) in spans.items():
-                if other == name or begin >= other_end or other_begin >= end:
+            for other, x, other_begin, other_end in spans:
+                if begin >= other_end or other_begin >= end or other == name:
                     continue
-                if name == "outgoing" and other == "incoming" and _same_records(tensor, tensors[other]):
+                if name == "outgoing" and other == "incoming" and _same_records(tensor, x):
                     self._check_none_comes_and_goes(tensors)
-                elif _share_memory(tensor, tensors[other]):
+                elif _share_memory(tensor, x):
                     self._refuse(ValueError, name, f"share no memory with {other}", "tensors that do")
 
     def _check_none_comes_and_goes(self, tensors: Mapping[str, Tensor]) -> None:
@@ -192,16 +191,11 @@ class Checks:
             self._refuse(ValueError, "outgoing_rows", wanted, f"{both[0]} in both")
 
     def _check_rows(self, name: str, of: str, distinct: bool, tensors: Mapping[str, Tensor]) -> None:
-        values, count = tensors[name].numpy(), len(tensors[of])
-        if distinct:
-            values = np.sort(values)
-            lowest, highest = values[0], values[-1]
-        else:
-            lowest, highest = values.min(), values.max()
-        if lowest < 0 or highest >= count:
+        rows, count = np.sort(tensors[name].numpy()), len(tensors[of])
+        if rows[0] < 0 or rows[-1] >= count:
             wanted = f"be rows of {of}, from 0 to {count - 1}"
-            self._refuse(ValueError, name, wanted, f"values from {lowest} to {highest}")
-        if distinct and (repeated := values[1:][values[1:] == values[:-1]]).size:
+            self._refuse(ValueError, name, wanted, f"values from {rows[0]} to {rows[-1]}")
+        if distinct and (repeated := rows[1:][rows[1:] == rows[:-1]]).size:
             self._refuse(ValueError, name, "be distinct", f"{repeated[0]} more than once")
 
     def _refuse_shape(
