@@ -10,6 +10,7 @@ kernels neither read nor write rows outside, and what comes of it stands in `ref
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -83,6 +84,7 @@ _TENSORS = {
 _MAY_BE_EMPTY = ("sgd_", "exchange_rows_")  # nothing is done then; a loss needs something of everything
 _MAY_BE_ZERO = ("instance_weight", "consistency_weight", "lr", "momentum", "weight_decay")
 _FIXED = {"2": 2, "3": 3, "5": 5}
+_KNOWN = 1024  # calls that are remembered of an operator
 
 
 class Checks:
@@ -91,112 +93,133 @@ class Checks:
     def __init__(self, name: str, schema: torch._C.FunctionSchema) -> None:
         place = {argument.name: i for i, argument in enumerate(schema.arguments)}
         self._operator = f"contrastive_ops::{name}"
-        self._tensors = [
-            (each, place[each], wanted, wanted.shape.split()) for each, wanted in _TENSORS[name].items()
-        ]
+        self._wanted = _TENSORS[name]
+        self._places = [place[each] for each in self._wanted]
         self._numbers = [
             (each.name, place[each.name], each.name in _MAY_BE_ZERO)
             for each in schema.arguments
             if str(each.type) == "float"
         ]
-        self._rows = [
-            (each, wanted.rows_of, wanted.distinct) for each, _, wanted, _ in self._tensors if wanted.rows_of
-        ]
+        self._rows = [(each, wanted) for each, wanted in self._wanted.items() if wanted.rows_of]
         self._may_be_empty = name in _MAY_BE_EMPTY
+        self._known: dict[Any, list[int]] = {}
         self.written = [each.name for each in schema.arguments if each.is_write]
 
-    def without_memory(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
+    def without_memory(self, arguments: Sequence[Any]) -> None:
         """What can be asked of meta tensors too: layout, dtype, shape, device; and numbers."""
-        tensors: dict[str, Tensor] = {}
+        self._check_tensors([arguments[place] for place in self._places])
+        self._check_numbers(arguments)
+
+    def __call__(self, arguments: Sequence[Any]) -> None:
+        """All of them."""
+        tensors = [arguments[place] for place in self._places]
+        # Nearly every call has tensors like those of another, and to see that takes a third of the time.
+        alike = tuple(map(_description, tensors))
+        reaches = self._known.get(alike)
+        if reaches is None:
+            reaches = self._check_storages(self._check_tensors(tensors))
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[alike] = reaches
+        self._check_numbers(arguments)
+        if not (self.written or self._rows):
+            return
+        named = dict(zip(self._wanted, tensors, strict=True))
+        if self.written:
+            self._check_places(named, reaches)
+        for name, wanted in self._rows:
+            if named[name].is_cpu and named[name].numel():
+                self._check_rows(name, wanted, named)
+
+    def _check_tensors(self, given: Sequence[Any]) -> dict[str, Tensor]:
+        """Layout, dtype, shape and device; returns the tensors by name."""
+        tensors = dict(zip(self._wanted, given, strict=True))
         sizes: dict[str, int] = dict(_FIXED)
-        first, device = self._tensors[0][0], None
-        for name, place, wanted, shape in self._tensors:
-            tensor = tensors[name] = arguments[place]
+        first = next(iter(tensors))
+        for name, wanted in self._wanted.items():
+            tensor, shape = tensors[name], wanted.shape.split()
             if tensor is None:  # which schemas take for a tensor
                 self._refuse(TypeError, name, "be a torch.Tensor", None)
             if tensor.layout is not torch.strided:
                 self._refuse(TypeError, name, "be a dense tensor", f"layout {tensor.layout}")
-            self._check_dtype(name, wanted, tensors)
-            given = tensor.shape
-            if len(given) != len(shape):
+            dtypes, why = wanted.dtypes, ""
+            if wanted.like:
+                dtypes, why = (tensors[wanted.like].dtype,), f", that of {wanted.like}"
+            elif wanted.loss_of:
+                dtypes, why = (computed_in(tensors[wanted.loss_of]),), f", that of a loss of {wanted.loss_of}"
+            if tensor.dtype not in dtypes:
+                words = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                self._refuse(TypeError, name, f"be of dtype {words}{why}", tensor.dtype)
+            if tensor.ndim != len(shape):
                 self._refuse_shape(name, tensor, shape, sizes)
-            for dimension, size in zip(shape, given, strict=True):
+            for dimension, size in zip(shape, tensor.shape, strict=True):
                 if dimension == "2B":
                     sizes[dimension] = 2 * sizes["B"]
                 if sizes.setdefault(dimension, size) != size:
                     self._refuse_shape(name, tensor, shape, sizes)
                 if size == 0 and not self._may_be_empty:
-                    self._refuse(ValueError, name, "not be empty", f"shape {tuple(given)}")
-            device = device or tensor.device
-            on_host = wanted.or_host and tensor.device.type == "cpu" and device.type != "meta"
-            if tensor.device != device and not on_host:
+                    self._refuse(ValueError, name, "not be empty", f"shape {tuple(tensor.shape)}")
+            device = tensors[first].device
+            in_host = wanted.or_host and tensor.is_cpu and device.type != "meta"
+            if tensor.device != device and not in_host:
                 self._refuse(ValueError, name, f"be on the device of {first}, {device}", tensor.device)
+        return tensors
+
+    def _check_numbers(self, arguments: Sequence[Any]) -> None:
         for name, place, may_be_zero in self._numbers:
             number = arguments[place]
             if not (0 < number < math.inf or (may_be_zero and number == 0)):
                 self._refuse(ValueError, name, f"be finite and {'>=' if may_be_zero else '>'} 0", number)
-        return tensors
 
-    def __call__(self, arguments: Sequence[Any]) -> None:
-        """All of them."""
-        tensors = self.without_memory(arguments)
-        reaches = {name: _reach(tensor) for name, tensor in tensors.items()}
-        for name, reach in reaches.items():
-            tensor, there = tensors[name], tensors[name].untyped_storage().nbytes()
-            if reach and tensor.storage_offset() * tensor.itemsize + reach > there:
-                self._refuse(ValueError, name, "lie within its storage", f"one of {there} bytes")
-        if self.written:
-            self._check_written(tensors, reaches)
-        for name, of, distinct in self._rows:
-            if tensors[name].device.type == "cpu" and len(tensors[name]):
-                self._check_rows(name, of, distinct, tensors)
-
-    def _check_dtype(self, name: str, wanted: _Wanted, tensors: Mapping[str, Tensor]) -> None:
-        dtypes, why = wanted.dtypes, ""
-        if wanted.like:
-            dtypes, why = (tensors[wanted.like].dtype,), f", that of {wanted.like}"
-        elif wanted.loss_of:
-            dtypes, why = (computed_in(tensors[wanted.loss_of]),), f", that of a loss of {wanted.loss_of}"
-        if tensors[name].dtype not in dtypes:
-            words = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            self._refuse(TypeError, name, f"be of dtype {words}{why}", tensors[name].dtype)
-
-    def _check_written(self, tensors: Mapping[str, Tensor], reaches: Mapping[str, int]) -> None:
-        """No memory is written in two places, or read in one and written in another; a GPU reaches all."""
+    def _check_storages(self, tensors: Mapping[str, Tensor]) -> list[int]:
+        """A tensor lies within its storage, and one that is written has a place for each element. Returns how
+        far each reaches."""
         for name, tensor in tensors.items():
-            weight = tensors["weight"]
-            if weight.is_cuda and not (tensor.is_cuda or tensor.is_pinned()):
-                self._refuse(ValueError, name, "be on a GPU or in pinned memory", "memory that is not pinned")
-        spans = [(name, x, x.data_ptr(), x.data_ptr() + reaches[name]) for name, x in tensors.items()]
-        for name, tensor, begin, end in spans:
+            there = tensor.untyped_storage().nbytes()
+            if tensor.numel() and tensor.storage_offset() * tensor.itemsize + _reach(tensor) > there:
+                self._refuse(ValueError, name, "lie within its storage", f"one of {there} bytes")
+            if name in self.written and _overlaps_itself(tensor):
+                self._refuse(ValueError, name, "not overlap itself", f"strides {tensor.stride()}")
+        return [_reach(tensor) for tensor in tensors.values()]
+
+    def _check_places(self, tensors: Mapping[str, Tensor], reaches: Sequence[int]) -> None:
+        """What is written is no other argument's memory, and a GPU reaches all memory."""
+        if tensors["weight"].is_cuda:
+            for name, tensor in tensors.items():
+                if tensor.is_cpu and not tensor.is_pinned():
+                    self._refuse(ValueError, name, "be on a GPU or in pinned memory", "other memory")
+        starts = [tensor.data_ptr() for tensor in tensors.values()]
+        spans = list(zip(tensors, starts, map(operator.add, starts, reaches), strict=True))
+        for name, begin, end in spans:
             if name not in self.written:
                 continue
-            if _overlaps_itself(tensor):
-                self._refuse(ValueError, name, "not overlap itself", f"strides {tensor.stride()}")
-            for other, x, other_begin, other_end in spans:
-                if begin >= other_end or other_begin >= end or other == name:
-                    continue
-                if name == "outgoing" and other == "incoming" and _same_records(tensor, x):
-                    self._check_none_comes_and_goes(tensors)
-                elif _share_memory(tensor, x):
-                    self._refuse(ValueError, name, f"share no memory with {other}", "tensors that do")
+            for other, other_begin, other_end in spans:
+                if begin < other_end and other_begin < end and other != name:
+                    self._check_pair(name, other, tensors)
 
-    def _check_none_comes_and_goes(self, tensors: Mapping[str, Tensor]) -> None:
-        """Where `incoming` and `outgoing` are the same."""
-        if tensors["incoming_rows"].device.type != "cpu":
-            return
-        both = np.intersect1d(tensors["incoming_rows"].numpy(), tensors["outgoing_rows"].numpy())
-        if len(both):
-            wanted = "be other rows than incoming_rows where outgoing is incoming"
-            self._refuse(ValueError, "outgoing_rows", wanted, f"{both[0]} in both")
+    def _check_pair(self, name: str, other: str, tensors: Mapping[str, Tensor]) -> None:
+        """Of tensors whose spans overlap, and of which the first is written."""
+        if name != "outgoing" or other != "incoming" or not _same_records(tensors[name], tensors[other]):
+            if _share_memory(tensors[name], tensors[other]):
+                self._refuse(ValueError, name, f"share no memory with {other}", "tensors that do")
+        elif tensors["incoming_rows"].is_cpu:
+            both = np.intersect1d(tensors["incoming_rows"].numpy(), tensors["outgoing_rows"].numpy())
+            if len(both):
+                words = "be other rows than incoming_rows where outgoing is incoming"
+                self._refuse(ValueError, "outgoing_rows", words, f"{both[0]} in both")
 
-    def _check_rows(self, name: str, of: str, distinct: bool, tensors: Mapping[str, Tensor]) -> None:
-        rows, count = np.sort(tensors[name].numpy()), len(tensors[of])
-        if rows[0] < 0 or rows[-1] >= count:
-            wanted = f"be rows of {of}, from 0 to {count - 1}"
-            self._refuse(ValueError, name, wanted, f"values from {rows[0]} to {rows[-1]}")
-        if distinct and (repeated := rows[1:][rows[1:] == rows[:-1]]).size:
-            self._refuse(ValueError, name, "be distinct", f"{repeated[0]} more than once")
+    def _check_rows(self, name: str, wanted: _Wanted, tensors: Mapping[str, Tensor]) -> None:
+        rows, count = tensors[name], tensors[wanted.rows_of].shape[0]
+        if wanted.distinct:
+            ordered = np.sort(rows.numpy())
+            lowest, highest = ordered[0], ordered[-1]
+        else:
+            lowest, highest = (extreme.item() for extreme in torch.aminmax(rows))
+        if lowest < 0 or highest >= count:
+            words = f"be rows of {wanted.rows_of}, from 0 to {count - 1}"
+            self._refuse(ValueError, name, words, f"values from {lowest} to {highest}")
+        if wanted.distinct and np.count_nonzero(twice := ordered[1:] == ordered[:-1]):
+            self._refuse(ValueError, name, "be distinct", f"{ordered[1:][twice][0]} more than once")
 
     def _refuse_shape(
         self, name: str, tensor: Tensor, shape: Sequence[str], sizes: Mapping[str, int]
@@ -209,6 +232,20 @@ class Checks:
 
     def _refuse(self, error: type[Exception], name: str, wanted: str, got: object) -> NoReturn:
         raise error(f"{self._operator}: {name} must {wanted}, got {got}")
+
+
+def _description(tensor: Tensor | None) -> Any:
+    """All that the checks of tensors ask of one, its place in memory and its values apart."""
+    if tensor is None or tensor.layout is not torch.strided:
+        return None
+    return (
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+        tensor.storage_offset(),
+        tensor.untyped_storage().nbytes(),
+    )
 
 
 def _reach(tensor: Tensor) -> int:
