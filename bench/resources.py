@@ -49,7 +49,9 @@ TENSOR_COLUMNS = 512  # of its tensor memory, where it has one
 ISSUED, EXPONENTIALS = 128, 16
 OPERATIONS = {(8, 0): 2048, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
 UNITS = ("instructions", "exponentials", "products")
-UNSPECIALIZED = ("batch", "keys", "ranges", "count", "views_count", "rows", "padded_rows")
+UNSPECIALIZED = (
+    "batch", "keys", "ranges", "count", "views_count", "rows", "padded_rows", "active", "coming", "going",
+)  # fmt: skip
 SLOWER = {"half": 1, "tf32": 2, "tf32x3": 6}
 CHIPS = {(8, 0): ("A100", 108, 1.41), (9, 0): ("H200", 132, 1.98)}  # multiprocessors, highest clock in GHz
 
