@@ -305,7 +305,9 @@ def entries(loss: str, capability: tuple[int, int]) -> list[tuple[str, int]]:
         keys = CONIC_TABLES.get(capability, CONIC_OTHER)
     if loss == "nt_xent":
         keys = NT_XENT_TABLES.get(capability, NT_XENT_OTHER)
-    return [(precision, largest if DTYPES[precision] == torch.bfloat16 else 128) for precision, largest in keys]
+    return [
+        (precision, largest if DTYPES[precision] == torch.bfloat16 else 128) for precision, largest in keys
+    ]
 
 
 def report(capability: tuple[int, int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +19,8 @@ Reduction = Literal["mean", "sum", "none"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# What a temperature may be, and the most that a weight may. Beyond, a rounding of a similarity decides between
-# 0 and infinity, or float32 cannot hold the loss.
+# What a temperature may be, and the most that a weight may. Beyond, a rounding of a similarity decides
+# between 0 and infinity, or float32 cannot hold the loss.
 _TEMPERATURES = (1e-6, 1e6)
 _MOST_WEIGHT = 1e6
 
@@ -64,15 +65,15 @@ def co2_loss(
     P is a pseudo-label: no gradient passes through it. The defaults are the paper's for MoCo v2; for MoCo
     they are τ = 0.07, τc = 0.04, α = 10.
 
-    The query's dtype decides in which matrices are multiplied; everything else is in float32 or wider. So under
-    autocast, where networks give half precision, this computes as eager PyTorch does there: products in half
-    precision, the loss in float32.
+    Matrices are multiplied in the query's dtype, all else is in float32 or wider. So under autocast, where
+    networks give half precision, this computes as eager PyTorch does there: products in half precision, the
+    loss in float32.
 
     Args:
         query: (B, D), float16, bfloat16, float32 or float64, any strides. The only input with a gradient,
             which comes in its dtype.
-        key: (B, D): row i is the positive of query row i. Of the query's dtype; under autocast of any of those,
-            and taken as it is, for `torch.nn.functional.normalize` gives float32 there.
+        key: (B, D): row i is the positive of query row i. Of the query's dtype; under autocast, where
+            `torch.nn.functional.normalize` may give float32, of any of those, and taken as it is.
         queue: (K, D) negatives, of any of those dtypes, taken as stored: keep its rows normalised. Under
             queries in half precision a queue of their dtype is fastest; another is rounded to it on the way
             to the products. Any strides: MoCo's (D, K) buffer goes in as ``queue.T`` without a copy; where
@@ -82,10 +83,10 @@ def co2_loss(
         temperature: τ, from 1e-6 to 1e6.
         consistency_temperature: τc, from 1e-6 to 1e6.
         consistency_weight: α, from 0 to 1e6; with 0 the consistency term is not computed.
-        include_positive: prepend s_+ to both lists of the consistency term. That gives the value of the public
-            ports that do so, but not their gradient: they let it pass through s_+ in P as well, which adds
-            ½ [P_+ (1 + E_P[d] − d_+) − Q_+] / τc to ∂L_con/∂s_+, with d = log Q − log P. Here P stays a
-            pseudo-label.
+        include_positive: prepend s_+ to both lists of the consistency term. That gives the value of the
+            public ports that do so, but not their gradient: they let it pass through s_+ in P as well, which
+            adds ½ [P_+ (1 + E_P[d] − d_+) − Q_+] / τc to ∂L_con/∂s_+, with d = log Q − log P. Here P stays
+            a pseudo-label.
         normalize: L2-normalise query and key, in at least float32.
         reduction: "mean" or "sum" over the batch, or "none".
         return_metrics: also return a `LossMetrics`.
@@ -205,8 +206,8 @@ def nt_xent_loss(
     gradient through P as well would be the same as twice the weight.)
 
     Args:
-        view1: (B, D), float16, bfloat16, float32 or float64, any strides. Matrices are multiplied in this dtype,
-            as autocast would.
+        view1: (B, D), float16, bfloat16, float32 or float64, any strides. Matrices are multiplied in this
+            dtype, as autocast would.
         view2: (B, D): row i is the other view of row i of `view1`. Of its dtype; under autocast views of two
             dtypes are computed in the wider one. Both get gradients, as queries and as keys, in their own
             dtypes.
@@ -251,10 +252,11 @@ def nt_xent_loss(
     check_backend(backend)
 
     dtype = torch.promote_types(view1.dtype, view2.dtype)
-    loss, *metrics, _ = _ops.nt_xent(
-        torch.stack([view1.to(dtype), view2.to(dtype)]), float(temperature), float(consistency_temperature),
-        float(consistency_weight), normalize, backend,
-    )  # fmt: skip
+    with _without_autocast(view1):
+        loss, *metrics, _ = _ops.nt_xent(
+            torch.stack([view1.to(dtype), view2.to(dtype)]), float(temperature),
+            float(consistency_temperature), float(consistency_weight), normalize, backend,
+        )  # fmt: skip
     loss = _reduce(loss, reduction)
     return (loss, LossMetrics(*metrics)) if return_metrics else loss
 
@@ -314,9 +316,9 @@ def conic_loss(
 
     Hats are L2-normalised rows. If only A of N instances are in the denominator, β = (N − 1)/(A − 1) makes
     up for the rest. The whole classifier (A = N, β = 1) with α = 0 is Exemplar-CNN; a weight that holds
-    averages of past features (`MemoryBank`) is InstDisc. A weight whose rows are another network's features of
-    the same batch is the loss of two towers, with gradients to both, as CLIP and MoCo v3 have it; see the second
-    example.
+    averages of past features (`MemoryBank`) is InstDisc. A weight whose rows are another network's features
+    of the same batch is the loss of two towers, with gradients to both, as CLIP and MoCo v3 have it; see the
+    second example.
 
     Args:
         views: (V, B, D) features of V views of each of B instances, V ≥ 1, any strides; float16, bfloat16,
@@ -389,10 +391,11 @@ def conic_loss(
     if num_instances is not None and rows > 1:
         compensation = (num_instances - 1) / (rows - 1)
     settings = (float(temperature), compensation, float(consistency_weight), backend)
-    if update is None:
-        loss, *metrics, _ = _ops.conic(views, weight, target, *settings)
-    else:
-        loss, *metrics, _ = _ops.conic_with_update(views, weight, target, update, *settings)
+    with _without_autocast(views):
+        if update is None:
+            loss, *metrics, _ = _ops.conic(views, weight, target, *settings)
+        else:
+            loss, *metrics, _ = _ops.conic_with_update(views, weight, target, update, *settings)
     loss = _reduce(loss, reduction)
     return (loss, ConICMetrics(*metrics)) if return_metrics else loss
 
@@ -441,11 +444,12 @@ def _queue_loss(
     if queue.shape[0] == queue.shape[1]:
         _warn_if_transposed(queue)
 
-    loss, *metrics, _gradient = _ops.co2(
-        query, key, queue, float(temperature), float(consistency_temperature), instance_weight,
-        float(consistency_weight), include_positive, normalize,
-        query.requires_grad and torch.is_grad_enabled(), backend,
-    )  # fmt: skip
+    with _without_autocast(query):
+        loss, *metrics, _gradient = _ops.co2(
+            query, key, queue, float(temperature), float(consistency_temperature), instance_weight,
+            float(consistency_weight), include_positive, normalize,
+            query.requires_grad and torch.is_grad_enabled(), backend,
+        )  # fmt: skip
     loss = _reduce(loss, reduction)
     return (loss, LossMetrics(*metrics)) if return_metrics else loss
 
@@ -477,15 +481,24 @@ def _check_rows(name: str, tensor: Any, wanted_shape: str = "(rows, D)") -> None
         raise ValueError(f"{name} must not be empty, got shape {_shape(tensor)}")
 
 
+def _under_autocast(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """An operator decides itself what it computes in; autocast would reach the reference's own products."""
+    return torch.autocast(tensor.device.type, enabled=False) if _under_autocast(tensor) else nullcontext()
+
+
 def _check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Under autocast dtypes may differ: there PyTorch's own losses take what is wide beside what is not."""
     if tensor.dtype == other.dtype:
         return
-    device = other.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not _under_autocast(other):
         raise TypeError(
-            f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}; "
-            f"pass {name}.to({other_name}.dtype), or compute the loss under torch.autocast, where they may differ"
+            f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}; pass "
+            f"{name}.to({other_name}.dtype), or compute the loss under torch.autocast, where they may differ"
         )
 
 
@@ -503,8 +516,8 @@ def _check_weight(name: str, value: Any) -> None:
 
 
 def _warn_if_transposed(queue: Tensor) -> None:
-    """Of a square queue only the numbers tell which side the keys are on. A few of either are looked at, where
-    that waits for no device and no program is being traced."""
+    """Of a square queue only the numbers tell which side the keys are on. A few of either are looked at,
+    where that waits for no device and no program is being traced."""
     if (
         torch.compiler.is_compiling()
         or type(queue) not in (Tensor, torch.nn.Parameter)
@@ -521,8 +534,8 @@ def _warn_if_transposed(queue: Tensor) -> None:
     few = range(min(8, len(rows)))  # of an upright queue, mostly one: its first column is no unit vector
     if unit(rows[:, i] for i in few) and not unit(rows[i] for i in few):
         warnings.warn(
-            f"the columns of queue, {_shape(queue)}, are unit vectors and its rows are not, but queue must hold a "
-            "key in each row; MoCo's (D, K) buffer is passed as queue.T",
+            f"queue, {_shape(queue)}, must hold a key in each row, but its columns are unit vectors and its "
+            "rows are not: MoCo's (D, K) buffer is passed as queue.T",
             stacklevel=4,
         )
 

@@ -37,8 +37,8 @@ class Tiles:
     stacked: bool = False
 
 
-# By precision and the largest D served: the tiles of the statistics and those of the gradient. "wide" is "half"
-# with a queue of another dtype, rounded as it is loaded.
+# By precision and the largest D served: the tiles of the statistics and those of the gradient. "wide" is
+# "half" with a queue of another dtype, rounded as it is loaded.
 Table = dict[tuple[str, int], tuple[Tiles, Tiles]]
 
 AMPERE: Table = {  # A100: 163 KiB of shared memory a program
