@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -544,12 +545,14 @@ def check_number(name: str, value: Any, *, above: float | None = None, minimum: 
     """The value as Python's own number; NumPy's are numbers too."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol.
+    # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol. An integer,
+    # or a longer float of NumPy's, may be finite and yet beyond Python's own.
+    finite = value <= sys.float_info.max if isinstance(value, int) else float(value) < math.inf
     if above is not None:
-        valid, wanted = above < value < math.inf, f"> {above}"
+        valid, wanted = value > above, f"> {above}"
     else:
-        valid, wanted = minimum <= value < math.inf, f">= {minimum}"
-    if not valid:
+        valid, wanted = value >= minimum, f">= {minimum}"
+    if not (finite and valid):
         raise ValueError(f"{name} must be finite and {wanted}, got {value}")
     return float(value)
 
