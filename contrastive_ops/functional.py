@@ -545,8 +545,8 @@ def check_number(name: str, value: Any, *, above: float | None = None, minimum: 
     """The value as Python's own number; NumPy's are numbers too."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol. An integer,
-    # or a longer float of NumPy's, may be finite and yet beyond Python's own.
+    # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol. Integers
+    # and NumPy's longer floats may be finite and yet beyond Python's own.
     finite = value <= sys.float_info.max if isinstance(value, int) else float(value) < math.inf
     if above is not None:
         valid, wanted = value > above, f"> {above}"
