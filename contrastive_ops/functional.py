@@ -378,10 +378,10 @@ def conic_loss(
     if num_instances is not None:
         if isinstance(num_instances, bool) or not isinstance(num_instances, (int, np.integer)):
             raise TypeError(f"num_instances must be an integer or None, got {type(num_instances).__name__}")
-        if not rows <= num_instances < 2**63:
-            raise ValueError(
-                f"num_instances must be at least the {rows} rows of weight, and an int64, got {num_instances}"
-            )
+        if num_instances < rows:
+            raise ValueError(f"num_instances must be at least the {rows} rows of weight, got {num_instances}")
+        if num_instances >= 2**63:
+            raise ValueError(f"num_instances must be an int64, got {num_instances}")
     _check_temperature("temperature", temperature)
     _check_weight("consistency_weight", consistency_weight)
     check_flag("return_metrics", return_metrics)

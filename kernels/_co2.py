@@ -11,7 +11,7 @@ does. A program walks its range a tile of keys at a time; nothing of size B×K l
 
 Without a gradient the first two are all. There are no atomics: equal input gives equal bits.
 
-Rows are multiplied as they are stored, but a queue of another dtype is rounded to the query's as its tiles are
+Rows are multiplied as stored, but a queue of another dtype is rounded to the query's as its tiles are
 loaded; norms divide similarities, not rows. A pair of row and key has
 
     a_j = λ (s_j − max s)     b_j = λ (y_j − max y)     d_j = a_j − b_j     with λ = log2(e)/τc,
