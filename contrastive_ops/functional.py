@@ -483,8 +483,7 @@ def _check_rows(name: str, tensor: Any, wanted_shape: str = "(rows, D)") -> None
 
 
 def _under_autocast(tensor: Tensor) -> bool:
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
