@@ -54,7 +54,7 @@ _MOMENTUM = {"momentum_buffer": _Wanted("A D", like="weight")}
 
 # Of each operator in the order in which they are looked at; all are on the device of the first.
 _TENSORS = {
-    "co2": {"query": _Wanted("B D"), "key": _Wanted("B D", like="query"), "queue": _Wanted("K D")},
+    "co2": {"query": _Wanted("B D"), "key": _Wanted("B D"), "queue": _Wanted("K D")},
     "scale_gradient": {
         "query": _Wanted("B D"),
         "gradient": _Wanted("B D", loss_of="query"),

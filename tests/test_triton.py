@@ -180,6 +180,7 @@ def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: s
     [
         *((name, variant) for name in resources.WALKING if "nt_xent" not in name for variant in VARIANTS),
         *((f"co2.{name}", {"consistency": False}) for name in ("statistics", "gradient")),
+        *((f"co2.{name}", {"precision": "wide", **HALF}) for name in ("statistics", "gradient")),
         *((f"conic.{name}", {"weight_dtype": torch.bfloat16}) for name in ("statistics", "weight", "views")),
         ("conic.weight", {"step": False}),
         ("nt_xent.statistics", {"consistency": False}),
@@ -190,10 +191,10 @@ def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: s
 def test_other_calls_spill_nothing_in_the_loop(
     capability: tuple[int, int], name: str, variant: dict[str, Any]
 ) -> None:
-    """The (D, K) order of keys, a ragged number of them, InfoNCE alone, a classifier in half precision, a
-    backward that only stores its gradient, float16, and views that are not normalised, on the same matrix
-    instructions."""
-    made = resources.compile_kernel(name, capability, "half", 128, **variant)
+    """The (D, K) order of keys, a ragged number of them, InfoNCE alone, float16 with a float32 queue, a
+    classifier in half precision, a backward that only stores its gradient, float16, and views that are not
+    normalised, on the same matrix instructions."""
+    made = resources.compile_kernel(name, capability, **{"precision": "half", "dim": 128, **variant})
     assert TENSOR_CORES[capability] in made.ptx
     if TUNED_FOR_THIS_COMPILER:
         assert not {"LDL", "STL"} & made.loop.keys()

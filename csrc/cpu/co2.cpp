@@ -198,9 +198,10 @@ LossTensors co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor
   const Settings settings{temperature,        consistency_temperature, instance_weight,
                           consistency_weight, include_positive,        normalize,
                           compute_gradient};
-  // A queue of another dtype than half-precision queries' is multiplied in float.
-  const bool same = query.scalar_type() == queue.scalar_type();
-  return with_product(query.scalar_type(), same, [&](auto product) {
+  // Rows are multiplied in the query's dtype, the queue rounded to it a tile at a time as it is loaded; but
+  // float16 may not hold what a queue of another dtype does.
+  const bool holds = query.scalar_type() != at::kHalf || queue.scalar_type() == at::kHalf;
+  return with_product(query.scalar_type(), holds, [&](auto product) {
     LossTensors result = run<typename decltype(product)::type>(query, key, queue, settings);
     if (instance_weight == 0) std::get<1>(result).zero_();  // also where neither term was asked for
     return result;
