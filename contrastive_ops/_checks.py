@@ -113,7 +113,7 @@ class Checks:
     def __call__(self, arguments: Sequence[Any]) -> None:
         """All of them."""
         tensors = [arguments[place] for place in self._places]
-        # Nearly every call has tensors like those of another, and to see that takes a third of the time.
+        # Nearly every call has tensors like those of another, and to see that takes half the time.
         alike = tuple(map(_description, tensors))
         reaches = self._known.get(alike)
         if reaches is None:
