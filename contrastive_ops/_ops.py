@@ -1,8 +1,7 @@
 """The operators: schema, shapes, autograd. What computes them is `_backends.py`'s choice.
 
 They may be called as torch.ops.contrastive_ops.*, with any arguments: `_checks.py` refuses what is wrong
-before a backend sees it. A loss needs one row of everything; `sgd_` and `exchange_rows_` do nothing where
-there is none.
+before a backend sees it. A loss needs a row of everything; `sgd_` and `exchange_rows_` do nothing without.
 
 A loss is one operator: normalisation, softmax, the row losses.
 

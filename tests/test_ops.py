@@ -206,7 +206,7 @@ def zeros(*shape: int, **options: Any) -> torch.Tensor:
 WRONG: dict[str, list[tuple[str, Any, type[Exception], str]]] = {
     "co2": [
         ("key", zeros(4, 2), ValueError, r"must be \(B, D\) with B = 4 and D = 3, got shape \(4, 2\)"),
-        ("key", zeros(4, 3).half(), TypeError, "must be of dtype float32, that of query, got torch.float16"),
+        ("key", zeros(4, 3).int(), TypeError, "must be of dtype float16, bfloat16, .*, got torch.int32"),
         ("queue", zeros(6, 3).to_sparse(), TypeError, "must be a dense tensor, got layout torch.sparse_coo"),
         ("queue", zeros(0, 3), ValueError, r"must not be empty, got shape \(0, 3\)"),
         ("queue", zeros(6, 3, device="meta"), ValueError, "must be on the device of query, cpu, got meta"),

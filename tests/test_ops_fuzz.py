@@ -40,7 +40,7 @@ WRITTEN = {
 ROWS = {"target": "weight", "slots": "weight", "incoming_rows": "incoming", "outgoing_rows": "outgoing"}
 DISTINCT = ("slots", "outgoing_rows")
 OF_ONE_DTYPE = (
-    *ROWS, "key", "momentum_buffer", "gradient", "grad_loss", "statistics", "coefficients", "incoming",
+    *ROWS, "momentum_buffer", "gradient", "grad_loss", "statistics", "coefficients", "incoming",
     "outgoing",
 )  # fmt: skip
 POSITIVE = ("temperature", "consistency_temperature", "compensation")
@@ -122,7 +122,7 @@ def arguments_of(operator: str, draw: Drawn, dtypes: Sequence[torch.dtype]) -> d
     consistency_weight = draw.uniform(0, 2) * draw.flag()
 
     if operator == "co2":
-        query, key = (draw.tensor(batch, dim, dtype=dtype) for _ in range(2))
+        query, key = (draw.tensor(batch, dim, dtype=each) for each in (dtype, draw.choice(dtypes)))
         weights = draw.uniform(0, 2) * draw.flag(), consistency_weight
         values = [query, key, weight, *temperatures, *weights, draw.flag(), draw.flag(), draw.flag()]
     elif operator == "scale_gradient":
