@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo test quick dist test-installed test-oldest bench gpu lint format clean
+.PHONY: demo test quick dist test-installed test-oldest asan bench gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m train_ref fit --config digits_moco_v2_co2
@@ -42,6 +42,16 @@ test-installed: dist
 	cd $(ELSEWHERE) && CONTRASTIVE_OPS_SOURCE=$(CURDIR) .venv/bin/python -m pytest -m "not slow" \
 		tests/test_installation.py tests/test_readme.py tests/test_backends.py tests/test_functional.py \
 		tests/test_instances.py tests/train_ref/test_cli.py tests/train_ref/test_help.py
+
+# Calls of the operators, right and wrong, and the tests of the active set, on C++ whose every access to memory gcc's
+# sanitizers watch: their first report ends it. It has a build of its own.
+ASAN := build/asan
+asan: $(VENV)/.installed
+	CONTRASTIVE_OPS_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
+	cp -r tests pyproject.toml $(ASAN)
+	cd $(ASAN) && CONTRASTIVE_OPS_FUZZ_CALLS=10000 ATEN_CPU_CAPABILITY=default ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		$(abspath $(BIN))/python -m pytest -q -p no:faulthandler --capture=sys tests/test_ops_fuzz.py tests/test_rows.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench

@@ -7,6 +7,8 @@ isolation, and carry its version in their names.
 
 Where they cannot be built, nothing is installed and a message says what is missing. A package without them is
 built where CONTRASTIVE_OPS_WITHOUT_CPP=1 asks for it: it is pure Python, and so is its wheel's tag.
+
+CONTRASTIVE_OPS_SANITIZE=1 builds them for `make asan`: for one instruction set, watched by gcc's sanitizers.
 """
 
 import copy
@@ -63,6 +65,10 @@ COMPILE_ARGS = [
     "-Wno-aggressive-loop-optimizations",
     "-Wno-unknown-warning-option",  # clang has no such warning
 ]
+SANITIZERS = []
+if os.environ.get("CONTRASTIVE_OPS_SANITIZE", "0") not in ("", "0"):
+    INSTRUCTION_SETS = {"default": []}
+    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1"]
 
 
 def torch_version():
@@ -94,8 +100,9 @@ def extensions():
                 f"-DCPU_CAPABILITY_{name.upper()}",
                 f"-DTORCH_EXTENSION_NAME=_cpu_{name}_torch_{minor}",
                 *flags,
+                *SANITIZERS,
             ],
-            extra_link_args=["-fopenmp"],
+            extra_link_args=["-fopenmp", *SANITIZERS],
         )
         for name, flags in INSTRUCTION_SETS.items()
     ]
@@ -104,7 +111,8 @@ def extensions():
         sorted(glob.glob("csrc/rows/*.cpp")),
         depends=["setup.py", *sorted(glob.glob("csrc/rows/*.h"))],
         language="c++",
-        extra_compile_args=[*COMPILE_ARGS],
+        extra_compile_args=[*COMPILE_ARGS, *SANITIZERS],
+        extra_link_args=SANITIZERS,
     )
     return [*cpu, rows]
 
@@ -175,7 +183,8 @@ class BuildExtensions(build_ext):
         """Each in a folder of its own, for they share sources; it is kept, so that what was built for an
         editable installation serves a wheel too."""
         builder = copy.copy(self)
-        builder.build_lib = os.path.join("build", f"{sys.implementation.cache_tag}-torch-{torch_version()}")
+        kept = f"{sys.implementation.cache_tag}-torch-{torch_version()}{'-sanitized' if SANITIZERS else ''}"
+        builder.build_lib = os.path.join("build", kept)
         builder.build_temp = os.path.join(builder.build_lib, "objects", extension.name)
         super(BuildExtensions, builder).build_extension(extension)
         built, wanted = builder.get_ext_fullpath(extension.name), self.get_ext_fullpath(extension.name)

@@ -49,8 +49,10 @@ TENSOR_COLUMNS = 512  # of its tensor memory, where it has one
 ISSUED, EXPONENTIALS = 128, 16
 OPERATIONS = {(8, 0): 2048, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
 UNITS = ("instructions", "exponentials", "products")
-UNSPECIALIZED = ("batch", "keys", "ranges", "count", "views_count", "rows", "padded_rows")
-SLOWER = {"half": 1, "tf32": 2, "tf32x3": 6}
+UNSPECIALIZED = (
+    "batch", "keys", "ranges", "count", "views_count", "rows", "padded_rows", "active", "coming", "going",
+)  # fmt: skip
+SLOWER = {"half": 1, "wide": 1, "tf32": 2, "tf32x3": 6}
 CHIPS = {(8, 0): ("A100", 108, 1.41), (9, 0): ("H200", 132, 1.98)}  # multiprocessors, highest clock in GHz
 
 MODULES = {"co2": _co2, "conic": _conic, "nt_xent": _nt_xent, "rows": _rows}
@@ -71,7 +73,7 @@ SMALL = (
 )  # fmt: skip
 PAIRS = {"co2": 256 << 16, "conic": 1024 << 16, "nt_xent": 8192**2}
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
+DTYPES = {"half": torch.bfloat16, "wide": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 
 # What the launchers pass, by name: Triton may take integers to be multiples of 16.
 TYPES = {
@@ -206,6 +208,8 @@ def compile_kernel(
     constants |= options
     rows = _POINTERS[dtype]
     types = TYPES | dict.fromkeys(("query", "key", "queue", "views", "unit"), rows)
+    if precision == "wide":
+        types["queue"] = _POINTERS[torch.float32]
     types["weight"] = types["momentum_buffer"] = _POINTERS[weight_dtype]
     if loss != "co2" and name == "finish":
         types["gradient"] = rows
@@ -303,7 +307,9 @@ def entries(loss: str, capability: tuple[int, int]) -> list[tuple[str, int]]:
         keys = CONIC_TABLES.get(capability, CONIC_OTHER)
     if loss == "nt_xent":
         keys = NT_XENT_TABLES.get(capability, NT_XENT_OTHER)
-    return [(precision, 128 if precision != "half" else largest) for precision, largest in keys]
+    return [
+        (precision, largest if DTYPES[precision] == torch.bfloat16 else 128) for precision, largest in keys
+    ]
 
 
 def report(capability: tuple[int, int]) -> str:

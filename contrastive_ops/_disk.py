@@ -545,7 +545,7 @@ def _options(rocksdict: Any) -> Any:
     options.set_max_open_files(OPEN_FILES)
     options.set_max_background_jobs(2)
     options.set_target_file_size_base(64 << 20)
-    # A flush of ours writes a table, never RocksDB's own, and nothing has it wait: it would with the lock of
+    # A flush of ours writes a table, never RocksDB's own. Nothing has it wait, as it would with the lock of
     # the interpreter, so that `_wait_for_compaction` does.
     options.set_write_buffer_size(4 * TABLE_BYTES)
     options.set_max_write_buffer_number(4)

@@ -1,5 +1,8 @@
 """The operators: schema, shapes, autograd. What computes them is `_backends.py`'s choice.
 
+They may be called as torch.ops.contrastive_ops.*, with any arguments: `_checks.py` refuses what is wrong
+before a backend sees it. A loss needs a row of everything; `sgd_` and `exchange_rows_` do nothing without.
+
 A loss is one operator: normalisation, softmax, the row losses.
 
 `co2` also has the gradient, when the query needs it. A row's loss depends on that row's query alone, so the
@@ -26,6 +29,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backends
+from ._checks import Checks
 from ._eager import eager
 from .reference import computed_in
 
@@ -103,6 +107,8 @@ class _CO2(torch.autograd.Function):
             raise RuntimeError(
                 "contrastive_ops::co2: compute_gradient is false, but query requires a gradient"
             )
+        if any(ctx.needs_input_grad[1:3]):
+            raise RuntimeError("contrastive_ops::co2: key and queue get no gradient, but one requires it")
         output = _below_autograd(co2, query, *arguments)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -120,7 +126,7 @@ class _CO2(torch.autograd.Function):
 
 
 def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tensor:
-    scaled = torch.empty_like(gradient, dtype=query.dtype)
+    scaled = query.new_empty(query.shape)
     return torch.mul(gradient, grad_loss.unsqueeze(1), out=scaled)  # rounds once, to the query's dtype
 
 
@@ -202,6 +208,8 @@ class _ConICWithUpdate(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         update, grad_views = ctx.update, None
         if grad_loss is not None:
+            if torch.is_grad_enabled():
+                raise RuntimeError("contrastive_ops: double backward is not supported")
             if update.taken:
                 raise RuntimeError(
                     "contrastive_ops: this step of SGD has been taken by an earlier backward; "
@@ -221,13 +229,6 @@ class _ConICWithUpdate(torch.autograd.Function):
 
 
 def _conic(views: Tensor, weight: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    # Here, and not where arguments are checked: compilation traces that, and has no values then. On a GPU,
-    # where looking at them would wait for it, a row outside the weight gives a loss of NaN.
-    if target.device.type == "cpu" and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
-        raise ValueError(
-            f"target must be rows of weight, from 0 to {len(weight) - 1}, "
-            f"got values from {target.min()} to {target.max()}"
-        )
     *settings, backend = arguments
     return _backends.select(backend, views).conic(views, weight, target, *settings)
 
@@ -266,13 +267,16 @@ def _conic_backward_sgd_(
 
 def _sgd_(weight: Tensor, momentum_buffer: Tensor, *arguments: Any) -> None:
     *settings, backend = arguments
-    _backends.select(backend, weight).sgd_(weight, momentum_buffer, *settings)
+    kernels = _backends.select(backend, weight)
+    if weight.numel():
+        kernels.sgd_(weight, momentum_buffer, *settings)
 
 
 def _exchange_rows_(weight: Tensor, momentum_buffer: Tensor, *arguments: Any) -> None:
     *rows, outgoing, outgoing_rows, backend = arguments
     kernels = _backends.select(backend, weight)
-    kernels.exchange_rows_(weight, momentum_buffer, *rows, outgoing, outgoing_rows)
+    if weight.numel() and len(outgoing_rows):
+        kernels.exchange_rows_(weight, momentum_buffer, *rows, outgoing, outgoing_rows)
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -318,11 +322,26 @@ def _register(
     fake: Callable[..., Any],
     record: Callable[..., Any] | None = None,
 ) -> Any:
-    """The operator, with `record` called in its place where a tensor argument requires a gradient. An
-    operator without it has no derivative."""
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"contrastive_ops::{name}", fake, lib=_library)
+    """The operator, with its arguments checked before `kernel` and `fake` see them, and with `record` called
+    in its place where a tensor argument requires a gradient. An operator without it has no derivative."""
     operator = getattr(torch.ops.contrastive_ops, name)
+    check = Checks(name, operator.default._schema)
+
+    def checked_kernel(*arguments: Any) -> Any:
+        check(arguments)
+        return kernel(*arguments)
+
+    def checked_fake(*arguments: Any) -> Any:
+        check.without_memory(arguments)
+        return fake(*arguments)
+
+    def negated(*_: Any) -> Any:
+        raise ValueError(f"contrastive_ops::{name}: tensors must not be negated views; pass x.resolve_neg()")
+
+    _library.impl(name, checked_kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"contrastive_ops::{name}", checked_fake, lib=_library)
+    if check.written:  # else PyTorch resolves them
+        _library.impl(name, negated, "Negative")
 
     def autograd(*arguments: Any) -> Any:
         tensors = [a for a in arguments if isinstance(a, Tensor)]
@@ -330,6 +349,11 @@ def _register(
         _refuse_transforms(name, tensors, needs_gradient)
         if record is not None and needs_gradient:
             return record(*arguments)
+        if check.written and needs_gradient:
+            raise RuntimeError(
+                f"contrastive_ops::{name} writes in place and has no derivative, but a tensor requires one; "
+                "call it under torch.no_grad(), or with detached tensors"
+            )
         return _below_autograd(operator, *arguments)
 
     _library.impl(name, autograd, "Autograd")
@@ -341,7 +365,10 @@ def _register(
 # in views and weight.
 co2 = _register("co2", _co2, _co2_fake, _CO2.apply)
 scale_gradient = _register(
-    "scale_gradient", _scale_gradient, _scale_gradient, partial(_NoDoubleBackward.apply, "scale_gradient")
+    "scale_gradient",
+    _scale_gradient,
+    lambda gradient, grad_loss, query: query.new_empty(query.shape),
+    partial(_NoDoubleBackward.apply, "scale_gradient"),
 )
 nt_xent = _register("nt_xent", _nt_xent, _nt_xent_fake, _NTXent.apply)
 nt_xent_backward = _register(
@@ -358,7 +385,7 @@ conic_backward = _register(
     partial(_NoDoubleBackward.apply, "conic_backward"),
 )
 conic_backward_sgd_ = _register(
-    "conic_backward_sgd_", _conic_backward_sgd_, lambda grad_loss, views, *_: torch.empty_like(views)
+    "conic_backward_sgd_", _conic_backward_sgd_, lambda grad_loss, views, *_: views.new_empty(views.shape)
 )
 sgd_ = _register("sgd_", _sgd_, _fake_in_place)
 exchange_rows_ = _register("exchange_rows_", _exchange_rows_, _fake_in_place)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +19,11 @@ from . import _ops
 Reduction = Literal["mean", "sum", "none"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# What a temperature may be, and the most that a weight may. Beyond, a rounding of a similarity decides
+# between 0 and infinity, or float32 cannot hold the loss.
+_TEMPERATURES = (1e-6, 1e6)
+_MOST_WEIGHT = 1e6
 
 
 class LossMetrics(NamedTuple):
@@ -57,16 +66,28 @@ def co2_loss(
     P is a pseudo-label: no gradient passes through it. The defaults are the paper's for MoCo v2; for MoCo
     they are τ = 0.07, τc = 0.04, α = 10.
 
+    Matrices are multiplied in the query's dtype, all else is in float32 or wider. So under autocast, where
+    networks give half precision, this computes as eager PyTorch does there: products in half precision, the
+    loss in float32.
+
     Args:
-        query: (B, D), float16, bfloat16, float32 or float64, any strides. The only input with a gradient.
-        key: (B, D), of the query's dtype: row i is the positive of query row i.
-        queue: (K, D) negatives, of any of those dtypes, taken as stored: keep its rows normalised. Any
-            strides: MoCo's (D, K) buffer goes in as ``queue.T`` without a copy. It may be overwritten in
-            place as soon as the call returns; the gradient stays right.
-        temperature: τ > 0.
-        consistency_temperature: τc > 0.
-        consistency_weight: α ≥ 0; with 0 the consistency term is not computed.
-        include_positive: prepend s_+ to both lists of the consistency term, as some ports of it do.
+        query: (B, D), float16, bfloat16, float32 or float64, any strides. The only input with a gradient,
+            which comes in its dtype.
+        key: (B, D): row i is the positive of query row i. Of the query's dtype; under autocast, where
+            `torch.nn.functional.normalize` may give float32, of any of those, and taken as it is.
+        queue: (K, D) negatives, of any of those dtypes, taken as stored: keep its rows normalised. Under
+            queries in half precision a queue of their dtype is fastest; another is rounded to it on the way
+            to the products. Any strides: MoCo's (D, K) buffer goes in as ``queue.T`` without a copy; where
+            D = K nothing but the numbers tells the two apart, and on a CPU a queue whose columns are unit
+            vectors and whose rows are not raises a warning. It may be overwritten in place as soon as the
+            call returns; the gradient stays right.
+        temperature: τ, from 1e-6 to 1e6.
+        consistency_temperature: τc, from 1e-6 to 1e6.
+        consistency_weight: α, from 0 to 1e6; with 0 the consistency term is not computed.
+        include_positive: prepend s_+ to both lists of the consistency term. That gives the value of the
+            public ports that do so, but not their gradient: they let it pass through s_+ in P as well, which
+            adds ½ [P_+ (1 + E_P[d] − d_+) − Q_+] / τc to ∂L_con/∂s_+, with d = log Q − log P. Here P stays
+            a pseudo-label.
         normalize: L2-normalise query and key, in at least float32.
         reduction: "mean" or "sum" over the batch, or "none".
         return_metrics: also return a `LossMetrics`.
@@ -89,7 +110,7 @@ def co2_loss(
         >>> loss.backward()
         >>> top1 = (metrics.positive_rank == 0).float().mean()
     """
-    check_number("consistency_weight", consistency_weight, minimum=0)
+    _check_weight("consistency_weight", consistency_weight)
     return _queue_loss(
         query, key, queue, temperature=temperature, consistency_temperature=consistency_temperature,
         instance_weight=1.0, consistency_weight=consistency_weight, include_positive=include_positive,
@@ -186,12 +207,14 @@ def nt_xent_loss(
     gradient through P as well would be the same as twice the weight.)
 
     Args:
-        view1: (B, D), float16, bfloat16, float32 or float64, any strides.
-        view2: (B, D), of the dtype of `view1`: row i is the other view of row i of `view1`. Both views get
-            gradients, as queries and as keys.
-        temperature: τ > 0.
-        consistency_weight: α ≥ 0; with 0 the consistency term is not computed.
-        consistency_temperature: τc > 0.
+        view1: (B, D), float16, bfloat16, float32 or float64, any strides. Matrices are multiplied in this
+            dtype, as autocast would.
+        view2: (B, D): row i is the other view of row i of `view1`. Of its dtype; under autocast views of two
+            dtypes are computed in the wider one. Both get gradients, as queries and as keys, in their own
+            dtypes.
+        temperature: τ, from 1e-6 to 1e6.
+        consistency_weight: α, from 0 to 1e6; with 0 the consistency term is not computed.
+        consistency_temperature: τc, from 1e-6 to 1e6.
         normalize: L2-normalise the rows, in float32 or wider; without, they are taken as they are.
         reduction: "mean" or "sum" over the 2 B rows, or "none".
         return_metrics: also return a `LossMetrics` of the 2 B rows, those of `view1` first.
@@ -218,22 +241,23 @@ def nt_xent_loss(
     _check_rows("view2", view2, "(B, D)")
     if view2.shape != view1.shape:
         raise ValueError(f"view2 must have the shape of view1, {_shape(view1)}, got {_shape(view2)}")
-    if view2.dtype != view1.dtype:
-        raise TypeError(f"view2 must have the dtype of view1, {view1.dtype}, got {view2.dtype}")
     if view2.device != view1.device:
         raise ValueError(f"view2 must be on the device of view1, {view1.device}, got {view2.device}")
-    check_number("temperature", temperature, above=0)
-    check_number("consistency_temperature", consistency_temperature, above=0)
-    check_number("consistency_weight", consistency_weight, minimum=0)
+    _check_same_dtype("view2", view2, "view1", view1)
+    _check_temperature("temperature", temperature)
+    _check_temperature("consistency_temperature", consistency_temperature)
+    _check_weight("consistency_weight", consistency_weight)
     check_flag("normalize", normalize)
     check_flag("return_metrics", return_metrics)
     _check_reduction(reduction)
     check_backend(backend)
 
-    loss, *metrics, _ = _ops.nt_xent(
-        torch.stack([view1, view2]), float(temperature), float(consistency_temperature),
-        float(consistency_weight), normalize, backend,
-    )  # fmt: skip
+    dtype = torch.promote_types(view1.dtype, view2.dtype)
+    with _without_autocast(view1):
+        loss, *metrics, _ = _ops.nt_xent(
+            torch.stack([view1.to(dtype), view2.to(dtype)]), float(temperature),
+            float(consistency_temperature), float(consistency_weight), normalize, backend,
+        )  # fmt: skip
     loss = _reduce(loss, reduction)
     return (loss, LossMetrics(*metrics)) if return_metrics else loss
 
@@ -299,7 +323,9 @@ def conic_loss(
 
     Hats are L2-normalised rows. If only A of N instances are in the denominator, β = (N − 1)/(A − 1) makes
     up for the rest. The whole classifier (A = N, β = 1) with α = 0 is Exemplar-CNN; a weight that holds
-    averages of past features (`MemoryBank`) is InstDisc.
+    averages of past features (`MemoryBank`) is InstDisc. A weight whose rows are another network's features
+    of the same batch is the loss of two towers, with gradients to both, as CLIP and MoCo v3 have it; see the
+    second example.
 
     Args:
         views: (V, B, D) features of V views of each of B instances, V ≥ 1, any strides; float16, bfloat16,
@@ -307,8 +333,8 @@ def conic_loss(
         weight: (A, D) rows of the classifier, not normalised, of any of those dtypes.
         target: (B,) int64, the row of `weight` that each instance owns. Instances may repeat.
         num_instances: N ≥ A, all that the rows of `weight` were sampled from; None for β = 1.
-        temperature: τ > 0.
-        consistency_weight: α ≥ 0.
+        temperature: τ, from 1e-6 to 1e6; a number, which gets no gradient.
+        consistency_weight: α, from 0 to 1e6.
         reduction: "mean" or "sum" over the B instances, or "none".
         return_metrics: also return a `ConICMetrics`.
         update: let backward take a step of SGD on `weight`, tile by tile, in place of storing its gradient;
@@ -332,6 +358,14 @@ def conic_loss(
         >>> weight = torch.randn(1024, 128, requires_grad=True)
         >>> loss = conic_loss(views, weight, torch.tensor([3, 0, 7, 5]), num_instances=1_000_000)
         >>> loss.backward()
+
+        Two towers: each image's own text against all texts of the batch, and the reverse.
+
+        >>> image, text = (torch.randn(4, 128, requires_grad=True) for _ in range(2))
+        >>> own, settings = torch.arange(4), {"temperature": 0.07, "consistency_weight": 0.0}
+        >>> to_text = conic_loss(image[None], text, own, **settings)
+        >>> to_image = conic_loss(text[None], image, own, **settings)
+        >>> ((to_text + to_image) / 2).backward()
     """
     _check_rows("views", views, "(V, B, D)")
     _check_rows("weight", weight)
@@ -352,8 +386,10 @@ def conic_loss(
             raise TypeError(f"num_instances must be an integer or None, got {type(num_instances).__name__}")
         if num_instances < rows:
             raise ValueError(f"num_instances must be at least the {rows} rows of weight, got {num_instances}")
-    check_number("temperature", temperature, above=0)
-    check_number("consistency_weight", consistency_weight, minimum=0)
+        if num_instances >= 2**63:
+            raise ValueError(f"num_instances must be an int64, got {num_instances}")
+    _check_temperature("temperature", temperature)
+    _check_weight("consistency_weight", consistency_weight)
     check_flag("return_metrics", return_metrics)
     _check_reduction(reduction)
     check_backend(backend)
@@ -370,10 +406,11 @@ def conic_loss(
     if num_instances is not None and rows > 1:
         compensation = (num_instances - 1) / (rows - 1)
     settings = (float(temperature), compensation, float(consistency_weight), backend)
-    if update is None:
-        loss, *metrics, _ = _ops.conic(views, weight, target, *settings)
-    else:
-        loss, *metrics, _ = _ops.conic_with_update(views, weight, target, update, *settings)
+    with _without_autocast(views):
+        if update is None:
+            loss, *metrics, _ = _ops.conic(views, weight, target, *settings)
+        else:
+            loss, *metrics, _ = _ops.conic_with_update(views, weight, target, update, *settings)
     loss = _reduce(loss, reduction)
     return (loss, ConICMetrics(*metrics)) if return_metrics else loss
 
@@ -404,8 +441,6 @@ def _queue_loss(
             f"queue must be (K, D) with D = {query.shape[1]} as in query, got {_shape(queue)}"
             + ("; pass queue.T" if queue.shape[0] == query.shape[1] else "")
         )
-    if key.dtype != query.dtype:
-        raise TypeError(f"key must have the dtype of query, {query.dtype}, got {key.dtype}")
     for name, tensor in (("key", key), ("queue", queue)):
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
@@ -413,19 +448,23 @@ def _queue_loss(
             raise ValueError(
                 f"{name} gets no gradient from this loss, but requires one; pass {name}.detach()"
             )
-    check_number("temperature", temperature, above=0)
-    check_number(consistency_temperature_name, consistency_temperature, above=0)
+    _check_same_dtype("key", key, "query", query)
+    _check_temperature("temperature", temperature)
+    _check_temperature(consistency_temperature_name, consistency_temperature)
     check_flag("include_positive", include_positive)
     check_flag("normalize", normalize)
     check_flag("return_metrics", return_metrics)
     _check_reduction(reduction)
     check_backend(backend)
+    if queue.shape[0] == queue.shape[1]:
+        _warn_if_transposed(queue)
 
-    loss, *metrics, _gradient = _ops.co2(
-        query, key, queue, float(temperature), float(consistency_temperature), instance_weight,
-        float(consistency_weight), include_positive, normalize,
-        query.requires_grad and torch.is_grad_enabled(), backend,
-    )  # fmt: skip
+    with _without_autocast(query):
+        loss, *metrics, _gradient = _ops.co2(
+            query, key, queue, float(temperature), float(consistency_temperature), instance_weight,
+            float(consistency_weight), include_positive, normalize,
+            query.requires_grad and torch.is_grad_enabled(), backend,
+        )  # fmt: skip
     loss = _reduce(loss, reduction)
     return (loss, LossMetrics(*metrics)) if return_metrics else loss
 
@@ -457,16 +496,76 @@ def _check_rows(name: str, tensor: Any, wanted_shape: str = "(rows, D)") -> None
         raise ValueError(f"{name} must not be empty, got shape {_shape(tensor)}")
 
 
+def _under_autocast(tensor: Tensor) -> bool:
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """An operator decides itself what it computes in; autocast would reach the reference's own products."""
+    return torch.autocast(tensor.device.type, enabled=False) if _under_autocast(tensor) else nullcontext()
+
+
+def _check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Under autocast dtypes may differ: there PyTorch's own losses take what is wide beside what is not."""
+    if tensor.dtype == other.dtype:
+        return
+    if not _under_autocast(other):
+        raise TypeError(
+            f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}; pass "
+            f"{name}.to({other_name}.dtype), or compute the loss under torch.autocast, where they may differ"
+        )
+
+
+def _check_temperature(name: str, value: Any) -> None:
+    check_number(name, value, above=0)
+    least, most = _TEMPERATURES
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be from {least:g} to {most:g}, got {value}")
+
+
+def _check_weight(name: str, value: Any) -> None:
+    check_number(name, value, minimum=0)
+    if not value <= _MOST_WEIGHT:
+        raise ValueError(f"{name} must be at most {_MOST_WEIGHT:g}, got {value}")
+
+
+def _warn_if_transposed(queue: Tensor) -> None:
+    """Of a square queue only the numbers tell which side the keys are on. A few of either are looked at,
+    where that waits for no device and no program is being traced."""
+    if (
+        torch.compiler.is_compiling()
+        or type(queue) not in (Tensor, torch.nn.Parameter)
+        or queue.device.type != "cpu"
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return
+    rows, tolerance = queue.detach(), max(1e-4, torch.finfo(queue.dtype).eps)  # of a unit vector, rounded
+
+    def unit(vectors: Iterable[Tensor]) -> bool:
+        return all(abs(math.hypot(*vector.tolist()) - 1) <= tolerance for vector in vectors)
+
+    few = range(min(8, len(rows)))  # of an upright queue, mostly one: its first column is no unit vector
+    if unit(rows[:, i] for i in few) and not unit(rows[i] for i in few):
+        warnings.warn(
+            f"queue, {_shape(queue)}, must hold a key in each row, but its columns are unit vectors and its "
+            "rows are not: MoCo's (D, K) buffer is passed as queue.T",
+            stacklevel=4,
+        )
+
+
 def check_number(name: str, value: Any, *, above: float | None = None, minimum: float = 0) -> float:
     """The value as Python's own number; NumPy's are numbers too."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol.
+    # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol. Integers
+    # and NumPy's longer floats may be finite and yet beyond Python's own.
+    finite = value <= sys.float_info.max if isinstance(value, int) else float(value) < math.inf
     if above is not None:
-        valid, wanted = above < value < math.inf, f"> {above}"
+        valid, wanted = value > above, f"> {above}"
     else:
-        valid, wanted = minimum <= value < math.inf, f">= {minimum}"
-    if not valid:
+        valid, wanted = value >= minimum, f">= {minimum}"
+    if not (finite and valid):
         raise ValueError(f"{name} must be finite and {wanted}, got {value}")
     return float(value)
 

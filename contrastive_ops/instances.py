@@ -184,6 +184,7 @@ class InstanceClassifier(nn.Module):
         self._stepping: _Gradient | None = None  # of a step() that has not returned
         self._spent: _Gradient | None = None  # that of the last step
         self._hook: RemovableHandle | None = None
+        self._launching = False  # whether an operator was called that has not returned
         self._torn = ""  # why there is no going on without a checkpoint
         self._lock = threading.RLock()
         self._guard()
@@ -459,8 +460,9 @@ class InstanceClassifier(nn.Module):
         if self._unfinished is not None:
             self._unfinished()
             self._unfinished = None
+        self._launching = False
         step = self._in_backward
-        if step is not None and (step.taken or self._has_begun(step.begun)):
+        if step is not None and (step.taken or (step.begun and self._was_written(step.begun, launched=True))):
             step.taken = True
             if step.recorded is None:
                 step.recorded = len(self.history)
@@ -469,15 +471,13 @@ class InstanceClassifier(nn.Module):
         if self._carried is not None and not self._holds_gradient():
             self._publish(None)
 
-    def _has_begun(self, versions: tuple[int, int] | None) -> bool:
-        """Whether an operator has written weight and momentum since they had these versions."""
-        if versions is None:
-            return False
+    def _was_written(self, versions: tuple[int, int], launched: bool) -> bool:
+        """Whether an operator has written weight and momentum since they had these versions; `launched` says
+        that it was called."""
         momentum, weight = versions
         if self.weight._version != weight:
             return True
-        if self.momentum._version != momentum or self.weight.is_cuda:
-            # A GPU is given its work and goes on by itself: that was so already, or never came to it.
+        if self.momentum._version != momentum or (launched and _runs_ahead(self.weight)):
             self._torn = "an interrupt came while rows were being written, and some may be"
             raise RuntimeError(f"{self._torn}: load a checkpoint to go on")
         return False
@@ -508,7 +508,7 @@ class InstanceClassifier(nn.Module):
 
     def _undo(self, exchange: _Exchange) -> None:
         plan = exchange.plan
-        if not self._active.awaits(plan) or not self._has_begun(exchange.versions):
+        if not self._active.awaits(plan) or not self._was_written(exchange.versions, self._launching):
             return  # it was committed, or nothing was written
         unchanged, scratch = np.tile(np.eye(2), (len(plan.slots), 1, 1)), torch.empty_like(exchange.room)
         rows, going = (self.weight, self.momentum), exchange.going
@@ -575,7 +575,9 @@ class InstanceClassifier(nn.Module):
             step.records = torch.stack([weight, momentum], 1)
         self._unfinished = partial(self._finish_interrupted, step)
         self._stepping = step.gradient
+        self._launching = True
         _ops.sgd_(self.weight.detach(), self.momentum, grad.detach(), *settings, None)
+        self._launching = False
         self._finish(step)
         self._unfinished = None
 
@@ -587,7 +589,7 @@ class InstanceClassifier(nn.Module):
         self._record(step.length, step.settings)
 
     def _finish_interrupted(self, step: _Step) -> None:
-        if self._has_begun(step.versions):
+        if self._was_written(step.versions, self._launching):
             self._finish(step)
         else:
             self._stepping = None
@@ -642,7 +644,9 @@ class InstanceClassifier(nn.Module):
         at, source, matrices, target = map(
             self._to_device, (slots, incoming_rows, coefficients, outgoing_rows)
         )
+        self._launching = True
         _ops.exchange_rows_(weight, momentum, at, incoming, source, matrices, outgoing, target, None)
+        self._launching = False
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.weight.device, non_blocking=True)
@@ -976,6 +980,12 @@ class MemoryBank(nn.Module):
 
 
 _classifiers: weakref.WeakSet[InstanceClassifier] = weakref.WeakSet()
+
+
+def _runs_ahead(tensor: Tensor) -> bool:
+    """Whether a GPU has it, which is given its work and goes on by itself: an exception out of the call then
+    leaves open whether it had come to that."""
+    return tensor.is_cuda
 
 
 def _forget_if_begun_anew(of: weakref.ref[InstanceClassifier], weight: Tensor) -> None:

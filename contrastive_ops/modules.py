@@ -21,12 +21,20 @@ class _Loss(nn.Module):
         parameters = inspect.signature(cls._loss).parameters.values()
         cls.__signature__ = inspect.Signature([p for p in parameters if p.kind is p.KEYWORD_ONLY])
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *positional: Any, **settings: Any) -> None:
         super().__init__()
+        name, known = type(self).__name__, self.__signature__.parameters
+        if positional:
+            meant = ", ".join(f"{each}={value!r}" for each, value in zip(known, positional, strict=False))
+            raise TypeError(f"{name} takes its settings by keyword: {meant}")
+        for unknown in settings.keys() - known.keys():
+            raise TypeError(
+                f"{name}() got an unexpected keyword argument {unknown!r}; there are {', '.join(known)}"
+            )
         bound = self.__signature__.bind(**settings)
         bound.apply_defaults()
-        for name, value in bound.arguments.items():
-            setattr(self, name, value)
+        for setting, value in bound.arguments.items():
+            setattr(self, setting, value)
 
     def settings(self) -> dict[str, Any]:
         """The loss's keyword arguments as they stand; each is an attribute, and may be changed."""

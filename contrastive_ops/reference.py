@@ -197,6 +197,9 @@ def conic(
         views: (V, B, D). weight: (A, D). target: (B,) int64, the row of `weight` that each instance owns. Any
             floating dtype; computed in float64 if the views are float64, otherwise in float32.
 
+    On a GPU, where nobody looks at the values of `target` first, an instance that owns no row has a loss and
+    gradients of NaN.
+
     Returns:
         loss (B,), classification loss (V, B), consistency loss (B,), rank of the view's own row (V, B) int64,
         and `statistics` (V, B, 3) float64, what backward needs to know of a view: m, the largest of its s_j,
@@ -312,8 +315,11 @@ def exchange_rows_(
 
     Args:
         weight, momentum_buffer: (A, D). incoming, outgoing: (·, 2, D) of the same dtype; they may be the same
-            tensor where no row of it both comes and goes. slots, incoming_rows, outgoing_rows: (n,) int64
-            without repetition. coefficients: (n, 2, 2) float64, the C_i; computed in float64.
+            tensor where no row of it both comes and goes. slots, incoming_rows, outgoing_rows: (n,) int64;
+            no slot and no outgoing row twice. coefficients: (n, 2, 2) float64, the C_i; computed in float64.
+
+    On a GPU, where nobody looks at the rows' numbers first, a row outside is read as NaN and not written; of
+    two that are written to one place, or of one that comes and goes, either may be the first.
     """
     # The records may be in the host's memory while the slots are on a GPU.
     arriving = incoming[incoming_rows.to(incoming.device)].to(weight.device)

@@ -11,7 +11,8 @@ does. A program walks its range a tile of keys at a time; nothing of size B×K l
 
 Without a gradient the first two are all. There are no atomics: equal input gives equal bits.
 
-Rows are multiplied as they are stored; their norms divide similarities, not rows. A pair of row and key has
+Rows are multiplied as stored, but a queue of another dtype is rounded to the query's as its tiles are
+loaded; norms divide similarities, not rows. A pair of row and key has
 
     a_j = λ (s_j − max s)     b_j = λ (y_j − max y)     d_j = a_j − b_j     with λ = log2(e)/τc,
 
@@ -74,6 +75,7 @@ from ._walk import (
     move,
     precision_of,
     product,
+    rounded,
     similarities,
     split,
     walk,
@@ -146,8 +148,9 @@ def _statistics_kernel(
 
     q, k = None, None
     if not CHUNKED:
-        q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
-        k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
+        q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
+        k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
+        q, k = rounded(q, DTYPE), rounded(k, DTYPE)
 
     shape: tl.constexpr = [BLOCK_B, LANES]
     tile_shape: tl.constexpr = [BLOCK_B, BLOCK_K // LANES, LANES]
@@ -319,8 +322,9 @@ def _gradient_kernel(
 
     q, k = None, None
     if not CHUNKED:
-        q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS).to(DTYPE)
-        k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS).to(DTYPE)
+        q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
+        k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
+        q, k = rounded(q, DTYPE), rounded(k, DTYPE)
     grad = tl.zeros([BLOCK_B, WIDTH], tl.float32)
     begin = part * keys_a_range
     for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
@@ -349,7 +353,8 @@ def _gradient_kernel(
         if CHUNKED:
             tile = load(
                 queue, tile_rows, out_columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
-            ).to(DTYPE)  # fmt: skip
+            )  # fmt: skip
+            tile = rounded(tile, DTYPE)
         grad = product(g.to(DTYPE), tile, grad, PRECISION)
     grad *= _of_row(merged, _LARGEST, rows, batch).to(tl.float32)
     to = parts + (part * batch + rows)[:, None] * dim + out_columns[None, :]
@@ -427,8 +432,15 @@ def co2(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.co2`; float16, bfloat16 and float32, D up to 1024."""
     (batch, dim), keys, device = query.shape, len(queue), query.device
-    dtype = query.dtype if query.dtype == queue.dtype else torch.float32
+    # Rows are multiplied in the query's dtype; a float64 queue, which no table has tiles for, in float32.
+    dtype = query.dtype if queue.dtype != torch.float64 else torch.float32
     precision = precision_of(dtype)
+    if precision == "half" and queue.dtype != dtype:
+        precision = "wide"
+    if normalize and query.dtype == torch.float16 and key.dtype != torch.float16:
+        # Keys are multiplied as they are stored, and float16 does not hold rows of any length.
+        norm = torch.linalg.vector_norm(key, dim=1, keepdim=True, dtype=torch.float64)
+        key = (key / norm.clamp_min(NORM_EPSILON.value)).float()
     plan = _plan(batch, keys, dim, dtype, precision, chip_of(device))
 
     base = consistency_temperature if consistency_weight else temperature

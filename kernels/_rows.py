@@ -55,8 +55,6 @@ def sgd_(
     nesterov: bool,
 ) -> None:
     """See `reference.sgd_`; computed in float32."""
-    if not weight.numel():
-        return
     tensors = (weight, momentum_buffer, grad)
     with device_of(weight):
         _sgd_kernel[(triton.cdiv(weight.numel(), _BLOCK),)](
@@ -67,9 +65,10 @@ def sgd_(
     increment_version((momentum_buffer, weight))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["active", "coming", "going"])
 def _exchange_kernel(
-    weight, momentum_buffer, slots, incoming, incoming_rows, coefficients, outgoing, outgoing_rows, dim,
+    weight, momentum_buffer, slots, incoming, incoming_rows, coefficients, outgoing, outgoing_rows,
+    active, coming, going, dim,
     weight_row, weight_column, buffer_row, buffer_column,
     incoming_row, incoming_half, incoming_column, outgoing_row, outgoing_half, outgoing_column,
     BLOCK: tl.constexpr,
@@ -77,24 +76,27 @@ def _exchange_kernel(
     i = tl.program_id(0)
     columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = columns < dim
-    slot = tl.load(slots + i)
-    come = incoming + tl.load(incoming_rows + i) * incoming_row + columns * incoming_column
-    go = outgoing + tl.load(outgoing_rows + i) * outgoing_row + columns * outgoing_column
+    slot, row, out_row = tl.load(slots + i), tl.load(incoming_rows + i), tl.load(outgoing_rows + i)
+    come = incoming + row * incoming_row + columns * incoming_column
+    go = outgoing + out_row * outgoing_row + columns * outgoing_column
     to = weight + slot * weight_row + columns * weight_column
     to_buffer = momentum_buffer + slot * buffer_row + columns * buffer_column
+    here = inside & (slot >= 0) & (slot < active)
+    comes, goes = inside & (row >= 0) & (row < coming), inside & (out_row >= 0) & (out_row < going)
 
-    w = tl.load(come, mask=inside).to(tl.float64)
-    v = tl.load(come + incoming_half, mask=inside).to(tl.float64)
-    old_w, old_v = tl.load(to, mask=inside), tl.load(to_buffer, mask=inside)
-    tl.store(go, old_w, mask=inside)
-    tl.store(go + outgoing_half, old_v, mask=inside)
+    w = tl.load(come, mask=comes, other=float("nan")).to(tl.float64)
+    v = tl.load(come + incoming_half, mask=comes, other=float("nan")).to(tl.float64)
+    old_w = tl.load(to, mask=here, other=float("nan"))
+    old_v = tl.load(to_buffer, mask=here, other=float("nan"))
+    tl.store(go, old_w, mask=goes)
+    tl.store(go + outgoing_half, old_v, mask=goes)
 
     # [w; v] ← C [w; v]
     c = coefficients + i * 4
     new_w = tl.load(c) * w + tl.load(c + 1) * v
     new_v = tl.load(c + 2) * w + tl.load(c + 3) * v
-    tl.store(to, new_w.to(tl.float32).to(weight.dtype.element_ty), mask=inside)
-    tl.store(to_buffer, new_v.to(tl.float32).to(momentum_buffer.dtype.element_ty), mask=inside)
+    tl.store(to, new_w.to(tl.float32).to(weight.dtype.element_ty), mask=here)
+    tl.store(to_buffer, new_v.to(tl.float32).to(momentum_buffer.dtype.element_ty), mask=here)
 
 
 def exchange_rows_(
@@ -109,14 +111,13 @@ def exchange_rows_(
 ) -> None:
     """See `reference.exchange_rows_`. `incoming` and `outgoing` may be pinned memory of the host, which the
     GPU then reads and writes across the bus."""
-    if not len(slots):
-        return
     dim = weight.shape[1]
     block = min(1024, triton.next_power_of_2(dim))
     with device_of(weight):
         _exchange_kernel[(len(slots), triton.cdiv(dim, block))](
             weight, momentum_buffer, slots.contiguous(), incoming, incoming_rows.contiguous(),
-            coefficients.contiguous(), outgoing, outgoing_rows.contiguous(), dim,
+            coefficients.contiguous(), outgoing, outgoing_rows.contiguous(),
+            len(weight), len(incoming), len(outgoing), dim,
             *weight.stride(), *momentum_buffer.stride(), *incoming.stride(), *outgoing.stride(), BLOCK=block,
         )  # fmt: skip
     increment_version((outgoing, momentum_buffer, weight))

@@ -37,13 +37,15 @@ class Tiles:
     stacked: bool = False
 
 
-# By precision and the largest D served: the tiles of the statistics and those of the gradient.
+# By precision and the largest D served: the tiles of the statistics and those of the gradient. "wide" is
+# "half" with a queue of another dtype, rounded as it is loaded.
 Table = dict[tuple[str, int], tuple[Tiles, Tiles]]
 
 AMPERE: Table = {  # A100: 163 KiB of shared memory a program
     ("half", 128): (Tiles(64, 64, 128, 4, 2, 2), Tiles(64, 64, 128, 4, 2, 2, 128)),
     ("half", 256): (Tiles(128, 64, 256, 8, 2, 1), Tiles(64, 64, 256, 8, 2, 1, 256)),
     ("half", 1024): (Tiles(64, 64, 32, 4, 3, 2), Tiles(32, 64, 64, 4, 2, 2, 256)),
+    ("wide", 1024): (Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 64, 32, 8, 2, 1, 256)),
     ("tf32", 1024): (Tiles(64, 32, 32, 4, 2, 2), Tiles(64, 32, 32, 8, 2, 1, 128)),
     ("tf32x3", 1024): (Tiles(64, 32, 16, 4, 2, 2), Tiles(64, 32, 16, 8, 2, 1, 256)),
 }
@@ -61,6 +63,8 @@ BLACKWELL: Table = {  # B200: 227 KiB, and 512 columns of tensor memory for all 
     ("tf32", 1024): (Tiles(64, 64, 32, 4, 3, 2), Tiles(64, 32, 32, 4, 2, 2, 128)),
     ("tf32x3", 1024): (Tiles(64, 64, 16, 4, 2, 2), Tiles(64, 32, 32, 4, 2, 2, 128)),
 }
+for _table in (HOPPER, BLACKWELL):  # whose tensor cores take tiles from shared memory, not from registers
+    _table.update({("wide", dim): _table["half", dim] for dim in (128, 256, 1024)})
 OTHER: Table = AMPERE | {  # what fits 99 KiB
     ("half", 128): (Tiles(64, 64, 128, 4, 2, 2), Tiles(64, 64, 128, 4, 2, 1, 128)),
     ("half", 256): (Tiles(64, 32, 256, 8, 2, 1), Tiles(32, 64, 256, 8, 2, 1, 256)),
@@ -68,7 +72,7 @@ OTHER: Table = AMPERE | {  # what fits 99 KiB
 }
 INTERPRETER: Table = {  # few and large: each step costs the interpreter the same
     (precision, 1024): (Tiles(64, 128, 128, 4, 1, 1), Tiles(64, 128, 128, 4, 1, 1, 256))
-    for precision in ("half", "tf32", "tf32x3")
+    for precision in ("half", "wide", "tf32", "tf32x3")
 }
 
 TABLES = {(0, 0): INTERPRETER, (8, 0): AMPERE, (9, 0): HOPPER, (10, 0): BLACKWELL, (10, 3): BLACKWELL}
@@ -79,7 +83,7 @@ def select_tiles(capability: tuple[int, int], precision: str, dim: int) -> tuple
 
     Args:
         capability: compute capability of the device, (major, minor); (0, 0) for the interpreter.
-        precision: how rows are multiplied, "half", "tf32" or "tf32x3".
+        precision: how rows are multiplied, "half", "wide", "tf32" or "tf32x3".
         dim: D.
     """
     return _entry(TABLES.get(capability, OTHER), precision, dim)

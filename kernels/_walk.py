@@ -66,6 +66,14 @@ def product(a, b, sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x as it is multiplied. A finite number that float16 cannot hold becomes the nearest that it can."""
+    if tl.float16 == DTYPE and x.dtype != tl.float16:
+        x = tl.where(tl.abs(x) < float("inf"), tl.clamp(x, -65504.0, 65504.0), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def move(old, new, scale):
     """λ (old − new) of two maxima, of which the older may be LOWEST."""
     return tl.maximum((old - new) * scale, LOWEST)
@@ -111,15 +119,15 @@ def similarities(
             keys_chunk = load(
                 queue, tile_rows, these, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
             )  # fmt: skip
-            keys_chunk = tl.trans(keys_chunk.to(DTYPE))
+            keys_chunk = tl.trans(rounded(keys_chunk, DTYPE))
             q_chunk = load(query, rows, these, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
-            s = product(q_chunk.to(DTYPE), keys_chunk, s, PRECISION)
+            s = product(rounded(q_chunk, DTYPE), keys_chunk, s, PRECISION)
             if CONSISTENCY:
                 k_chunk = load(key, rows, these, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
-                y = product(k_chunk.to(DTYPE), keys_chunk, y, PRECISION)
+                y = product(rounded(k_chunk, DTYPE), keys_chunk, y, PRECISION)
     else:
         tile = load(queue, tile_rows, columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS)
-        tile = tile.to(DTYPE)
+        tile = rounded(tile, DTYPE)
         s = product(q, tl.trans(tile), s, PRECISION)
         if CONSISTENCY:
             y = product(k, tl.trans(tile), y, PRECISION)

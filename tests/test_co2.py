@@ -170,6 +170,30 @@ class TestGradient:
             query.requires_grad_(),
         )
 
+    def test_include_positive_is_a_ports_value_but_not_its_gradient(self, backend: str) -> None:
+        """Public ports put s_+ into P with its gradient. What that adds stands in the docstring."""
+        case = Case(batch=24, keys=60, dtype=torch.float64, include_positive=True)
+        require(backend, case.dtype)
+        query, key, queue = case.tensors()
+        settings = {"temperature": 0.05, "include_positive": True, "backend": backend}
+        value, gradient = loss_and_gradient(consistency_loss, query, key, queue, **settings)
+
+        query.requires_grad_()
+        unit, unit_key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
+        positive = (unit * unit_key).sum(1, keepdim=True)
+        log_q, log_p = (
+            torch.log_softmax(torch.cat([positive, rows @ queue.T], 1) / 0.05, 1) for rows in (unit, unit_key)
+        )
+        port = 0.5 * ((log_q.exp() - log_p.exp()) * (log_q - log_p)).sum(1)
+        (of_port,) = torch.autograd.grad(port.sum(), query, retain_graph=True)
+        torch.testing.assert_close(value, port.detach())
+        assert distance(gradient, of_port) > 0.1 * of_port.norm()
+
+        q, p, d = log_q.exp(), log_p.exp(), log_q - log_p
+        added = 0.5 * (p[:, 0] * (1 + (p * d).sum(1) - d[:, 0]) - q[:, 0]) / 0.05
+        (through_p,) = torch.autograd.grad(positive.squeeze(1), query, added.detach())
+        torch.testing.assert_close(gradient + through_p, of_port)
+
     def test_scales_with_each_rows_incoming_gradient(self, backend: str) -> None:
         query, key, queue = Case().tensors()
         weight = torch.linspace(-2, 3, len(query))

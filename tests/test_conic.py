@@ -157,6 +157,33 @@ class TestGradient:
             (x.requires_grad_(), weight.requires_grad_()),
         )  # fmt: skip
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("second_learns", [True, False])
+    def test_two_towers(self, backend: str, dtype: torch.dtype, second_learns: bool) -> None:
+        """A batch against another network's features of it: the mean of both directions' cross entropies, as
+        CLIP has it, and one of them with keys that do not learn, as MoCo v3 has it."""
+        require(backend, dtype)
+        first, second = (rows(40, 24, seed, dtype) for seed in (0, 1))
+        first.requires_grad_(), second.requires_grad_(second_learns)
+        learning = [first, second][: 1 + second_learns]
+        own, settings = torch.arange(40), {"temperature": 0.1, "consistency_weight": 0.0, "backend": backend}
+        loss = conic_loss(first[None], second, own, **settings)
+        if second_learns:
+            loss = (loss + conic_loss(second[None], first, own, **settings)) / 2
+
+        unit = [F.normalize(x.double(), dim=1) for x in (first, second)]
+        logits = unit[0] @ unit[1].T / 0.1
+        expected = F.cross_entropy(logits, own)
+        if second_learns:
+            expected = (expected + F.cross_entropy(logits.T, own)) / 2
+        tolerance = {"rtol": 20 * torch.finfo(dtype).eps, "atol": 20 * torch.finfo(dtype).eps}
+        torch.testing.assert_close(loss.double(), expected, **tolerance)
+        for a, e in zip(
+            torch.autograd.grad(loss, learning), torch.autograd.grad(expected, learning), strict=True
+        ):
+            assert a.dtype == dtype
+            assert distance(a.double(), e.double()) <= 2 * torch.finfo(dtype).eps * e.double().norm()
+
     def test_only_what_is_needed(self, backend: str) -> None:
         case = ConICCase()
         views, weight, target = case.tensors()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import contrastive_ops
 from contrastive_ops import co2_loss, consistency_loss, info_nce_loss
@@ -103,6 +107,51 @@ def test_bad_argument_of_co2(changes: dict[str, Any], error: type[Exception], me
         call(**changes)
 
 
+class TestTransposedQueue:
+    """Where D = K only the numbers tell a queue from MoCo's (D, K) buffer."""
+
+    @staticmethod
+    def square(dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return Case(batch=4, keys=dim, dim=dim, dtype=dtype).tensors()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dim", [16, 128, 1024])
+    @pytest.mark.parametrize("loss", [*LOSSES, contrastive_ops.CO2Loss()])
+    def test_warns(self, loss: Any, dim: int, dtype: torch.dtype) -> None:
+        query, key, queue = self.square(dim, dtype)
+        for transposed in (queue.T, queue.T.contiguous()):
+            with pytest.warns(UserWarning, match=r"columns are unit vectors.*passed as queue\.T"):
+                loss(query, key, transposed)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    def test_is_silent_otherwise(self, dtype: torch.dtype, recwarn: pytest.WarningsRecorder) -> None:
+        for dim in (1, 2, 16, 128):
+            query, key, queue = self.square(dim, dtype)
+            for upright in (queue, queue.T.contiguous().T, 3 * queue.T, 0 * queue, torch.eye(dim).to(dtype)):
+                co2_loss(query, key, upright)
+        co2_loss(query, key, queue.T[:64])  # not square
+        assert not recwarn
+
+    def test_looks_at_nothing_that_is_traced(self, recwarn: pytest.WarningsRecorder) -> None:
+        query, key, queue = self.square(16, torch.float32)
+        torch.compile(co2_loss, fullgraph=True)(query, key, queue.T)
+        torch.func.vmap(co2_loss)(query[None], key[None], queue.T[None])
+        make_fx(lambda *tensors: co2_loss(*tensors))(query, key, queue.T)
+        mode = FakeTensorMode()
+        fake = [mode.from_tensor(x) for x in (query, key, queue.T)]
+        with mode:
+            co2_loss(*fake)
+        assert not [warning for warning in recwarn if "unit vectors" in str(warning.message)]
+
+    def test_is_told_once_a_place(self) -> None:
+        query, key, queue = self.square(16, torch.float32)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(3):
+                co2_loss(query, key, queue.T)
+        assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_a_key_that_requires_grad_is_fine_where_none_is_recorded() -> None:
     with torch.no_grad():
         call(key=torch.zeros(4, 3, requires_grad=True))
@@ -136,6 +185,31 @@ def test_modules_compute_their_function(name: str) -> None:
 def test_modules_refuse_unknown_settings() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
         contrastive_ops.CO2Loss(temprature=0.1)
+
+
+MODULES = ["CO2Loss", "InfoNCELoss", "ConsistencyLoss", "NTXentLoss", "ConICLoss"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_say_how_their_settings_are_given(name: str) -> None:
+    module = getattr(contrastive_ops, name)
+    first, second, *_ = inspect.signature(module).parameters
+    for positional in ((0.1,), (0.1, 7), (0.1, *range(20))):
+        with pytest.raises(
+            TypeError, match=rf"^{name} takes its settings by keyword: {first}=0\.1"
+        ) as raised:
+            module(*positional)
+        assert (f"{second}=7" in str(raised.value)) == (positional == (0.1, 7))
+    with pytest.raises(TypeError, match="by keyword"):
+        module(0.1, reduction="sum")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_list_what_settings_there_are(name: str) -> None:
+    module = getattr(contrastive_ops, name)
+    known = ", ".join(inspect.signature(module).parameters)
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected.*'tau'; there are {known}$"):
+        module(tau=0.1)
 
 
 def test_modules_compile() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import contrastive_ops
-from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss
+from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss, instances
 
 PACKAGE = str(Path(contrastive_ops.__file__).parent)
 COUNT, DIM, ACTIVE, BATCH = 40, 5, 12, 4
@@ -173,6 +173,40 @@ def test_without_being_called_again_nothing_was(name: str, storage: str, tmp_pat
         if not where:
             break
     assert line > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["activate", "step"])
+def test_where_a_gpu_leaves_it_open_a_checkpoint_is_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU was told is not known when the call is interrupted that tells it; at other places it is."""
+    monkeypatch.setattr(instances, "_runs_ahead", lambda tensor: True)
+    expected = Training()
+    expected.run(0, 8)
+    asked = 0
+    for line in itertools.count(0, 2):
+        training = Training()
+        training.run(0, 5)
+        for each, call in training.calls(5).items():
+            if each != name:
+                call()
+                continue
+            with interrupted_at(line) as where, suppress(Interrupt):
+                call()
+            if training.classifier._torn:
+                asked += 1
+                with pytest.raises(RuntimeError, match="an interrupt came while rows were being written"):
+                    call()
+                break
+            if where:
+                call()
+        else:
+            training.run(6, 8)
+            assert_same(training, expected)
+        if not where:
+            break
+    assert 0 < asked < line / 2
 
 
 @pytest.mark.slow

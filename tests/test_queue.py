@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from contrastive_ops import KeyQueue
 from tests.cases import rows
@@ -93,11 +98,147 @@ def test_from_moco_refuses(state: dict, message: str) -> None:
         KeyQueue.from_moco(state)
 
 
+def two_queues() -> dict[str, torch.Tensor]:
+    return {
+        "module.rgb.queue": rows(6, 4, 0).T.contiguous(),
+        "module.rgb.queue_ptr": torch.tensor([4]),
+        "module.flow.queue": rows(7, 4, 1).T.contiguous(),
+        "module.flow.queue_ptr": torch.tensor([5]),
+        "queue": rows(8, 4, 2).T.contiguous(),
+        "queue_ptr": torch.tensor([6]),
+        "queue_label": torch.zeros(8),
+    }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "size"),
+    [("module.rgb.", 6), ("module.rgb", 6), ("module.flow.", 7), ("", 8)],
+)
+def test_from_moco_of_several_queues(prefix: str, size: int) -> None:
+    queue = KeyQueue.from_moco({"state_dict": two_queues()}, prefix=prefix)
+    assert torch.equal(queue.keys, rows(size, 4, size - 6))
+    assert int(queue.pointer) == size - 2
+
+
+@pytest.mark.parametrize("prefix", [None, "module", "flow", "module.rgb.queue"])
+def test_from_moco_lists_the_queues_that_there_are(prefix: str | None) -> None:
+    listed = r"prefix='module\.rgb\.' or prefix='module\.flow\.' or prefix=''$"
+    found = "found 3; choose by" if prefix is None else f"no queue with prefix {prefix!r}, but"
+    with pytest.raises(ValueError, match=f"{found} {listed}"):
+        KeyQueue.from_moco(two_queues(), prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ([], TypeError, "state_dict must be a mapping, got list"),
+        ({"m.queue_ptr": torch.tensor([0])}, ValueError, "'queue', found 0, though there is m.queue_ptr"),
+        ({"m.queue": torch.zeros(4, 6), "queue_ptr": 0}, ValueError, "found 0: m.queue has no m.queue_ptr"),
+        ({"queue": [[1.0]], "queue_ptr": torch.tensor([0])}, TypeError, "queue must be a floating.*got list"),
+        (
+            {"queue": torch.zeros(4, 6, dtype=torch.int64), "queue_ptr": torch.tensor([0])},
+            TypeError,
+            "queue must be a floating.*got torch.int64",
+        ),
+        ({"queue": torch.zeros(4, 6), "queue_ptr": 3}, TypeError, "queue_ptr must be.*integers, got int"),
+        (
+            {"queue": torch.zeros(4, 6), "queue_ptr": torch.tensor([0.5])},
+            TypeError,
+            "queue_ptr must be.*integers, got torch.float32",
+        ),
+        (
+            {"queue": torch.zeros(4, 6), "queue_ptr": torch.tensor([0, 1])},
+            ValueError,
+            r"one row below 6, got \[0, 1\]",
+        ),
+        ({"queue": torch.zeros(4, 6), "queue_ptr": torch.tensor(-1)}, ValueError, "one row below 6, got -1"),
+    ],
+)
+@pytest.mark.parametrize("take", [KeyQueue.from_moco, KeyQueue.rename_moco])
+def test_what_is_no_queue_is_refused(
+    take: Callable[[Any], Any], state: Any, error: type[Exception], message: str
+) -> None:
+    if take is KeyQueue.rename_moco and "though there is" in message:
+        pytest.skip("what has no queue is left as it is")
+    with pytest.raises(error, match=message):
+        take(state)
+
+
+def test_a_prefix_is_a_string() -> None:
+    with pytest.raises(TypeError, match="prefix must be a string or None, got 3"):
+        KeyQueue.from_moco(two_queues(), prefix=3)  # type: ignore[arg-type]
+
+
+class Model(nn.Module):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.encoder_q = nn.Linear(3, 4)
+        self.queue = KeyQueue(6, 4, **settings)
+
+
+def moco_state(with_queue: bool) -> dict[str, torch.Tensor]:
+    state = {f"encoder_q.{name}": value for name, value in nn.Linear(3, 4).state_dict().items()}
+    if with_queue:
+        state |= {"queue": rows(6, 4, 0).T.contiguous(), "queue_ptr": torch.tensor([4])}
+    return state
+
+
+class TestStrictLoading:
+    @pytest.mark.parametrize("module", ["", "module."])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_of_mocos_checkpoint(self, module: str, dtype: torch.dtype, assign: bool) -> None:
+        model, state = Model(dtype=dtype), moco_state(with_queue=True)
+        prefixed = {f"{module}{name}": value for name, value in state.items()}
+        before = dict(prefixed)
+        wrapped = nn.ModuleDict({"module": model}) if module else model
+        wrapped.load_state_dict(KeyQueue.rename_moco({"state_dict": prefixed}), assign=assign)
+        assert prefixed == before
+        assert torch.equal(model.encoder_q.weight, state["encoder_q.weight"])
+        assert torch.equal(model.queue.keys, rows(6, 4, 0) if assign else rows(6, 4, 0).to(dtype))
+        assert int(model.queue.pointer) == 4
+        model.queue.enqueue(rows(3, 4, 1))
+        assert int(model.queue.pointer) == 1
+
+    def test_of_several_queues(self) -> None:
+        renamed = KeyQueue.rename_moco(two_queues())
+        assert sorted(renamed) == sorted(
+            ["queue_label"] + [
+                f"{prefix}queue.{name}"
+                for prefix in ("module.rgb.", "module.flow.", "")
+                for name in ("keys", "pointer")
+            ]
+        )  # fmt: skip
+
+    def test_of_a_checkpoint_without_a_queue(self) -> None:
+        """A queue that is missing is an error, unless the model's is none of its state."""
+        state = KeyQueue.rename_moco(moco_state(with_queue=False))
+        with pytest.raises(RuntimeError, match=r'Missing key.*"queue\.keys", "queue\.pointer"'):
+            Model().load_state_dict(state)
+        model = Model(persistent=False)
+        before = model.queue.keys.clone()
+        model.load_state_dict(state)
+        assert torch.equal(model.encoder_q.weight, state["encoder_q.weight"])
+        assert torch.equal(model.queue.keys, before)
+        assert list(model.state_dict()) == ["encoder_q.weight", "encoder_q.bias"]
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            copied.queue.enqueue(rows(2, 4, 0))
+            assert list(copied.state_dict()) == list(model.state_dict())
+        assert model.double().queue.keys.dtype == torch.float64
+
+    def test_of_another_size_names_the_queue(self) -> None:
+        state = KeyQueue.rename_moco({**moco_state(with_queue=False), "queue": torch.zeros(4, 9),
+                                      "queue_ptr": torch.tensor([8])})  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"size mismatch for queue\.keys.*\[9, 4\].*\[6, 4\]"):
+            Model().load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"size": 0, "dim": 2}, ValueError, "size must be at least 1, got 0"),
         ({"size": 2, "dim": -1}, ValueError, "dim must be at least 1, got -1"),
+        ({"size": 2, "dim": 2, "persistent": 1}, TypeError, "persistent must be True or False, got 1"),
         ({"size": 2.0, "dim": 2}, TypeError, "size must be an integer, got float"),
         (
             {"size": 2, "dim": 2, "dtype": torch.int32},

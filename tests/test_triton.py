@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contrastive_ops import _backends
-from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase
+from contrastive_ops import _backends, reference
+from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase, rows
 from tests.elsewhere import pass_elsewhere
 from tests.oracles import (
     conic_loss_and_gradients,
@@ -33,7 +33,7 @@ from contrastive_ops.kernels import _co2, _conic, _nt_xent
 from contrastive_ops.kernels._walk import steps_a_range
 
 from bench import resources
-from contrastive_ops import conic_loss, nt_xent_loss
+from contrastive_ops import conic_loss, kernels, nt_xent_loss
 
 
 def version(module: ModuleType) -> tuple[int, int]:
@@ -53,10 +53,10 @@ SPILLED_BYTES = 0 if TUNED_FOR_THIS_COMPILER else 32
 )
 def test_the_interpreter_passes_the_same_tests() -> None:
     """The kernels' own code, tile by tile on the CPU, held to the harness of all backends."""
-    tests = [f"tests/test_{of}.py" for of in ("conic", "co2", "nt_xent", "rows_ops", "ops")]
+    tests = [f"tests/test_{of}.py" for of in ("conic", "co2", "nt_xent", "rows_ops", "ops", "ops_fuzz")]
     environment = {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": "few"}
     pass_elsewhere(tests, "triton", environment)
-    pass_elsewhere(["tests/test_triton.py"], "ranges_of", environment)
+    pass_elsewhere(["tests/test_triton.py"], "ranges_of or outside", environment)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU, all tests have several ranges")
@@ -94,6 +94,58 @@ def test_ranges_of_nt_xent(monkeypatch: pytest.MonkeyPatch, consistency_weight: 
         assert distance(a, e) <= 1e-5 * e.norm()
 
 
+OUTSIDE = (-1, 6, 2**40, -(2**63))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a host, the operators look at the rows first")
+@pytest.mark.parametrize("row", OUTSIDE)
+@pytest.mark.parametrize("wrong", ["slots", "incoming_rows", "outgoing_rows"])
+def test_the_exchange_leaves_out_rows_outside(wrong: str, row: int) -> None:
+    """They are read as NaN and not written, and all others exchanged."""
+    actual = torch.arange(400.0).view(4, 10, 2, 5)
+    expected, nan = actual.clone(), torch.full((2, 5), math.nan)
+    numbers = {"slots": [0, 5, 3], "incoming_rows": [1, 2, 0], "outgoing_rows": [4, 0, 2]}
+    numbers[wrong][1] = row
+
+    def six(x: torch.Tensor) -> list[torch.Tensor]:  # of ten rows, for what is outside to be seen
+        return [x[0, 2:8, 0], x[1, 2:8, 0], x[2, 2:8], x[3, 2:8]]
+
+    weight, buffer, incoming, outgoing = six(expected)
+    for slot, come, go in zip(*numbers.values(), strict=True):
+        leaving = torch.stack([weight[slot], buffer[slot]]) if 0 <= slot < 6 else nan
+        if 0 <= slot < 6:
+            weight[slot], buffer[slot] = incoming[come] if 0 <= come < 6 else nan
+        if 0 <= go < 6:
+            outgoing[go] = leaving
+    weight, buffer, incoming, outgoing = six(actual)
+    slots, come, go = map(torch.tensor, numbers.values())
+    unit = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1)
+    kernels.exchange_rows_(weight, buffer, slots, incoming, come, unit, outgoing, go)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a host, the operators look at the rows first")
+@pytest.mark.parametrize("row", OUTSIDE)
+def test_a_target_outside_makes_its_loss_nan(row: int) -> None:
+    around = rows(10, 5, 0)
+    weight, views = around[2:8], rows(8, 5, 1).view(2, 4, 5)
+    target = torch.tensor([3, row, 0, 5])
+    others, settings = torch.tensor([0, 2, 3]), (0.5, 3.0, 2.5)
+    loss, *_, statistics = kernels.conic(views, weight, target, *settings)
+    expected, *_ = reference.conic(views[:, others], weight, target[others], *settings)
+    assert loss[1].isnan()
+    torch.testing.assert_close(loss[others], expected)
+    before, buffer = around.clone(), torch.zeros_like(weight)
+    of_backward = torch.ones(4), views, weight, target, statistics, 0.5, 2.5
+    of_views, of_weight = kernels.conic_backward(*of_backward, True, True)
+    assert of_views[:, 1].isnan().all()
+    assert of_views[:, others].isfinite().all()
+    assert of_weight.isnan().any()
+    kernels.conic_backward_sgd_(*of_backward[:3], buffer, *of_backward[3:], 0.1, 0.9, 0.0, False)
+    assert torch.equal(around[:2], before[:2])
+    assert torch.equal(around[8:], before[8:])
+
+
 # What each architecture multiplies matrices with.
 TENSOR_CORES = {(8, 0): "mma.sync", (8, 9): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
 HALF: dict[str, Any] = {"dtype": torch.float16}
@@ -128,6 +180,7 @@ def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: s
     [
         *((name, variant) for name in resources.WALKING if "nt_xent" not in name for variant in VARIANTS),
         *((f"co2.{name}", {"consistency": False}) for name in ("statistics", "gradient")),
+        *((f"co2.{name}", {"precision": "wide", **HALF}) for name in ("statistics", "gradient")),
         *((f"conic.{name}", {"weight_dtype": torch.bfloat16}) for name in ("statistics", "weight", "views")),
         ("conic.weight", {"step": False}),
         ("nt_xent.statistics", {"consistency": False}),
@@ -138,10 +191,10 @@ def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: s
 def test_other_calls_spill_nothing_in_the_loop(
     capability: tuple[int, int], name: str, variant: dict[str, Any]
 ) -> None:
-    """The (D, K) order of keys, a ragged number of them, InfoNCE alone, a classifier in half precision, a
-    backward that only stores its gradient, float16, and views that are not normalised, on the same matrix
-    instructions."""
-    made = resources.compile_kernel(name, capability, "half", 128, **variant)
+    """The (D, K) order of keys, a ragged number of them, InfoNCE alone, float16 with a float32 queue, a
+    classifier in half precision, a backward that only stores its gradient, float16, and views that are not
+    normalised, on the same matrix instructions."""
+    made = resources.compile_kernel(name, capability, **{"precision": "half", "dim": 128, **variant})
     assert TENSOR_CORES[capability] in made.ptx
     if TUNED_FOR_THIS_COMPILER:
         assert not {"LDL", "STL"} & made.loop.keys()

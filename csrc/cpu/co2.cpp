@@ -195,19 +195,16 @@ LossTensors run(const at::Tensor& query, const at::Tensor& key, const at::Tensor
 LossTensors co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue, double temperature,
                 double consistency_temperature, double instance_weight, double consistency_weight,
                 bool include_positive, bool normalize, bool compute_gradient) {
-  for (const auto& tensor : {query, key, queue})
-    TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.device().is_cpu() && tensor.size(1) == query.size(1) &&
-                          tensor.numel() > 0,
-                      "co2: query, key (B, D) and queue (K, D) must be non-empty CPU tensors, got ",
-                      query.sizes(), ", ", key.sizes(), " and ", queue.sizes());
-  TORCH_CHECK_VALUE(key.size(0) == query.size(0), "co2: key must have the shape of query");
   const Settings settings{temperature,        consistency_temperature, instance_weight,
                           consistency_weight, include_positive,        normalize,
                           compute_gradient};
-  // A queue of another dtype than half-precision queries' is multiplied in float.
-  const bool same = query.scalar_type() == queue.scalar_type();
-  return with_product(query.scalar_type(), same, [&](auto product) {
-    return run<typename decltype(product)::type>(query, key, queue, settings);
+  // Rows are multiplied in the query's dtype, the queue rounded to it a tile at a time as it is loaded; but
+  // float16 may not hold what a queue of another dtype does.
+  const bool holds = query.scalar_type() != at::kHalf || queue.scalar_type() == at::kHalf;
+  return with_product(query.scalar_type(), holds, [&](auto product) {
+    LossTensors result = run<typename decltype(product)::type>(query, key, queue, settings);
+    if (instance_weight == 0) std::get<1>(result).zero_();  // also where neither term was asked for
+    return result;
   });
 }
 

@@ -81,7 +81,9 @@ class ConIC {
         above += parts[range * unit_views_.panels + panel].rank[lane];
       rank.mutable_data_ptr<int64_t>()[row] = above;
       double* out = statistics.mutable_data_ptr<double>() + 3 * row;
-      out[0] = finished.max_s, out[1] = finished.instance, out[2] = finished.grad_positive;
+      // The only row has no negatives.
+      out[0] = weight_.size(0) > 1 ? finished.max_s : positive.similarity[row];
+      out[1] = finished.instance, out[2] = finished.grad_positive;
     }
     auto [loss, consistency] = finish_losses(classification);
     return {loss, classification, consistency, rank, statistics};
@@ -259,22 +261,10 @@ class ConIC {
   std::vector<T> grad_own_;
 };
 
-void check(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target) {
-  for (const auto& tensor : {views, weight, target})
-    TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.numel() > 0,
-                      "conic: views, weight and target must be non-empty CPU tensors");
-  TORCH_CHECK_VALUE(views.dim() == 3 && weight.dim() == 2 && target.dim() == 1 &&
-                        weight.size(1) == views.size(2) && target.size(0) == views.size(1) &&
-                        target.scalar_type() == at::kLong,
-                    "conic: views must be (V, B, D), weight (A, D) and target (B,) int64, got ",
-                    views.sizes(), ", ", weight.sizes(), " and ", target.sizes(), " ", target.scalar_type());
-}
-
 auto backward(const at::Tensor& grad_loss, const at::Tensor& views, const at::Tensor& weight,
               const at::Tensor& target, const at::Tensor& statistics, double temperature,
               double consistency_weight, bool views_need_grad, bool weight_needs_grad,
               const std::optional<SGD>& step) {
-  check(views, weight, target);
   const Settings settings{.temperature = temperature, .consistency_weight = consistency_weight};
   return with_product(views.scalar_type(), true, [&](auto product) {
     return ConIC<typename decltype(product)::type>(views, weight, target, settings, weight_needs_grad)
@@ -286,7 +276,6 @@ auto backward(const at::Tensor& grad_loss, const at::Tensor& views, const at::Te
 
 LossTensors conic(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target,
                   double temperature, double compensation, double consistency_weight) {
-  check(views, weight, target);
   const Settings settings{
       .temperature = temperature, .consistency_weight = consistency_weight, .compensation = compensation};
   return with_product(views.scalar_type(), true, [&](auto product) {

@@ -147,11 +147,6 @@ class NTXent {
   }
 
   at::Tensor backward(const at::Tensor& grad_loss, const at::Tensor& statistics) const {
-    TORCH_CHECK_VALUE(
-        grad_loss.sizes() == at::IntArrayRef({2 * batch_}) &&
-            statistics.sizes() == at::IntArrayRef({2 * batch_, 5}) && statistics.scalar_type() == at::kDouble,
-        "nt_xent_backward: grad_loss must be (2 B,) and statistics (2 B, 5) float64 with B = ", batch_,
-        ", got ", grad_loss.sizes(), " and ", statistics.sizes(), " ", statistics.scalar_type());
     const at::Tensor incoming = grad_loss.to(at::kDouble).contiguous(), fields = statistics.contiguous();
     const double *weight = incoming.const_data_ptr<double>(), *of = fields.const_data_ptr<double>();
     const double scale = scale_to_half(largest_gradient(weight, of));
@@ -343,8 +338,6 @@ class NTXent {
 template <typename Function>
 auto with_implementation(const at::Tensor& views, const Settings& settings, bool backward,
                          const Function& function) {
-  TORCH_CHECK_VALUE(views.dim() == 3 && views.size(0) == 2 && views.device().is_cpu() && views.numel() > 0,
-                    "nt_xent: views must be a non-empty CPU tensor of shape (2, B, D), got ", views.sizes());
   return with_product(views.scalar_type(), true, [&](auto product) {
     using Product = typename decltype(product)::type;
     if (settings.consistency_weight == 0) return function(NTXent<Product, false>(views, settings, backward));

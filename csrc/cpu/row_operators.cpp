@@ -5,6 +5,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <array>
+
 #include "operators.h"
 #include "sgd.h"
 
@@ -13,34 +15,20 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
-const int64_t* checked_rows(const char* name, const at::Tensor& rows, int64_t count, int64_t bound) {
-  TORCH_CHECK_VALUE(rows.device().is_cpu() && rows.scalar_type() == at::kLong && rows.is_contiguous() &&
-                        rows.dim() == 1 && rows.size(0) == count,
-                    "exchange_rows_: ", name, " must be a contiguous int64 CPU tensor of ", count,
-                    " rows, got ", rows.sizes(), " ", rows.scalar_type());
-  const int64_t* data = rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < count; ++i)
-    TORCH_CHECK_VALUE(data[i] >= 0 && data[i] < bound, "exchange_rows_: ", name, " must be in [0, ", bound,
-                      "), got ", data[i]);
-  return data;
+// The weight and the momentum of a record.
+template <typename T>
+std::array<Strided<T>, 2> halves(T* records, const at::Tensor& of, int64_t record) {
+  T* first = records + record * of.stride(0);
+  return {Strided<T>{first, of.stride(2)}, Strided<T>{first + of.stride(1), of.stride(2)}};
 }
 
 }  // namespace
 
 void sgd_(const at::Tensor& weight, const at::Tensor& momentum_buffer, const at::Tensor& grad, double lr,
           double momentum, double weight_decay, bool nesterov) {
-  TORCH_CHECK_VALUE(grad.sizes() == weight.sizes(), "sgd_: grad must have the shape of weight, ",
-                    weight.sizes(), ", got ", grad.sizes());
-  if (!weight.is_contiguous() || !momentum_buffer.is_contiguous()) {
-    const at::Tensor w = weight.contiguous(), v = momentum_buffer.contiguous();
-    sgd_(w, v, grad, lr, momentum, weight_decay, nesterov);
-    weight.copy_(w), momentum_buffer.copy_(v);
-    mark_written({momentum_buffer, weight});
-    return;
-  }
   const SGD step(weight, momentum_buffer, lr, momentum, weight_decay, nesterov);
   const at::Tensor rows = grad.contiguous();
-  const int64_t dim = std::max<int64_t>(weight.size(1), 1);
+  const int64_t dim = weight.size(1);
   with_dtype(rows.scalar_type(), [&](auto element) {
     const auto* data = rows.const_data_ptr<decltype(element)>();
     at::parallel_for(0, weight.size(0), at::divup(kGrain, dim), [&](int64_t begin, int64_t end) {
@@ -54,24 +42,12 @@ void exchange_rows_(const at::Tensor& weight, const at::Tensor& momentum_buffer,
                     const at::Tensor& incoming, const at::Tensor& incoming_rows,
                     const at::Tensor& coefficients, const at::Tensor& outgoing,
                     const at::Tensor& outgoing_rows) {
-  const int64_t count = slots.numel(), dim = weight.size(1);
-  for (const auto& tensor : {weight, momentum_buffer, incoming, outgoing})
-    TORCH_CHECK_VALUE(
-        tensor.device().is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == weight.scalar_type(),
-        "exchange_rows_: weight, momentum_buffer, incoming and outgoing must be contiguous CPU "
-        "tensors of one dtype");
-  for (const auto& tensor : {incoming, outgoing})
-    TORCH_CHECK_VALUE(tensor.dim() == 3 && tensor.size(1) == 2 && tensor.size(2) == dim,
-                      "exchange_rows_: incoming and outgoing must be (rows, 2, ", dim, "), got ",
-                      tensor.sizes());
-  TORCH_CHECK_VALUE(coefficients.device().is_cpu() && coefficients.scalar_type() == at::kDouble &&
-                        coefficients.is_contiguous() && coefficients.numel() == 4 * count,
-                    "exchange_rows_: coefficients must be a contiguous float64 CPU tensor (", count,
-                    ", 2, 2), got ", coefficients.sizes());
-  const int64_t* slot = checked_rows("slots", slots, count, weight.size(0));
-  const int64_t* from = checked_rows("incoming_rows", incoming_rows, count, incoming.size(0));
-  const int64_t* to = checked_rows("outgoing_rows", outgoing_rows, count, outgoing.size(0));
-  const double* matrices = coefficients.const_data_ptr<double>();
+  const int64_t count = slots.size(0), dim = weight.size(1);
+  const at::Tensor of_slots = slots.contiguous(), come = incoming_rows.contiguous(),
+                   go = outgoing_rows.contiguous(), matrices = coefficients.contiguous();
+  const auto *slot = of_slots.const_data_ptr<int64_t>(), *from = come.const_data_ptr<int64_t>(),
+             *to = go.const_data_ptr<int64_t>();
+  const auto* c = matrices.const_data_ptr<double>();
 
   with_dtype(weight.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -80,15 +56,15 @@ void exchange_rows_(const at::Tensor& weight, const at::Tensor& momentum_buffer,
     T* outgoing_data = outgoing.mutable_data_ptr<T>();
     at::parallel_for(0, count, at::divup(kGrain, 4 * dim), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        T *w = weights + slot[i] * dim, *v = buffers + slot[i] * dim;
-        T* leaving = outgoing_data + to[i] * 2 * dim;
-        std::copy_n(w, dim, leaving), std::copy_n(v, dim, leaving + dim);
-        const T* arriving = incoming_data + from[i] * 2 * dim;
-        const double* c = matrices + 4 * i;
+        const Strided<T> w{weights + slot[i] * weight.stride(0), weight.stride(1)},
+            v{buffers + slot[i] * momentum_buffer.stride(0), momentum_buffer.stride(1)};
+        const auto [out_w, out_v] = halves(outgoing_data, outgoing, to[i]);
+        const auto [in_w, in_v] = halves(incoming_data, incoming, from[i]);
+        for (int64_t d = 0; d < dim; ++d) out_w[d] = w[d], out_v[d] = v[d];
         for (int64_t d = 0; d < dim; ++d) {
-          const double old_w = arriving[d], old_v = arriving[dim + d];
-          w[d] = static_cast<T>(c[0] * old_w + c[1] * old_v);
-          v[d] = static_cast<T>(c[2] * old_w + c[3] * old_v);
+          const double old_w = in_w[d], old_v = in_v[d];
+          w[d] = static_cast<T>(c[4 * i] * old_w + c[4 * i + 1] * old_v);
+          v[d] = static_cast<T>(c[4 * i + 2] * old_w + c[4 * i + 3] * old_v);
         }
       }
     });

@@ -36,6 +36,15 @@ struct Rows {
   }
 };
 
+// A vector in memory, to be written.
+template <typename T>
+struct Strided {
+  T* data;
+  int64_t stride;
+
+  T& operator[](int64_t i) const { return data[i * stride]; }
+};
+
 template <typename Function>
 void with_dtype(at::ScalarType dtype, Function&& function) {
   switch (dtype) {

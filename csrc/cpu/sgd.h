@@ -17,15 +17,7 @@ class SGD {
         lr_(lr),
         momentum_(momentum),
         weight_decay_(weight_decay),
-        nesterov_(nesterov) {
-    for (const auto& tensor : {weight, momentum_buffer})
-      TORCH_CHECK_VALUE(
-          tensor.device().is_cpu() && tensor.is_contiguous() && tensor.dim() == 2 &&
-              tensor.sizes() == weight.sizes() && tensor.scalar_type() == weight.scalar_type(),
-          "sgd_: weight and momentum_buffer must be contiguous CPU tensors (A, D) of one dtype, got ",
-          weight.sizes(), " ", weight.scalar_type(), " and ", momentum_buffer.sizes(), " ",
-          momentum_buffer.scalar_type());
-  }
+        nesterov_(nesterov) {}
 
   // A row's step, given its gradient.
   template <typename Grad>
@@ -34,8 +26,10 @@ class SGD {
       using weight_t = decltype(element);
       using T = std::conditional_t<std::is_same_v<weight_t, double>, double, float>;
       const int64_t dim = weight_.size(1);
-      weight_t* w = weight_.mutable_data_ptr<weight_t>() + row * dim;
-      weight_t* v = buffer_.mutable_data_ptr<weight_t>() + row * dim;
+      const Strided<weight_t> w{weight_.mutable_data_ptr<weight_t>() + row * weight_.stride(0),
+                                weight_.stride(1)};
+      const Strided<weight_t> v{buffer_.mutable_data_ptr<weight_t>() + row * buffer_.stride(0),
+                                buffer_.stride(1)};
       const T lr = static_cast<T>(lr_), momentum = static_cast<T>(momentum_);
       const T weight_decay = static_cast<T>(weight_decay_), ahead = nesterov_ ? momentum : T(1);
       const T of_gradient = nesterov_ ? T(1) : T(0);

@@ -43,6 +43,36 @@ def test_the_queue_holds_the_latest_keys_in_order(make_moco, step):
     torch.testing.assert_close(moco.queue.keys, torch.cat((third[4:], first[4:], second, third[:4])))
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("32-true", torch.float32), ("64-true", torch.float64), ("bf16-mixed", torch.bfloat16)],
+)
+def test_the_queue_is_in_the_dtype_that_queries_are_multiplied_in(
+    make_moco, make_views, make_trainer, precision, dtype
+):
+    """Its keys are normalised before they are rounded: a bfloat16 norm would be off by a thousandth."""
+    moco = make_moco(queue_size=20)
+    make_trainer(precision=precision, limit_train_batches=2).fit(moco, make_views())
+    assert moco.queue.keys.dtype == dtype
+    assert moco.queue.pointer.dtype == torch.int64
+    lengths = moco.queue.keys.double().norm(dim=1)
+    rounding = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=rounding / 2 + 1e-6)
+
+
+def test_a_queue_is_resumed_in_another_precision(make_moco, make_views, make_trainer, tmp_path):
+    views, path = make_views(), tmp_path / "some.ckpt"
+    moco = make_moco()
+    trainer = make_trainer(precision="bf16-mixed", max_epochs=1)
+    trainer.fit(moco, views)
+    trainer.save_checkpoint(path)
+    assert torch.load(path, weights_only=True)["state_dict"]["queue.keys"].dtype == torch.bfloat16
+    other = make_moco()
+    make_trainer(max_epochs=1).fit(other, views, ckpt_path=path)  # no step is left
+    assert other.queue.keys.dtype == torch.float32
+    assert torch.equal(other.queue.keys, moco.queue.keys.float())
+
+
 @pytest.mark.parametrize("weight", [0.3, 0.0])
 def test_the_loss_is_that_of_the_step_s_queries_keys_and_queue(make_moco, step, weight):
     moco = make_moco(consistency_weight=weight)

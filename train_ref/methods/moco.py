@@ -59,6 +59,9 @@ class MoCo(Method):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         normalize_in_groups(self.key_encoder, self.hparams.norm_groups)
+        # What queries are multiplied in under mixed precision: so the queue is not rounded at every step.
+        if dtype := {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision):
+            self.queue.to(dtype)
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
@@ -90,7 +93,8 @@ class MoCo(Method):
         keys = self.encode_keys(key_view, batch_idx)  # (P·B, D)
 
         loss, metrics = self.criterion(query, own_rows(keys), self.queue.keys)  # (), each metric (B,)
-        self.queue.enqueue(F.normalize(keys.to(self.queue.keys.dtype), dim=1))
+        # In half precision a norm would be off by more than the queue's own rounding.
+        self.queue.enqueue(F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=1))
 
         self.report(loss, metrics)
         return loss
