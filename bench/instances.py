@@ -135,7 +135,7 @@ def fill(store: Storage, count: int) -> None:
         instances = np.arange(first, min(first + 4096, count))
         room, at = store.room(instances)
         room[at] = torch.randn(len(instances), 2, DIM)
-        store.keep(instances, 1)
+        store.keep(instances, 0)
     store.state_dict()
 
 
@@ -149,19 +149,19 @@ def calls_of_stores(stores: dict[str, Storage], count: int, rounds: int) -> list
         call(*arguments)
         taken.setdefault((what, name), []).append(time.perf_counter() - start)
 
-    def keep(store: Storage, instances: np.ndarray, step: int) -> None:
+    def keep(store: Storage, instances: np.ndarray) -> None:
         room, at = store.room(instances)
         room[at] = records
-        store.keep(instances, step)
+        store.keep(instances, 0)
 
-    for step in range(rounds):
+    for _ in range(rounds):
         for name, store in stores.items():
             now, ahead, gone = np.split(generator.choice(count, 3 * BATCH, replace=False), 3)
             timed("fetch", name, store.fetch, now)
             timed("announce", name, store.prefetch, ahead)
             time.sleep(0.02)  # a training step, which leaves the processors alone
             timed("fetch what was announced", name, store.fetch, ahead)
-            timed("keep", name, keep, store, gone, step)
+            timed("keep", name, keep, store, gone)
     return [
         {"what": what, "store": name, "N": count, **milliseconds(times)}
         for (what, name), times in taken.items()
