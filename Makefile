@@ -56,7 +56,7 @@ asan: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench
 
-# Everything that needs a GPU, in the environment of PYTHON, which must have the package with [test,train]. What was
+# Everything that needs a GPU, in the environment of PYTHON, which must have the package with [test,train,disk]. What was
 # measured is left in OUT; a part that fails does not stop the rest.
 OUT ?= bench/results
 gpu:
@@ -92,7 +92,7 @@ $(VENV)/.dependencies: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.dependencies setup.py $(CSRC)
-	$(PIP) --no-build-isolation --editable '.[test,train]'
+	$(PIP) --no-build-isolation --editable '.[test,train,disk]'
 	$(BIN)/python -c "import contrastive_ops as c; [print(f'{n:10}', s) for n, s in c.available_backends().items()]"
 	touch $@
 

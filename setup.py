@@ -111,8 +111,8 @@ def extensions():
         sorted(glob.glob("csrc/rows/*.cpp")),
         depends=["setup.py", *sorted(glob.glob("csrc/rows/*.h"))],
         language="c++",
-        extra_compile_args=[*COMPILE_ARGS, "-pthread", *SANITIZERS],
-        extra_link_args=["-pthread", *SANITIZERS],
+        extra_compile_args=[*COMPILE_ARGS, *SANITIZERS],
+        extra_link_args=SANITIZERS,
     )
     return [*cpu, rows]
 

@@ -5,6 +5,7 @@ Writes `bench/results/<date>-<device>-instances.json` and a report beside it:
 - a training step (activation, loss, backward, update) against the number of instances, beside the same step
   with all of them under torch.optim.SGD: its dense update alone, which is what grows;
 - activation of a batch of new rows, in rows a second, on each tier of storage;
+- what the disk's rows cost: fetching and keeping a batch, and a training step that reads ahead;
 - the exchange of rows with their catch-up, and the update of the active rows, as kernels, beside what copying
   as many bytes takes.
 """
@@ -20,12 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench import ceilings
 from bench.files import replace_in_readme, result_file
 from contrastive_ops import DelayedSGD, InstanceClassifier, _ops, conic_loss
 from contrastive_ops._history import History
+from contrastive_ops._storage import Storage
 from train_ref.machine import describe
 from train_ref.markdown import table
 
@@ -71,9 +74,15 @@ class Training:
         self.classifier.activate(self.batch(BATCH))
         self.classifier._take_step(0.06, 0.9, 1e-4, False)
 
-    def step(self) -> None:
+    def step_ahead(self) -> None:
+        self.step(ahead=True)
+
+    def step(self, ahead: bool = False) -> None:
         of = self.classifier
         target = of.activate(self.batch(BATCH // 2))
+        if ahead:
+            at = self.at if self.at + BATCH // 2 <= len(self.order) else 0
+            of.prefetch(self.order[at : at + BATCH // 2])
         loss = conic_loss(self.views, of.weight, target, num_instances=of.num_instances)
         loss.backward()
         self.optimizer.step()
@@ -118,6 +127,71 @@ def activations(device: str, tier: str, count: int, batches: int) -> list[dict[s
         }
         for kind, taken in (("new", new), ("old", old))
     ]
+
+
+def fill(store: Storage, count: int) -> None:
+    """Keep every row once."""
+    for first in range(0, count, 4096):
+        instances = np.arange(first, min(first + 4096, count))
+        room, at = store.room(instances)
+        room[at] = torch.randn(len(instances), 2, DIM)
+        store.keep(instances, 1)
+    store.state_dict()
+
+
+def calls_of_stores(stores: dict[str, Storage], count: int, rounds: int) -> list[dict[str, Any]]:
+    """Fetching and keeping a batch of rows that were kept before; the stores in turns, 20 ms each."""
+    taken: dict[tuple[str, str], list[float]] = {}
+    generator, records = np.random.default_rng(0), torch.randn(BATCH, 2, DIM)
+
+    def timed(what: str, name: str, call: Callable[..., Any], *arguments: Any) -> None:
+        start = time.perf_counter()
+        call(*arguments)
+        taken.setdefault((what, name), []).append(time.perf_counter() - start)
+
+    def keep(store: Storage, instances: np.ndarray, step: int) -> None:
+        room, at = store.room(instances)
+        room[at] = records
+        store.keep(instances, step)
+
+    for step in range(rounds):
+        for name, store in stores.items():
+            now, ahead, gone = np.split(generator.choice(count, 3 * BATCH, replace=False), 3)
+            timed("fetch", name, store.fetch, now)
+            timed("announce", name, store.prefetch, ahead)
+            time.sleep(0.02)  # a training step, which leaves the processors alone
+            timed("fetch what was announced", name, store.fetch, ahead)
+            timed("keep", name, keep, store, gone, step)
+    return [
+        {"what": what, "store": name, "N": count, **milliseconds(times)}
+        for (what, name), times in taken.items()
+    ]
+
+
+def steps_that_read_ahead(trainings: dict[str, Training], device: str, rounds: int) -> list[dict[str, Any]]:
+    """Training steps that announce the next batch's rows before the loss; the stores in turns."""
+    times: dict[str, list[float]] = {name: [] for name in trainings}
+    for _ in range(rounds):
+        for name, training in trainings.items():
+            times[name] += seconds(training.step_ahead, 1, device)
+    return [
+        {"what": "step, reading ahead", "store": name, **milliseconds(taken)} for name, taken in times.items()
+    ]
+
+
+def disk(device: str, count: int, rounds: int) -> list[dict[str, Any]]:
+    """Its rows, all of which were kept before, beside those of "device"."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainings = {
+            "device": Training(count, device),
+            "disk": Training(count, device, storage="disk", path=folder),
+        }
+        of = trainings["disk"].classifier
+        fill(of._storage, count)
+        records = calls_of_stores({"disk": of._storage}, count, rounds * 15)
+        records += steps_that_read_ahead(trainings, device, rounds)
+        of.close()
+    return records
 
 
 def kernels(device: str, rounds: int, copy_gb_s: float) -> list[dict[str, Any]]:
@@ -168,6 +242,7 @@ def report(result: dict[str, Any]) -> str:
         for r in records
         if "rows_s" in r
     ]
+    stores = [(r["store"], r["what"], f"{r['ms']:.2f}") for r in records if "store" in r]
     alone = [(r["what"], f"{r['ms']:.2f}", f"{r['floor_ms']:.2f}") for r in records if "floor_ms" in r]
     parts = [
         f"# A classifier of many instances on {machine['device']}",
@@ -180,6 +255,9 @@ def report(result: dict[str, Any]) -> str:
         "rows have their initial value, old ones were evicted and are caught up. Files are in the system's "
         "cache.",
         table(("storage", "rows", "ms", "rows a second"), active),
+        f"Rows on disk that were all kept before, {BATCH} at a time, and a training step that announces the "
+        "next one's rows:",
+        table(("storage", "call", "ms"), stores),
         "The kernels alone, and what copying as many bytes takes:",
         table(("kernel", "ms", "copy, ms"), alone),
     ]
@@ -223,6 +301,7 @@ def main() -> None:
     }
     for tier in TIERS:
         result["records"] += activations(device, tier, COUNTS[1], rounds * 5)
+    result["records"] += disk(device, COUNTS[1], rounds)
     for tier in ("device", "host") if device == "cuda" else ("device",):
         result["records"] += training_steps(device, tier, rounds)
     for count in COUNTS:

@@ -1,478 +1,585 @@
-"""Rows of instance classification in files: up to a billion of them, and checkpoints by undo.
+"""Rows of instance classification on disk: a RocksDB at work, and generations that are checkpoints of it.
 
-What is in the folder:
+What is in the folder (`_folder.py` keeps it):
 
-    meta.json              what the rows are, and the generations that can be gone back to
-    rows.NNNNN             a record (2, dim) for each row: its weight and its momentum
-    steps.NNNNN            an entry of 8 bytes for each row: the step that its record belongs to, and the
-                           generation that wrote it; generation 0: nobody did, the row has its initial value
-    journal.<generation>   of each row written in that generation, what it was before
+    rows.json              what the rows are, and an identity that every checkpoint file bears
+    kept.json              the generations that are known to be in a saved checkpoint: confirmed, loaded
+    generations/<number>/  a checkpoint of RocksDB, never written again, and files.json: its files' checksums
+    working/<number>/      the database that is written; worth nothing once its process has ended
     lock                   held by the process that has the folder open
 
-A generation begins with a checkpoint and bears its number; the first is 1, and no number is used twice, so a
-number saved elsewhere never comes to mean other rows.
+**Why a process or a machine may stop at any moment.** Only generations count. One is made under another name,
+with hard links to the tables of the database at work; it gets its own name when all of it is on the disk, and
+its number is told when that name is. A generation that is loaded, or nothing, is what the database at work is
+made anew from, whenever the folder is opened. So there is no log of writes to keep, and nothing to repair.
 
-**Why a process may die between any two system calls.** ``keep`` writes (1) the journal, (2) the entries, (3)
-the records. So at any moment of generation g,
+**Why nothing that is damaged is taken for rows.** RocksDB has a checksum for every block that it reads. What
+else it reads (manifest, options) is compared with files.json when a generation is loaded, and `verify`
+compares all of it. Our own JSON files bear their checksums.
 
-- a row whose entry says g has its old entry and record, those of checkpoint g, in journal.g, because (1) came
-  before (2). Its record may be torn;
-- a row whose entry says anything else still has the entry and record of checkpoint g, because (2) came before
-  (3). An entry is never torn: it is 8 aligned bytes.
-
-Hence writing journal.g back restores checkpoint g, at any moment, in any order, however often it is begun
-anew; and while the journal is not empty, that is all that a folder just opened will do. A block cut off at
-the journal's end is of a ``keep`` that had not come to (2), and is passed over. A row is journaled twice only
-if (2) did not reach it the first time, so both say the same.
-
-``checkpoint`` creates the new journal, replaces meta.json, and deletes the journal before last. The second of
-these makes the checkpoint; what the others leave behind is removed when the folder is opened. ``roll_back``
-over two generations undoes the newer, replaces meta.json by one that has forgotten it, and undoes the older:
-nobody can go back to a generation that is half gone.
-
-What was written outlives the process, in the system's page cache. It need not outlive the machine: nothing
-here waits for the disk.
+**Who waits for what.** `keep` copies its records into a table in memory. A full table is written by another
+thread while the next one fills, and serves its rows until it is on the disk: a write that fails, because the
+disk is full, is done again. RocksDB's own state after such an error is thrown away by opening it anew. What
+`prefetch` announces is read by a third thread.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
+import ctypes
+import errno
+import importlib
 import os
-import struct
-import sys
-import threading
+import re
+import shutil
+import time
+import warnings
 import weakref
-import zlib
-from collections.abc import Iterable, Iterator
-from types import TracebackType
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from threading import Lock
+from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from contrastive_ops._rows import RecordFiles, initial_rows
+from ._folder import Folder, write
+from ._rows import initial_rows
+from ._storage import Indices, _find
 
-FORMAT = "contrastive_ops.DiskRows"
-VERSION = 1
-ENTRY = np.dtype([("step", np.uint32), ("generation", np.uint32)])
-CHUNK_BYTES = 16 << 20  # of records at a time in memory, beside the caller's
-
-Rows = tuple[
-    NDArray[np.int64], NDArray[np.void], np.ndarray
-]  # instances, entries, records of the first of them
+TABLE_BYTES = 32 << 20  # of rows in memory before they are written out; two tables at the most
+CACHE_BYTES = 128 << 20  # of RocksDB's indices, filters and blocks, however many rows there are
+OPEN_FILES = 512
+LEVEL_0_FILES = 24  # more wait for compaction: each costs every read a look into its filter
 
 
 class DiskRows:
-    """The rows of `num_instances` instances, each a weight and a momentum, in files under `path`.
-
-    A row that was never written takes no space. Its weight is a random unit vector, a function of `seed` and
-    instance, and its momentum zero. Calls from several threads wait for one another.
-
-    A folder whose rows were written after its newest checkpoint, by a process that ended since, is `dirty`
-    when opened, and must be rolled back before anything else.
+    """`Storage` of rows in a folder; see the head of this file.
 
     Args:
-        path: folder; created if it is absent, and continued if it holds such rows.
-        num_instances: number N of rows.
-        dim: dimension D of a weight.
-        dtype: np.float32 or np.float64.
-        seed: in [0, 2**64).
+        path: folder; created if it is absent.
+        num_instances, dim, dtype, seed: of the classifier.
+        generations: how many of those taken last are kept, beside the confirmed one.
 
     Raises:
-        ValueError: the folder holds something else, other rows than were asked for, or damaged ones.
-        BlockingIOError: another process, or another DiskRows, has the folder open.
-
-    Example:
-        >>> rows = DiskRows("/mnt/rows", 10**9, 128, np.float32, seed=0)
-        >>> records, steps = rows.fetch(np.array([5, 7]))       # (2, 2, 128), (2,)
-        >>> rows.keep(np.array([5, 7]), records, step=1)
-        >>> rows.checkpoint()
-        2
+        ImportError: rocksdict is not installed.
+        ValueError: the folder holds something else, other rows than were asked for, or a damaged description.
+        BlockingIOError: another process, or another classifier, has the folder open.
     """
-
-    _generations: list[tuple[int, int | None]]  # available, each with its journal's size if that is full
-    _last: int  # generation that was ever begun
-    _journal: _Journal
-    _settled: bool  # whether training can go on from the rows as they are
 
     def __init__(
-        self, path: str | os.PathLike[str], num_instances: int, dim: int, dtype: DTypeLike, seed: int
+        self,
+        path: str | os.PathLike[str],
+        num_instances: int,
+        dim: int,
+        dtype: torch.dtype,
+        seed: int,
+        generations: int = 3,
     ) -> None:
-        dtype = np.dtype(dtype)
-        if dtype not in (np.float32, np.float64):
-            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-        self.path = os.path.abspath(path)
-        self._num_instances, self._dim, self._seed = int(num_instances), int(dim), int(seed)
-        self._dtype = dtype
-        self._holds: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "num_instances": self._num_instances,
-            "dim": self._dim,
-            "dtype": dtype.name,
-            "seed": self._seed,
-            "byte_order": sys.byteorder,
-        }
-        self._mutex = threading.RLock()
-        self._unfinished: set[int] = set()  # rows that a keep which failed may have left torn
-        self._closed = False
-        record_bytes = 2 * dim * dtype.itemsize
-        self._chunk = max(1, CHUNK_BYTES // record_bytes)
-        self._records = RecordFiles(self.path, "rows", record_bytes, num_instances)
-        self._steps = RecordFiles(self.path, "steps", ENTRY.itemsize, num_instances)
-
-        os.makedirs(self.path, exist_ok=True)
-        self._read_meta()  # a folder that is not ours is left as it is, without so much as a lock
-        self._lock = _lock(self.path)
+        number = np.dtype(str(dtype).removeprefix("torch."))
+        self._row = np.dtype([("step", "<i8"), ("record", number.newbyteorder("<"), (2, dim))])
+        self._dtype, self._seed = dtype, seed
+        self._rocksdict, self._process = _import_rocksdict(), _process_of_rocksdb()
+        self._device = torch.device("cpu")
+        self._room = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
+        self._folder = Folder(
+            path,
+            {"num_instances": num_instances, "dim": dim, "dtype": number.name, "seed": seed},
+            generations,
+        )
         try:
-            if self._read_meta() is None:
-                _Journal(self.path, 1, create=True).close()
-                self._write_meta([(1, None)], last=1)
-            self._open_generation()
+            self._working = _Working(self._rocksdict, self._folder.new_working(), self._row)
         except BaseException:
-            self._lock.close()
+            self._folder.close()
             raise
+        self._base: int | None = None  # the generation whose rows these are, if none was kept since
+        self._step = 0  # the last as of which a row was kept
+        known = self._folder.known
+        self._barred = any(number is not None for number in known.values())
+        self._told = self._barred or not self._folder.generations
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-prefetch")
+        self._ahead: tuple[Indices, Future[tuple[Tensor, Indices]]] | None = None
         _opened.add(self)
 
-    @property
-    def generation(self) -> int:
-        """The checkpoint that the rows written now come after."""
-        return self.generations[-1]
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"a classifier with storage='disk' cannot be copied or pickled: its rows are the files in "
+            f"{self._folder.path}, which one classifier at a time writes; its state_dict() can be saved"
+        )
 
-    @property
-    def generations(self) -> list[int]:
-        """The checkpoints that `roll_back` can go back to, oldest first."""
-        return [generation for generation, _ in self._generations]
+    def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
+        self._device = device
 
-    @property
-    def dirty(self) -> bool:
-        """Whether rows were written since the newest checkpoint."""
-        return not self._journal.empty
+    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
+        self._require_rows()
+        if self._ahead is not None:
+            (ahead, future), self._ahead = self._ahead, None
+            records, steps = future.result()
+            if (at := _find(ahead, instances)) is not None:  # else others were announced
+                return records, at, steps[at]
+        records, steps = self._read(instances)
+        return records, np.arange(len(instances)), steps
 
-    def fetch(self, instances: NDArray[np.int64]) -> tuple[np.ndarray, NDArray[np.int64]]:
-        """The records (n, 2, D) of the instances (n,), and the steps (n,) that they belong to."""
-        with self._mutex:
-            self._check_usable()
-            self._check_finished(instances.tolist())
-            entries = self._read_entries(instances)
-            written = entries["generation"] != 0
-            records = np.zeros((len(instances), 2, self._dim), self._dtype)
-            records[written] = self._read_records(instances[written])
-            if not written.all():
-                weight = np.empty((len(instances) - written.sum(), self._dim), self._dtype)
-                initial_rows(self._seed, instances[~written], weight)
-                records[~written, 0] = weight
-            return records, entries["step"].astype(np.int64)
+    def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
+        self._require_rows()
+        return self._read(instances)
 
-    def keep(self, instances: NDArray[np.int64], records: np.ndarray, step: int) -> None:
-        """Overwrite the rows of the distinct instances (n,) by records (n, 2, D) that belong to `step`.
+    def prefetch(self, instances: Indices) -> None:
+        self._require_open()
+        if len(instances) and not self._barred:
+            instances = np.sort(instances)
+            self._ahead = instances, self._reader.submit(self._read, instances)
 
-        Raises:
-            OSError: with its file's name, for example because the disk is full. Call it again with the same
-                rows, or roll back; until then, these rows cannot be fetched, nor a checkpoint made.
-        """
-        shape = (len(instances), 2, self._dim)
-        if records.shape != shape or records.dtype != self._dtype:
+    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
+        """Waits if writing is behind, and raises what it met with, before anything is exchanged."""
+        self._require_rows()
+        self._working.make_room()
+        self._room = self._empty(len(instances))
+        return self._room, np.arange(len(instances))
+
+    def keep(self, instances: Indices, step: int) -> None:
+        self._require_rows()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        rows = np.empty(len(instances), self._row)
+        rows["step"], rows["record"] = step, self._room.numpy()
+        self._base, self._step = None, max(self._step, step)
+        if self._ahead is not None and not set(instances.tolist()).isdisjoint(self._ahead[0].tolist()):
+            self._ahead = None  # was read too early
+        self._working.keep(instances, rows)
+
+    def check(self, state: Mapping[str, Any], steps: int) -> None:
+        self._require_open()
+        generation = self._folder.checked(state)
+        if (step := self._folder.checked_contents(generation).step) > steps:
             raise ValueError(
-                f"records must be {shape} of {self._dtype}, got {records.shape} of {records.dtype}"
+                f"generation {generation} of {self._folder.path} has rows as of step {step}, and the "
+                f"checkpoint's history has {steps} steps"
             )
-        if not 0 <= step < 2**32:
-            raise ValueError(f"step must be in [0, 2**32), got {step}")
-        if len(np.unique(instances)) != len(instances):
-            raise ValueError("instances must be distinct")
-        if len(instances) and not 0 <= instances.min() <= instances.max() < self._num_instances:
-            raise ValueError(f"instances must be in [0, {self._num_instances})")
-        with self._mutex:
-            self._check_usable()
-            for first in range(0, len(instances), self._chunk):
-                part = slice(first, first + self._chunk)
-                self._keep(np.ascontiguousarray(instances[part]), np.ascontiguousarray(records[part]), step)
 
-    def checkpoint(self) -> int:
-        """Begin a generation, and return its number: the rows can be brought back to what they are now.
+    def state_dict(self) -> dict[str, Any]:
+        """Makes a generation, on the disk when this returns, unless the newest one holds these rows."""
+        self._require_open()
+        if self._base is None or self._base != max(self._folder.generations, default=0):
+            self._working.write_out()
+            self._base = self._folder.make(self._working.checkpoint, self._step)
+        return {"generation": self._base, "rows": self._folder.identity}
 
-        They can also be brought back to the checkpoint before, and to none that is older. If nothing was
-        written since the newest checkpoint, that is the one.
-        """
-        with self._mutex:
-            self._check_usable()
-            self._check_finished(self._unfinished)
-            if self.dirty:
-                generation = self._last + 1
-                _Journal(self.path, generation, create=True).close()
-                sealed = (self.generation, self._journal.size)
-                self._settled = False  # an interrupt may come before meta.json is replaced, or after
-                try:
-                    self._write_meta([sealed, (generation, None)], last=generation)
-                except OSError:
-                    self._settled = True  # it came before
-                    raise
-                self._open_generation()
-            return self.generation
-
-    def roll_back(self, generation: int) -> None:
-        """Bring all rows back to a checkpoint and continue there; newer ones are forgotten.
-
-        Raises:
-            ValueError: that checkpoint is not available, or its journal is damaged.
-        """
-        with self._mutex:
-            self._check_open()
-            if not self._settled:
-                self._open_generation()
-            if generation not in self.generations:
-                raise ValueError(
-                    f"{self.path} can be rolled back to generations {self.generations}, not to {generation}"
-                )
-            older, sealed = self._generations[0]
-            if generation == older and sealed is not None:
-                _Journal(self.path, older).check(sealed)
-            self._settled = False
-            while True:
-                for instances, entries, records in self._journal.blocks(self._dtype, self._dim):
-                    self._steps.write(instances, entries)
-                    self._records.write(instances[: len(records)], records)
-                if self.generation == generation:
-                    break
-                self._write_meta([(older, None)], last=self._last)
-                self._open_generation()
-            self._journal.clear()
-            self._unfinished.clear()
-            self._settled = True
-
-    def close(self) -> None:
-        """Close the files and let others open the folder."""
-        with self._mutex:
-            if self._closed:
-                return
-            self._closed = True
-            self._records.close()
-            self._steps.close()
-            self._journal.close()
-            self._lock.close()
-
-    def __enter__(self) -> DiskRows:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _keep(self, instances: NDArray[np.int64], records: np.ndarray, step: int) -> None:
-        entries = self._read_entries(instances)
-        unsaved = entries["generation"] != self.generation
-        if unsaved.any():
-            # Written ones first: the others have no record to save.
-            rows = np.flatnonzero(unsaved)
-            rows = rows[np.argsort(entries["generation"][rows] == 0, kind="stable")]
-            written = np.count_nonzero(entries["generation"][rows])
-            self._journal.append(
-                instances[rows], entries[rows], self._read_records(instances[rows[:written]])
-            )
-        entries["step"], entries["generation"] = step, self.generation
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make the rows those of a generation; if it fails, they stay what they are."""
+        self._require_open()
+        generation = self._folder.checked(state)
+        path = self._folder.new_working()
         try:
-            self._steps.write(instances, entries)
-            self._records.write(instances, records)
+            step = self._folder.copy(generation, path)
+            working = _Working(self._rocksdict, path, self._row)
         except BaseException:
-            self._unfinished.update(instances.tolist())
+            shutil.rmtree(path, ignore_errors=True)
             raise
-        self._unfinished.difference_update(instances.tolist() if self._unfinished else ())
-
-    def _read_entries(self, instances: NDArray[np.int64]) -> NDArray[np.void]:
-        entries = np.empty(len(instances), ENTRY)
-        self._steps.read(instances, entries)
-        return entries
-
-    def _read_records(self, instances: NDArray[np.int64]) -> np.ndarray:
-        records = np.empty((len(instances), 2, self._dim), self._dtype)
-        self._records.read(instances, records)
-        return records
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError(f"{self.path} was closed")
-
-    def _check_usable(self) -> None:
-        self._check_open()
-        if not self._settled:
-            raise RuntimeError(
-                f"{self.path} was left in the middle of generation {self.generation}: roll it back first, to "
-                f"one of {self.generations}"
-            )
-
-    def _check_finished(self, instances: Iterable[int]) -> None:
-        if not self._unfinished.isdisjoint(instances):
-            raise RuntimeError(
-                f"{self.path}: {len(self._unfinished)} rows were being written when an error came: keep them "
-                "again, or roll back"
-            )
-
-    def _read_meta(self) -> dict[str, Any] | None:
-        """What meta.json says, if it is of rows as asked for; None where there is none yet."""
-        file = os.path.join(self.path, "meta.json")
         try:
-            with open(file, encoding="utf-8") as stream:
-                meta = json.load(stream)
-        except FileNotFoundError:
-            # What may stand here before meta.json does, if the process was killed meanwhile.
-            foreign = set(os.listdir(self.path)) - {"lock", "journal.1", "meta.json.new"}
-            if foreign:
-                raise ValueError(
-                    f"{self.path} must be empty or hold rows of instances, but there is no meta.json, and "
-                    f"there is {min(foreign)!r}"
-                ) from None
-            return None
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged, or not of rows of instances: {error}") from None
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise ValueError(f"{file} is not of rows of instances (format {FORMAT!r})")
-        differing = [name for name, wanted in self._holds.items() if meta.get(name) != wanted]
-        if differing:
-            held, asked = (
-                ", ".join(f"{name}={meta.get(name)!r}" for name in differing) for meta in (meta, self._holds)
-            )
-            raise ValueError(f"{self.path} holds rows with {held}, but {asked} was asked for")
-        return meta
+            self._folder.know(loaded=generation)
+        except BaseException:
+            working.close()
+            raise
+        self._ahead = None
+        former, self._working, self._base, self._step = self._working, working, generation, step
+        self._barred, self._told = False, True
+        former.close()
 
-    def _write_meta(self, generations: list[tuple[int, int | None]], last: int) -> None:
-        """Make these the generations available, each with its journal's size if that is full."""
-        file = os.path.join(self.path, "meta.json")
-        try:
-            with open(file + ".new", "w", encoding="utf-8") as stream:
-                json.dump(self._holds | {"generations": generations, "last": last}, stream, indent=1)
-            os.replace(file + ".new", file)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, file) from error
+    def confirm(self, state: Mapping[str, Any]) -> None:
+        """The state is in a file that is safely saved: keep its generation until another one is confirmed."""
+        self._require_open()
+        self._folder.know(confirmed=self._folder.checked(state), loaded=None)
+        self._folder.prune()
 
-    def _open_generation(self) -> None:
-        """Continue as meta.json says."""
-        meta = self._read_meta()
-        try:
-            assert meta is not None
-            generations = [(int(generation), sealed) for generation, sealed in meta["generations"]]
-            last = int(meta["last"])
-            assert generations
-        except (AssertionError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{os.path.join(self.path, 'meta.json')} is damaged") from None
-        journal = _Journal(self.path, generations[-1][0])
-        if hasattr(self, "_journal"):
-            self._journal.close()
-        self._generations, self._last, self._journal = generations, last, journal
-        self._settled = journal.empty
-        wanted = {f"journal.{generation}" for generation, _ in generations}
-        for name in os.listdir(self.path):
-            if name.startswith("journal.") and name not in wanted:
-                os.unlink(os.path.join(self.path, name))
-
-
-class _Journal:
-    """What rows were at the checkpoint that a generation began with, in blocks: one for each `append`.
-
-    A block is a head, then the instances, then their entries, then the records of the first of them, those
-    that had been written before.
-    """
-
-    HEAD = struct.Struct("=8sQ")  # mark, generation
-    BLOCK = struct.Struct("=IIII")  # instances, records, crc32 of what follows, crc32 of the three
-
-    def __init__(self, folder: str, generation: int, create: bool = False) -> None:
-        self.path = os.path.join(folder, f"journal.{generation}")
-        head = self.HEAD.pack(b"rows.jnl", generation)
-        try:
-            self._file = open(self.path, "wb+" if create else "rb+", buffering=0)  # noqa: SIM115
-        except FileNotFoundError:
-            raise ValueError(f"{self.path} is missing: {folder} cannot be rolled back") from None
-        if create:
-            self._write(head, 0)
-        if os.pread(self._file.fileno(), len(head), 0) != head:
-            self.close()
-            raise ValueError(f"{self.path} is damaged: it does not begin as a journal does")
-        self.size = os.fstat(self._file.fileno()).st_size
-
-    @property
-    def empty(self) -> bool:
-        return self.size == self.HEAD.size
-
-    def append(self, instances: NDArray[np.int64], entries: NDArray[np.void], records: np.ndarray) -> None:
-        body = instances.tobytes() + entries.tobytes() + records.tobytes()
-        head = struct.pack("=III", len(instances), len(records), zlib.crc32(body))
-        self._trim()
-        self.size = self._write(head + struct.pack("=I", zlib.crc32(head)) + body, self.size)
-
-    def clear(self) -> None:
-        self.size = self.HEAD.size
-        self._trim()
-
-    def _trim(self) -> None:
-        """Cut off what an `append` that failed has left."""
-        if os.fstat(self._file.fileno()).st_size != self.size:
-            os.ftruncate(self._file.fileno(), self.size)
-
-    def check(self, sealed: int) -> None:
-        self.close()
-        if self.size < sealed:
-            raise ValueError(f"{self.path} is damaged: {self.size} bytes are left of {sealed}")
-
-    def blocks(self, dtype: np.dtype, dim: int) -> Iterator[Rows]:
-        """One block after another; the last is left out if it was cut off."""
-        with open(self.path, "rb") as stream:
-            stream.seek(self.HEAD.size)
-            while len(head := stream.read(self.BLOCK.size)) == self.BLOCK.size:
-                rows, written, crc, head_crc = self.BLOCK.unpack(head)
-                if zlib.crc32(head[:-4]) != head_crc:
-                    raise ValueError(f"{self.path} is damaged before byte {stream.tell()}")
-                entries_at, records_at = 8 * rows, (8 + ENTRY.itemsize) * rows
-                size = records_at + written * 2 * dim * dtype.itemsize
-                body = stream.read(size)
-                if len(body) < size:
-                    return
-                if zlib.crc32(body) != crc:
-                    raise ValueError(f"{self.path} is damaged before byte {stream.tell()}")
-                yield (
-                    np.frombuffer(body, np.int64, rows),
-                    np.frombuffer(body, ENTRY, rows, entries_at),
-                    np.frombuffer(body, dtype, written * 2 * dim, records_at).reshape(written, 2, dim),
-                )
+    def verify(self) -> list[str]:
+        """What is damaged, of all generations and of the rows at work; reads everything."""
+        self._require_open()
+        return [*self._folder.damages(), *self._working.damages()]
 
     def close(self) -> None:
-        self._file.close()
+        """Let others open the folder. Rows that were kept since the last `state_dict()` are gone."""
+        if os.getpid() == self._process and not self._folder.closed:
+            self._reader.shutdown()
+            self._working.close()
+            self._folder.close()
 
-    def _write(self, data: bytes, at: int) -> int:
-        left = memoryview(data)
+    def _require_open(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self._folder.path} is open in process {self._process}, and this one, {os.getpid()}, is a "
+                "fork of it: rows with storage='disk' belong to the process that opened them"
+            )
+        if self._folder.closed:
+            raise ValueError(f"{self._folder.path} was closed")
+
+    def _require_rows(self) -> None:
+        self._require_open()
+        if self._barred:
+            raise RuntimeError(
+                f"{self._folder.path} holds the rows of an earlier training, which were saved: load its "
+                "checkpoint first, or choose another path for a new one, or remove the folder to start over"
+            )
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"{self._folder.path} holds generations {self._folder.generations} of an earlier training, "
+                "none of which was confirmed or loaded: without load_state_dict(), training starts over",
+                stacklevel=4,
+            )
+
+    def _read(self, instances: Indices) -> tuple[Tensor, Indices]:
+        """Records (n, 2, D) and steps (n,), wherever they are by now."""
+        records, steps = self._empty(len(instances)), np.zeros(len(instances), np.int64)
+        array = records.numpy()
+        found, rows = self._working.read(instances)
+        array[found], steps[found] = rows["record"], rows["step"]
+        if not found.all():  # never kept
+            weight = np.empty((len(instances) - len(rows), array.shape[2]), array.dtype)
+            initial_rows(self._seed, np.ascontiguousarray(instances[~found]), weight)
+            array[~found, 0], array[~found, 1] = weight, 0
+        return records, steps
+
+    def _empty(self, count: int) -> Tensor:
+        """Records (count, 2, D) that the classifier's device can read and write by itself."""
+        shape, pinned = (count, *self._room.shape[1:]), self._device.type == "cuda"
+        return torch.empty(shape, dtype=self._dtype, device="cpu", pin_memory=pinned)
+
+
+class _Working:
+    """The database that is written, and the rows in memory that it does not hold yet."""
+
+    def __init__(self, rocksdict: Any, path: str, row: np.dtype) -> None:
+        self._path, self._row = path, row
+        self._database = _Database(rocksdict, path, row)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-write")
+        self._capacity = max(1, TABLE_BYTES // row.itemsize)
+        # The table that fills, and the one that is being written: in one, as a reader takes both at once.
+        self._tables: tuple[_Table, _Table | None] = _Table(row, self._capacity), None
+        self._writing: Future[None] | None = None
+
+    def read(self, instances: Indices) -> tuple[NDArray[np.bool_], np.ndarray]:
+        """Which of the instances were ever kept, and their rows."""
+        rows, found = np.empty(len(instances), self._row), np.zeros(len(instances), bool)
+        for table in self._tables:  # the newer first
+            if table is not None:
+                (missing,) = np.nonzero(~found)
+                table.read(instances, missing, rows, found)
+        (missing,) = np.nonzero(~found)
+        if len(missing):
+            stored, values = self._database.read(instances[missing])
+            rows[missing[stored]], found[missing[stored]] = values, True
+        return found, rows[found]
+
+    def make_room(self) -> None:
+        """Where the table is full, have it written. Raises what the writing of the one before met with."""
+        filling, _ = self._tables
+        if self._writing is not None and self._writing.done():
+            self._settle()
+        if len(filling) >= self._capacity:
+            self._settle()
+            self._tables = _Table(self._row, self._capacity), filling
+            self._writing = self._writer.submit(self._write, filling)
+
+    def keep(self, instances: Indices, rows: np.ndarray) -> None:
+        self._tables[0].append(instances, rows)
+
+    def write_out(self) -> None:
+        """Everything is in the database's files when this returns."""
+        self._settle()
+        filling, _ = self._tables
+        if len(filling):
+            self._tables = _Table(self._row, self._capacity), filling
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait until the table that is being written is. What fails is done once more, here."""
+        _, table = self._tables
+        if table is None:
+            return
+        if self._writing is None or self._writing.exception() is not None:
+            self._write(table)
+        self._writing, self._tables = None, (self._tables[0], None)
+
+    def _write(self, table: _Table) -> None:
+        self._database.write(*table.sorted())
+
+    def checkpoint(self, path: str) -> None:
+        self._database.checkpoint(path)
+
+    def damages(self) -> Iterator[str]:
         try:
-            while left:
-                done = os.pwrite(self._file.fileno(), left, at)
-                at, left = at + done, left[done:]
+            self._database.read_through()
         except OSError as error:
-            raise OSError(error.errno, error.strerror, self.path) from error
-        return at
+            yield str(error)
+
+    def close(self) -> None:
+        self._writer.shutdown()
+        self._database.close()
+        shutil.rmtree(self._path, ignore_errors=True)
 
 
-def _lock(folder: str) -> BinaryIO:
-    """Hold the folder until the file that is returned, or the process, ends."""
-    file = open(os.path.join(folder, "lock"), "ab")  # noqa: SIM115
+class _Table:
+    """Rows in memory, the newest of an instance last. What a thread reads while another appends is whole: the
+    rows are there before the map tells of them."""
+
+    def __init__(self, row: np.dtype, capacity: int) -> None:
+        self._rows = np.empty(capacity, row)
+        self._size = 0
+        self._where: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, instances: Indices, rows: np.ndarray) -> None:
+        end = self._size + len(rows)
+        if end > len(self._rows):
+            larger = np.empty(end, self._rows.dtype)
+            larger[: self._size] = self._rows[: self._size]
+            self._rows = larger
+        self._rows[self._size : end] = rows
+        self._where.update(zip(instances.tolist(), range(self._size, end), strict=True))
+        self._size = end
+
+    def read(self, instances: Indices, wanted: Indices, rows: np.ndarray, found: NDArray[np.bool_]) -> None:
+        """Fill in the wanted ones that are here."""
+        where = self._where.get
+        at = np.array([where(instance, -1) for instance in instances[wanted].tolist()], np.int64)
+        here = wanted[at >= 0]
+        rows[here], found[here] = self._rows[at[at >= 0]], True
+
+    def sorted(self) -> tuple[Indices, np.ndarray, Indices]:
+        """Instances in order, and rows of which theirs are those that the third array tells."""
+        count = len(self._where)
+        instances = np.fromiter(self._where.keys(), np.int64, count)
+        order = np.argsort(instances)
+        return instances[order], self._rows, np.fromiter(self._where.values(), np.int64, count)[order]
+
+
+class _Database:
+    """A RocksDB of rows by instance, without a log: what `write` has returned from is in its files."""
+
+    def __init__(self, rocksdict: Any, path: str, row: np.dtype) -> None:
+        self._rocksdict, self._path, self._row = rocksdict, path, row
+        self._options = _options(rocksdict)
+        self._options.create_if_missing(not os.path.exists(path))
+        self._access, self._writes = Lock(), Lock()  # of readers and who opens it anew; of writers
+        self._failed = False  # RocksDB takes no more until it is opened anew
+        self._rocks: Any = None
+        with self._errors():
+            self._open()
+        self._options.create_if_missing(False)  # from now on what is not there was lost
+
+    def read(self, instances: Indices) -> tuple[NDArray[np.bool_], np.ndarray]:
+        """Which of the instances are stored, and their rows."""
+        with self._access, self._errors():
+            self._open()
+            values = self._rocks.get(_keys(instances))
+        stored = np.array([value is not None for value in values], bool)
+        present = [value for value in values if value is not None]
+        if any(len(value) != self._row.itemsize for value in present):
+            raise OSError(errno.EIO, "damaged: a row is not of the size that rows have here", self._path)
+        return stored, np.frombuffer(b"".join(present), self._row)
+
+    def write(self, instances: Indices, rows: np.ndarray, at: Indices) -> None:
+        """Store rows[at] of the instances, in order. Where it fails, all may be written once more."""
+        with self._writes, self._errors():
+            if self._failed:
+                self._recover(len(at) * self._row.itemsize)
+            self._failed = True
+            self._wait_for_compaction()
+            size, keys = self._row.itemsize, _keys(instances)
+            for first in range(0, len(keys), 64):
+                data = rows[at[first : first + 64]].tobytes()
+                batch = self._rocksdict.WriteBatch(raw_mode=True)
+                for i, key in enumerate(keys[first : first + 64]):
+                    batch[key] = data[i * size : (i + 1) * size]
+                self._rocks.write(batch)
+                time.sleep(0)  # it held the interpreter's lock all the while, which the training waits for
+            self._rocks.flush()
+            self._failed = False
+
+    def checkpoint(self, path: str) -> None:
+        with self._writes, self._errors():
+            if self._failed:
+                self._recover(0)
+            self._failed = True
+            self._rocksdict.Checkpoint(self._rocks).create_checkpoint(path)
+            self._failed = False
+
+    def read_through(self) -> None:
+        """Read every row, and so every block's checksum."""
+        with self._access, self._errors():
+            self._open()
+            options = self._rocksdict.ReadOptions()
+            options.fill_cache(False)
+            iterator = self._rocks.iter(options)
+            try:
+                iterator.seek_to_first()
+                while iterator.valid():
+                    iterator.next()
+                iterator.status()
+            finally:
+                del iterator  # which keeps the database open
+
+    def leak(self) -> None:
+        """In a forked process: never let it be closed, as the threads that it would wait for are missing."""
+        if self._rocks is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._rocks))
+
+    def close(self) -> None:
+        with self._access:
+            self._close()
+
+    def _close(self) -> None:
+        if self._rocks is not None:
+            with suppress(Exception):  # what it could not write is not wanted any more
+                self._rocks.close()
+            self._rocks = None
+
+    def _open(self) -> None:
+        if self._rocks is None:
+            self._rocks = self._rocksdict.Rdict(
+                self._path, options=self._options, column_families={"default": self._options}
+            )
+            writing, reading = self._rocksdict.WriteOptions(), self._rocksdict.ReadOptions()
+            writing.disable_wal = True
+            # The system's page cache has the blocks; ours is for indices and filters.
+            reading.fill_cache(False)
+            self._rocks.set_write_options(writing)
+            self._rocks.set_read_options(reading)
+
+    def _recover(self, size: int) -> None:
+        """Open it anew, once the disk takes as much as is to be written: until then it can still be read."""
+        probe = self._path + ".probe"
+        try:
+            write(probe, bytes(size + (4 << 20)))
+        finally:
+            with suppress(OSError):
+                os.unlink(probe)
+        with self._access:
+            self._close()
+            self._open()
+
+    def _wait_for_compaction(self) -> None:
+        """Where reads would have too many files to look into, and where the disk keeps up no more."""
+        rocks = self._rocks
+        while (
+            int(rocks.property_value("rocksdb.num-files-at-level0")) > LEVEL_0_FILES
+            and rocks.property_int_value("rocksdb.background-errors") == 0
+        ):
+            time.sleep(0.005)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What comes from RocksDB as a text becomes an OSError with the number and the file's name."""
+        try:
+            yield
+        except Exception as error:
+            if type(error) not in (Exception, OSError) or getattr(error, "errno", None) is not None:
+                raise  # which is none of rocksdict's: it has no class for them, nor numbers
+            text = str(error)
+            number = next((code for code in _NUMBERS if os.strerror(code) in text), errno.EIO)
+            file = re.search(re.escape(self._path) + r"[^\s:]*", text)
+            damaged = "damaged: " if text.startswith("Corruption") else ""
+            raise OSError(number, damaged + text, file.group() if file else self._path) from error
+
+
+def _process_of_rocksdb() -> int:
+    """This process, if RocksDB can work in it: in a fork of one where it did, its threads are missing."""
+    global _first_process
+    _first_process = _first_process or os.getpid()
+    if _first_process != os.getpid():
+        raise RuntimeError(
+            f"rows with storage='disk' cannot be opened in process {os.getpid()}, a fork of {_first_process} "
+            "that has had some open: start it by spawn or forkserver"
+        )
+    return _first_process
+
+
+_first_process: int | None = None
+
+_NUMBERS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOENT,
+)
+
+
+def _import_rocksdict() -> Any:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if isinstance(error, BlockingIOError):
-            raise BlockingIOError(error.errno, "these rows are open elsewhere", folder) from None
-        raise OSError(error.errno, error.strerror, file.name) from error
-    return file
+        return importlib.import_module("rocksdict")
+    except ImportError as error:
+        raise ImportError(
+            "storage='disk' needs RocksDB through the package rocksdict, which the extra 'disk' installs: "
+            f"pip install 'contrastive_ops[disk]' ({error})"
+        ) from error
+
+
+def _options(rocksdict: Any) -> Any:
+    """For reads of single rows from all over, in memory that does not grow with them."""
+    table = rocksdict.BlockBasedOptions()
+    table.set_block_size(4096)
+    table.set_checksum_type(rocksdict.ChecksumType.xxh3())
+    table.set_format_version(5)
+    table.set_bloom_filter(10, False)  # bits a key; of whole keys
+    # Indices and filters in pieces, in a cache with a limit.
+    table.set_block_cache(rocksdict.Cache(CACHE_BYTES))
+    table.set_cache_index_and_filter_blocks(True)
+    table.set_pin_l0_filter_and_index_blocks_in_cache(True)
+    table.set_index_type(rocksdict.BlockBasedIndexType.two_level_index_search())
+    table.set_partition_filters(True)
+    table.set_metadata_block_size(4096)
+    options = rocksdict.Options(raw_mode=True)
+    options.set_block_based_table_factory(table)
+    options.set_compression_type(rocksdict.DBCompressionType.none())  # rows do not compress
+    options.set_paranoid_checks(True)
+    options.set_max_open_files(OPEN_FILES)
+    options.set_max_background_jobs(2)
+    options.set_target_file_size_base(64 << 20)
+    # A flush of ours writes a table, never RocksDB's own. Nothing has it wait, as it would with the lock of
+    # the interpreter, so that `_wait_for_compaction` does.
+    options.set_write_buffer_size(4 * TABLE_BYTES)
+    options.set_max_write_buffer_number(4)
+    options.set_level_zero_slowdown_writes_trigger(1 << 20)
+    options.set_level_zero_stop_writes_trigger(1 << 20)
+    options.set_soft_pending_compaction_bytes_limit(0)
+    options.set_hard_pending_compaction_bytes_limit(0)
+    options.set_max_manifest_file_size(1 << 20)  # it is copied into every generation
+    options.set_manifest_preallocation_size(64 << 10)
+    options.set_keep_log_file_num(1)
+    options.set_stats_dump_period_sec(0)
+    options.set_stats_persist_period_sec(0)
+    return options
+
+
+def _keys(instances: Indices) -> list[bytes]:
+    return instances.astype(">u8").view("V8").tolist()
 
 
 _opened: weakref.WeakSet[DiskRows] = weakref.WeakSet()
 
 
 def _let_go() -> None:
-    """In a forked process: do not hold a lock that should end with the parent. (Data loaders' workers outlive
-    by seconds a trainer that was killed.)"""
+    """In a forked process: the folder is the parent's, and so are the threads of its database. RocksDB would
+    wait for them when the process exits, and crash; so that ends where RocksDB's part would begin."""
+    if _first_process is None:
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):
+        libc.on_exit(libc._exit, None)  # with the status that it exits with
+        libc.__cxa_atexit(libc.fflush, None, None)  # registered last, run first
     for rows in _opened:
-        rows._lock.close()
+        rows._folder.close()  # data loaders' workers outlive a trainer that was killed: without its lock
+        rows._working._database.leak()
 
 
 os.register_at_fork(after_in_child=_let_go)

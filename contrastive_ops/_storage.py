@@ -1,4 +1,4 @@
-"""Where the rows of a classifier live while they are not active: in memory, or in files.
+"""Where the rows of a classifier live while they are not active: in memory, or on disk (`_disk.py`).
 
 A record is (2, D): a weight and its momentum. Every tier keeps with it how many steps of the optimiser it has
 taken. A row that was never kept is a random unit vector, a function of seed and instance, without momentum:
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._disk import DiskRows
 from ._rows import initial_rows
 from ._state import tensor
 
@@ -59,6 +56,12 @@ class Storage(Protocol):
         """The rows as they are now, whatever happens to them afterwards."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def confirm(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` returned is in a file that is safely saved."""
+
+    def verify(self) -> list[str]:
+        """What is damaged."""
 
     def close(self) -> None: ...
 
@@ -196,6 +199,12 @@ class MemoryRows:
         self._records[instances.to(self._records.device)] = state["records"].to(self._records.device)
         self._taken[instances.numpy()] = state["steps"].cpu().numpy() + 1
 
+    def confirm(self, state: Mapping[str, Any]) -> None:
+        pass  # all rows are in it
+
+    def verify(self) -> list[str]:
+        return []
+
     def close(self) -> None:
         pass
 
@@ -215,99 +224,3 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-class FileRows:
-    """Rows in files, each read and written through a buffer.
-
-    Args:
-        path: folder of the files.
-        num_instances, dim, dtype, seed: of the classifier.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], num_instances: int, dim: int, dtype: torch.dtype, seed: int
-    ) -> None:
-        self._room = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
-        self._rows = DiskRows(path, num_instances, dim, self._room.numpy().dtype, seed)
-        if self._rows.generations == [1] and self._rows.dirty:
-            self._rows.roll_back(1)  # a training that never came to a checkpoint starts over
-        self._used = self._rows.generation > 1 or self._rows.dirty
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-prefetch")
-        self._ahead: tuple[Indices, Future[tuple[np.ndarray, Indices]]] | None = None
-        self._device = torch.device("cpu")
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            f"a classifier with storage='disk' cannot be copied or pickled: its rows are the files in "
-            f"{self._rows.path}, which one classifier at a time writes; its state_dict() can be saved"
-        )
-
-    def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
-        self._device = device
-
-    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
-        records, steps = self._arrived(instances) or self.peek(instances)
-        if self._device.type == "cuda":
-            records = records.pin_memory()  # which the device reads by itself
-        return records, np.arange(len(instances)), steps
-
-    def _arrived(self, instances: Indices) -> tuple[Tensor, Indices] | None:
-        if self._ahead is None:
-            return None
-        (ahead, future), self._ahead = self._ahead, None
-        records, steps = future.result()
-        at = _find(ahead, instances)
-        if at is None:  # others were announced
-            return None
-        return torch.from_numpy(records[at]), steps[at]
-
-    def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
-        if self._used:
-            raise RuntimeError(
-                f"{self._rows.path} holds the rows of an earlier training: load its checkpoint first, "
-                "or choose another path for a new one"
-            )
-        records, steps = self._rows.fetch(instances)
-        return torch.from_numpy(records), steps
-
-    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
-        shape = (len(instances), *self._room.shape[1:])
-        pinned = self._device.type == "cuda"
-        self._room = torch.empty(shape, dtype=self._room.dtype, device="cpu", pin_memory=pinned)
-        return self._room, np.arange(len(instances))
-
-    def keep(self, instances: Indices, step: int) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        self._rows.keep(instances, self._room.numpy(), step)
-
-    def prefetch(self, instances: Indices) -> None:
-        if len(instances) and not self._used:
-            instances = np.sort(instances)
-            self._ahead = instances, self._reader.submit(self._rows.fetch, instances)
-
-    def check(self, state: Mapping[str, Any], steps: int) -> None:
-        if "generation" not in state:
-            raise ValueError(
-                "this is a checkpoint of a classifier with storage='device' or 'host', "
-                "which a classifier with storage='disk' cannot load"
-            )
-        if state["generation"] not in self._rows.generations:
-            raise ValueError(
-                f"{self._rows.path} can be brought back to the checkpoints of generations "
-                f"{self._rows.generations}, but this one is of {state['generation']}: "
-                "of a classifier on disk only the last two checkpoints can be loaded"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generation": self._rows.checkpoint()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._ahead = None
-        self._rows.roll_back(state["generation"])
-        self._used = False
-
-    def close(self) -> None:
-        self._reader.shutdown()
-        self._rows.close()

@@ -35,7 +35,9 @@ from .functional import (
 
 try:
     from . import _rows
-    from ._storage import FileRows, MemoryRows, Storage
+    from ._disk import DiskRows
+    from ._folder import verify
+    from ._storage import MemoryRows, Storage
 except ImportError as error:  # the extension was not built: the losses work without it
     _missing: ImportError | None = error
 else:
@@ -82,12 +84,15 @@ class InstanceClassifier(nn.Module):
         dim: dimension D of a row.
         active: A, at most N; of more, N are active: the full softmax.
         storage: where the N rows live: "device" (with the weight), "host" (the host's memory, pinned if the
-            weight is on a GPU) or "disk" (files under `path`).
+            weight is on a GPU) or "disk" (a RocksDB under `path`, which the extra ``contrastive_ops[disk]``
+            brings).
         path: the folder of storage="disk", on a disk with room for 2·D numbers for each row that was ever
-            evicted. One process at a time has it open.
+            evicted, and as much again for each generation that is kept. One process at a time has it open.
         seed: of the first active set and of the rows' initial values, in [0, 2**64).
         dtype: float32 or float64.
         device: of the weight.
+        generations: how many checkpoints of storage="disk" can be loaded: those taken last, beside the one
+            that was confirmed.
 
     Attributes:
         weight: (A, D) parameter, the active rows, not normalised.
@@ -97,15 +102,18 @@ class InstanceClassifier(nn.Module):
             loss scalers and clipping to see; it has no values of interest.
 
     A checkpoint is the ``state_dict()``: a copy of all rows as they are at that moment, which training leaves
-    alone. With storage="disk" it holds the active ones, and taking it makes the files a checkpoint that
-    ``load_state_dict()`` brings them back to, in whatever way the process ended. The last two such
-    checkpoints can be loaded. Gradients are in no checkpoint: loading one throws those away that there are.
+    alone. With storage="disk" it holds the active ones, and taking it makes a generation of the files that
+    ``load_state_dict()`` brings them back to, in whatever way the process or the machine stopped. The last
+    `generations` of these can be loaded, and the one that `confirm` said is saved. Gradients are in no
+    checkpoint: loading one throws those away that there are.
 
     An exception in any method, an interrupt from the keyboard too, leaves the classifier as if the method had
     not been called, or had run to its end; calls from several threads wait for one another.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the folder holds something else.
+        ImportError: storage="disk" without rocksdict.
+        OSError: the folder is open elsewhere, or the disk failed.
 
     Example:
         >>> import torch
@@ -133,6 +141,7 @@ class InstanceClassifier(nn.Module):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        generations: int = 3,
     ) -> None:
         super().__init__()
         if _missing is not None:
@@ -142,7 +151,7 @@ class InstanceClassifier(nn.Module):
             )
         num_instances = check_integer("num_instances", num_instances, 1)
         dim, active = check_integer("dim", dim, 1), check_integer("active", active, 1)
-        seed = check_integer("seed", seed, 0)
+        seed, generations = check_integer("seed", seed, 0), check_integer("generations", generations, 1)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         if storage not in ("device", "host", "disk"):
@@ -156,7 +165,7 @@ class InstanceClassifier(nn.Module):
         device = torch.empty(0, device=device).device
         self._storage: Storage
         if path is not None:
-            self._storage = FileRows(path, num_instances, dim, dtype, seed)
+            self._storage = DiskRows(path, num_instances, dim, dtype, seed, generations)
         else:
             stored = num_instances if active < num_instances else 0
             self._storage = MemoryRows(stored, dim, dtype, seed, on_host=storage == "host")
@@ -283,8 +292,28 @@ class InstanceClassifier(nn.Module):
         """(A,) int64, on the host: the instance that owns each row of `weight`."""
         return torch.from_numpy(self._active.instances)
 
+    def confirm(self, state: Mapping[str, Any]) -> None:
+        """Say that a file with this state, which `state_dict` returned, is safely saved: with storage="disk"
+        it can be loaded until another one is confirmed, however many are taken meanwhile.
+
+        Raises:
+            ValueError: the state is not of this classifier, or its generation is gone.
+        """
+        with self._lock:
+            self._storage.confirm(entry(entry(state, "_extra_state", "state"), "storage", "classifier"))
+
+    def verify(self) -> list[str]:
+        """Read all that storage="disk" has in its folder, and say what is damaged; [] where all is well."""
+        with self._lock:
+            return self._storage.verify()
+
+    @staticmethod
+    def verify_folder(path: str | os.PathLike[str]) -> list[str]:
+        """The same of a folder that no classifier has open."""
+        return verify(path)
+
     def close(self) -> None:
-        """Close the files of storage="disk", so that another may open them."""
+        """Close the folder of storage="disk", so that another may open it."""
         self._storage.close()
 
     def __getstate__(self) -> dict[str, Any]:

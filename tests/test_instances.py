@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from contrastive_ops import ConICLoss, DelayedSGD, InstanceClassifier, MemoryBank, conic_loss
-from contrastive_ops._disk import DiskRows
+from contrastive_ops._disk import _Working
 
 STORAGES = ("device", "host", "disk")
 EVERY = torch.arange(50)
@@ -385,8 +386,8 @@ print(opened, resident_mib("VmHWM"))
         opened, memory_mib = map(float, run.stdout.split())
         assert opened < 5
         assert memory_mib < 1024
-        on_disk = sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir())
-        assert on_disk <= 20 * 512 * 3 * 4096  # a block each for row and entry, and the journal
+        on_disk = sum(file.stat().st_blocks * 512 for file in tmp_path.rglob("*"))
+        assert on_disk <= 20 * 512 * (8 + 8 * 128) * 2 + (1 << 20)
 
     def test_a_full_disk_loses_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plain, training = Training(classifier()), Training(classifier("disk", tmp_path))
@@ -399,7 +400,7 @@ print(opened, resident_mib("VmHWM"))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
 
         with monkeypatch.context() as patch:
-            patch.setattr(DiskRows, "keep", full)
+            patch.setattr(_Working, "make_room", full)
             with pytest.raises(OSError, match="No space left on device"):
                 training.classifier.activate(missing)
         for was, now in zip(before, training.classifier.read(EVERY), strict=True):
@@ -427,21 +428,51 @@ class TestCheckpoints:
         training.load_state_dict(state)
         assert training.steps(25) == expected
 
-    def test_the_checkpoint_before_the_last_is_there_too(self, tmp_path: Path) -> None:
-        """The process may die between taking the state and saving it."""
-        training = Training(classifier("disk", tmp_path))
+    def test_the_last_checkpoints_and_the_confirmed_one_are_there(self, tmp_path: Path) -> None:
+        """The process may die between taking a state and saving it."""
+        training = Training(classifier("disk", tmp_path, generations=2))
         states = []
-        for _ in range(3):
+        for _ in range(5):
             training.steps(10)
             states.append(saved(training.state_dict()))
+            if len(states) == 2:
+                training.classifier.confirm(states[-1]["classifier"])
         training.steps(10)
         training.classifier.close()
-        uninterrupted = Training(classifier()).steps(40)
-        resumed = Training(classifier("disk", tmp_path))
-        with pytest.raises(ValueError, match="only the last two checkpoints can be loaded"):
-            resumed.load_state_dict(states[0])
-        resumed.load_state_dict(states[1])
-        assert resumed.steps(20) == uninterrupted[20:]
+        uninterrupted = Training(classifier()).steps(60)
+        for taken in (1, 3, 4):
+            resumed = Training(classifier("disk", tmp_path, generations=2))
+            for gone in (0, 2):
+                with pytest.raises(ValueError, match=r"the last 2 are kept, and the one that was confirmed"):
+                    resumed.load_state_dict(states[gone])
+            resumed.load_state_dict(states[taken])
+            assert resumed.steps(10) == uninterrupted[10 * taken + 10 : 10 * taken + 20]
+            resumed.classifier.close()
+
+    def test_confirming_what_is_no_state_is_refused(self, storage: str, tmp_path: Path) -> None:
+        of = classifier(storage, tmp_path)
+        of.confirm(of.state_dict())
+        for wrong in ({}, {"_extra_state": 1}, {"_extra_state": {}}, None):
+            with pytest.raises(ValueError, match=r"must (hold|be a mapping)"):
+                of.confirm(wrong)
+        if storage == "disk":
+            with pytest.raises(ValueError, match="storage='device' or 'host'"):
+                of.confirm(classifier().state_dict())
+
+    def test_damage_is_told(self, storage: str, tmp_path: Path) -> None:
+        training = Training(classifier(storage, tmp_path))
+        training.steps(20)
+        state = training.state_dict()
+        assert training.classifier.verify() == []
+        if storage == "disk":
+            table = next((tmp_path / "generations" / "1").glob("*.sst"))
+            data = bytearray(table.read_bytes())
+            data[len(data) // 2] ^= 4
+            table.write_bytes(data)
+            assert any(str(table) in damage for damage in training.classifier.verify())
+            training.classifier.close()
+            assert any(str(table) in damage for damage in InstanceClassifier.verify_folder(tmp_path))
+            del state
 
     def test_host_and_device_share_their_checkpoints(self) -> None:
         training = Training(classifier("host"))
@@ -495,15 +526,29 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="which a classifier with storage='disk' cannot load"):
             on_disk.load_state_dict(classifier().state_dict())
 
-    def test_a_used_folder_wants_its_checkpoint(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("known", ["confirmed", "loaded"])
+    def test_a_folder_whose_checkpoint_was_saved_wants_it(self, tmp_path: Path, known: str) -> None:
         training = Training(classifier("disk", tmp_path))
         training.steps(10)
         state = saved(training.state_dict())
+        if known == "confirmed":
+            training.classifier.confirm(state["classifier"])
+        else:
+            training.load_state_dict(state)
         training.classifier.close()
         again = classifier("disk", tmp_path)
         with pytest.raises(RuntimeError, match="load its checkpoint first"):
             Training(again).steps(10)
         again.load_state_dict(state["classifier"])
+
+    def test_a_kill_before_the_first_save_does_not_bar_a_restart(self, tmp_path: Path) -> None:
+        expected = Training(classifier()).steps(20)
+        for attempt in range(5):
+            training = Training(classifier("disk", tmp_path))
+            with pytest.warns(UserWarning, match="training starts over") if attempt else nullcontext():
+                assert training.steps(20) == expected
+            training.state_dict()  # and it is never saved
+            training.classifier.close()
 
     def test_without_a_checkpoint_training_starts_over(self, tmp_path: Path) -> None:
         training = Training(classifier("disk", tmp_path))
@@ -561,6 +606,8 @@ class TestErrors:
             ({"dim": 0}, ValueError, "dim must be at least 1"),
             ({"active": -1}, ValueError, "active must be at least 1"),
             ({"seed": -1}, ValueError, "seed must be at least 0"),
+            ({"generations": 0}, ValueError, "generations must be at least 1"),
+            ({"generations": True}, TypeError, "generations must be an integer, got bool"),
             ({"dtype": torch.bfloat16}, TypeError, "dtype must be torch.float32 or torch.float64"),
             ({"storage": "ram"}, ValueError, "storage must be 'device', 'host' or 'disk', got 'ram'"),
             ({"storage": "disk"}, ValueError, "path is wanted with storage='disk' alone, got None"),

@@ -1,13 +1,10 @@
-"""The extension for rows: random numbers, the active set, and files of records."""
+"""The extension for rows: random numbers and the active set."""
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
-import resource
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,94 +232,3 @@ def test_a_wrong_state_changes_nothing(name: str, value: np.ndarray | None) -> N
         active.load(before | {name: value})
     for key, array in active.state().items():
         np.testing.assert_array_equal(array, before[key])
-
-
-@given(
-    size=st.integers(1, 40),
-    batches=st.lists(st.lists(st.integers(0, 299), max_size=120, unique=True), max_size=6),
-    threads=st.integers(1, 4),
-)
-def test_records_equal_an_array(
-    tmp_path_factory: pytest.TempPathFactory, size: int, batches: list[list[int]], threads: int
-) -> None:
-    folder = tmp_path_factory.mktemp("records")
-    files = rows.RecordFiles(folder, "r", size, 300, threads)
-    model = np.zeros((300, size), np.uint8)
-    random = np.random.default_rng(0)
-    for batch in batches:
-        data = random.integers(0, 256, (len(batch), size), np.uint8)
-        files.write(indices(*batch), data)
-        model[batch] = data
-        order = random.integers(0, 300, 500)
-        found = np.full((500, size), 99, np.uint8)
-        files.read(order, found)
-        np.testing.assert_array_equal(found, model[order])
-    assert [path.name for path in folder.iterdir()] == (["r.00000"] if any(batches) else [])
-
-
-def test_records_are_shared_out_among_at_most_256_sparse_files(tmp_path: Path) -> None:
-    count = 2**40  # records of 8 bytes: 8 TiB
-    files = rows.RecordFiles(tmp_path, "r", 8, count)
-    where = indices(count - 1, 0, 2**32, 2**32 - 1, 3)
-    files.write(where, np.arange(1, 6))
-    found = np.empty(6, np.int64)
-    files.read(np.append(where, count // 2), found)
-    assert found.tolist() == [1, 2, 3, 4, 5, 0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.00000", "r.00001", "r.00255"]
-    assert (tmp_path / "r.00255").stat().st_size == 2**35
-    assert sum(path.stat().st_blocks for path in tmp_path.iterdir()) * 512 < 2**18
-
-
-def test_record_errors_name_the_file(tmp_path: Path) -> None:
-    (tmp_path / "full.00000").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"full\.00000") as caught:
-        rows.RecordFiles(tmp_path, "full", 8, 10).write(np.arange(3), np.arange(3))
-    assert caught.value.errno == errno.ENOSPC
-    (tmp_path / "folder.00000").mkdir()
-    with pytest.raises(IsADirectoryError) as caught:
-        rows.RecordFiles(tmp_path, "folder", 8, 10).read(np.arange(3), np.arange(3))
-    assert caught.value.filename == str(tmp_path / "folder.00000")
-
-
-def test_a_write_over_the_size_limit_is_an_error(tmp_path: Path) -> None:
-    files = rows.RecordFiles(tmp_path, "r", 4096, 1000)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"r\.00000") as caught:
-            files.write(np.arange(100), np.ones((100, 4096), np.uint8))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caught.value.errno == errno.EFBIG
-    files.write(np.arange(100), np.full((100, 4096), 2, np.uint8))
-    found = np.empty((100, 4096), np.uint8)
-    files.read(np.arange(100), found)
-    assert (found == 2).all()
-
-
-@pytest.mark.parametrize(
-    ("where", "data", "error", "message"),
-    [
-        (indices(0, 0), np.zeros(2), ValueError, "distinct, got 0 twice"),
-        (indices(0, 10), np.zeros(2), ValueError, r"\[0, 10\), got 10 at position 1"),
-        (indices(0, 1), np.zeros(3), ValueError, "2 times 8 bytes"),
-        (indices(0, 1), np.zeros(4)[::2], ValueError, "contiguous"),
-        (np.zeros(1, np.int32), np.zeros(1), TypeError, "int64"),
-    ],
-)
-def test_records_refuse(
-    tmp_path: Path, where: np.ndarray, data: np.ndarray, error: type[Exception], message: str
-) -> None:
-    files = rows.RecordFiles(tmp_path, "r", 8, 10)
-    with pytest.raises(error, match=message):
-        files.write(where, data)
-    assert not list(tmp_path.iterdir())
-
-
-def test_closed_files_refuse(tmp_path: Path) -> None:
-    files = rows.RecordFiles(tmp_path, "r", 8, 10)
-    files.write(np.arange(3), np.arange(3))
-    files.close()
-    files.close()
-    with pytest.raises(ValueError, match="closed"):
-        files.read(np.arange(3), np.arange(3))

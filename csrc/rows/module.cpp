@@ -5,11 +5,8 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl/filesystem.h>
 
 #include <algorithm>
-#include <filesystem>
-#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -17,7 +14,6 @@
 #include "active_set.h"
 #include "initial_rows.h"
 #include "philox.h"
-#include "record_files.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -96,29 +92,9 @@ void load(ActiveSet& set, const py::dict& state) {
   set.load(instances, order, *entry("protected", 1));
 }
 
-void check_records(const RecordFiles& files, const py::array& indices, const py::array& data) {
-  if (data.ndim() < 1 || data.shape(0) != indices.size() ||
-      data.nbytes() != indices.size() * files.record_bytes()) {
-    throw py::value_error("records must be " + std::to_string(indices.size()) + " times " +
-                          std::to_string(files.record_bytes()) + " bytes, got " +
-                          std::to_string(data.nbytes()) + " bytes of shape " +
-                          std::string(py::str(data.attr("shape"))));
-  }
-  require_contiguous(data, "records");
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_rows, module) {
-  py::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const FileError& failed) {
-      errno = failed.number;
-      PyErr_SetFromErrnoWithFilename(PyExc_OSError, failed.path.c_str());
-    }
-  });
-
   module.def(
       "philox",
       [](const std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>& c,
@@ -160,36 +136,6 @@ PYBIND11_MODULE(_rows, module) {
       .def("release", &ActiveSet::release, "Unprotect all rows.")
       .def("state", &state)
       .def("load", &load, "state"_a);
-
-  py::class_<RecordFiles>(module, "RecordFiles", "Fixed-size records in flat, sparse files.")
-      .def(py::init([](const std::filesystem::path& folder, const std::string& name, int64_t record_bytes,
-                       int64_t count, int threads) {
-             return std::make_unique<RecordFiles>(folder / name, record_bytes, count, threads);
-           }),
-           "folder"_a, "name"_a, "record_bytes"_a, "count"_a, "threads"_a = 4)
-      .def(
-          "read",
-          [](RecordFiles& files, const py::array& indices, py::array out) {
-            const int64_t* index = numbers(indices, "indices");
-            check_records(files, indices, out);
-            char* data = static_cast<char*>(out.mutable_data());
-            const int64_t count = indices.size();
-            py::gil_scoped_release release;
-            files.read(index, count, data);
-          },
-          "indices"_a, "out"_a, "Read records into out; those never written are zeros.")
-      .def(
-          "write",
-          [](RecordFiles& files, const py::array& indices, const py::array& data) {
-            const int64_t* index = numbers(indices, "indices");
-            check_records(files, indices, data);
-            const char* bytes = static_cast<const char*>(data.data());
-            const int64_t count = indices.size();
-            py::gil_scoped_release release;
-            files.write(index, count, bytes);
-          },
-          "indices"_a, "data"_a, "Write records at distinct indices.")
-      .def("close", &RecordFiles::close);
 }
 
 }  // namespace contrastive_ops
