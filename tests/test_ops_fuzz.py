@@ -459,4 +459,4 @@ def test_calls(backend: str, operator: str) -> None:
             shapes = {name: (tuple(x.shape), x.stride(), x.dtype) for name, x in call.tensors.items()
                       if x.layout == torch.strided}  # fmt: skip
             raise AssertionError(f"call {number}, in which {call.what}: {error}\n{shapes}") from error
-    assert count // 8 <= refused <= count * 7 // 8
+    assert count < 40 or 0 < refused < count  # else there was little to see
