@@ -109,4 +109,5 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path)
+        trainer.lightning_module.on_checkpoint_saved()
         self.saved_step = trainer.global_step

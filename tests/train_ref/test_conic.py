@@ -153,6 +153,19 @@ def test_a_stopped_run_resumes_bit_by_bit(fit, tmp_path, storage):
     assert torch.equal(resumed.classifier.active_instances, expected.classifier.active_instances)
 
 
+def test_the_saved_checkpoint_can_be_loaded_whatever_came_after(fit, tmp_path):
+    """Rows on disk are those of the file that was saved, after any number of states that were not."""
+    settings = {"active": 16, "storage": "disk", "path": str(tmp_path / "rows")}
+    conic = fit(epochs=1, **settings)
+    expected, classifier = rows_of(conic), conic.classifier
+    for _ in range(5):
+        classifier.write(torch.arange(N), torch.randn(N, classifier.dim))
+        classifier.state_dict()
+    classifier.close()
+    loaded = ConIC.load_from_checkpoint(checkpoint_of(conic))
+    torch.testing.assert_close(rows_of(loaded), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("storage", ["device", "disk"])
 def test_a_checkpoint_can_be_loaded_without_images(fit, tmp_path, storage):
     conic = fit(active=16, storage=storage, path=str(tmp_path / "rows") if storage == "disk" else None)

@@ -23,8 +23,9 @@ SETTINGS = {
 }
 
 
-def train(which: str, devices: int, folder: Path) -> Path:
+def train(which: str, devices: int, folder: Path, *options: str, name: str = "") -> Path:
     """The run's directory; in float64, where order of summation leaves 1e-15."""
+    name = name or f"{which}{devices}"
     recipe = folder / f"empty{devices}.yaml"
     recipe.write_text("{}")
     command = [
@@ -34,12 +35,12 @@ def train(which: str, devices: int, folder: Path) -> Path:
         f"--trainer.devices={devices}", "--trainer.max_epochs=2", "--trainer.limit_train_batches=4",
         "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false", "--evaluation.enabled=false",
         "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.",
-        f"--trainer.logger.name={which}{devices}",
+        f"--trainer.logger.name={name}", *options,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(RECIPES.parents[1]), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    return folder / f"{which}{devices}" / "version_0"
+    return folder / name / "version_0"
 
 
 @pytest.mark.slow
@@ -57,3 +58,22 @@ def test_two_processes_are_one(tmp_path, which):
         assert {k: float(v) for k, v in row.items()} == pytest.approx(
             {k: float(v) for k, v in expected.items()}, rel=1e-9, abs=1e-12
         )
+
+
+@pytest.mark.slow
+def test_rows_on_disk_are_resumed_by_two_processes(tmp_path):
+    """Each has a folder of its own, with generations of its own, and goes on as with rows in memory."""
+
+    def resumed(storage: str) -> dict:
+        path = ["--model.path=rows"] if storage == "disk" else []
+        options = [f"--model.storage={storage}", "--trainer.limit_train_batches=2", *path]
+        first = train("conic", 2, tmp_path, *options, "--trainer.max_epochs=1", name=f"{storage}-first")
+        run = train("conic", 2, tmp_path, *options, f"--ckpt_path={first / 'last.ckpt'}", name=storage)
+        return torch.load(run / "last.ckpt", weights_only=True)["state_dict"]
+
+    with ThreadPoolExecutor() as pool:
+        disk, device = pool.map(resumed, ("disk", "device"))
+    assert {folder.name for folder in tmp_path.glob("rows*")} == {"rows", "rows-1"}
+    for name, expected in device.items():
+        if isinstance(expected, torch.Tensor):
+            torch.testing.assert_close(disk[name], expected, rtol=0, atol=0, msg=name)

@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from contrastive_ops import ConICLoss, DelayedSGD, InstanceClassifier
 
-from ..distributed import gather, mean, own_rows, rank
+from ..distributed import gather, gather_objects, mean, own_rows, rank, world_size
 from ..errors import UsageError
 from ..networks import Head
 from .method import Batch, Method
@@ -87,14 +87,36 @@ class ConIC(Method):
                 settings.seed,
                 dtype,
             )
-        except (OSError, ValueError) as error:  # a folder that is in use, or holds something else
+        except (
+            ImportError,
+            OSError,
+            ValueError,
+        ) as error:  # a folder that is in use, or holds something else
             raise UsageError(f"model.storage, model.path: {error}") from error
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if (
+            self.hparams.storage == "disk"
+        ):  # of which each process has its own, and tells which of its states it is
+            self.saved = checkpoint["state_dict"]["classifier._extra_state"]
+            checkpoint["storages"] = gather_objects(self.saved["storage"])
+
+    def on_checkpoint_saved(self) -> None:
+        if self.hparams.storage == "disk":
+            self.classifier.confirm({"_extra_state": self.saved})
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]["classifier._extra_state"]
+        if storages := checkpoint.get("storages"):
+            if len(storages) != world_size():
+                raise UsageError(
+                    f"trainer.devices: the checkpoint's rows on disk are those of {len(storages)} processes, "
+                    f"and these are {world_size()}"
+                )
+            state["storage"] = storages[rank()]
         if self.classifier is None:  # loaded without a trainer, so without the images
-            state = checkpoint["state_dict"]
-            num_instances = state["classifier._extra_state"]["num_instances"]
-            self._make_classifier(num_instances, state["classifier.weight"].dtype)
+            self._make_classifier(state["num_instances"], checkpoint["state_dict"]["classifier.weight"].dtype)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         try:

@@ -122,6 +122,9 @@ class Method(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["method"] = self.name
 
+    def on_checkpoint_saved(self) -> None:
+        """The checkpoint that was taken last is a file now, whatever happens."""
+
     def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
         try:
             return super().load_state_dict(state_dict, *args, **options)
