@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo test quick dist test-installed test-oldest asan bench gpu lint format clean
+.PHONY: demo test test-all quick dist test-installed test-oldest asan bench gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m train_ref fit --config digits_moco_v2_co2
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# With every place that is interrupted, every fault of the disk, 300 power cuts and 10,000 calls of the operators.
+test-all: $(VENV)/.installed
+	INTERRUPTS_EVERY=1 DISK_POWER_CUTS=300 DISK_FAULTS=1 CONTRASTIVE_OPS_FUZZ_CALLS=10000 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # What takes seconds, with few examples each.
 quick: $(VENV)/.installed
@@ -49,7 +53,7 @@ ASAN := build/asan
 asan: $(VENV)/.installed
 	CONTRASTIVE_OPS_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
 	cp -r tests pyproject.toml $(ASAN)
-	cd $(ASAN) && CONTRASTIVE_OPS_FUZZ_CALLS=10000 ATEN_CPU_CAPABILITY=default ASAN_OPTIONS=detect_leaks=0 \
+	cd $(ASAN) && CONTRASTIVE_CONTRASTIVE_OPS_FUZZ_CALLS=10000 ATEN_CPU_CAPABILITY=default ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:faulthandler --capture=sys tests/test_ops_fuzz.py tests/test_rows.py
 
