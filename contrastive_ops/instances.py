@@ -95,7 +95,8 @@ class InstanceClassifier(nn.Module):
         momentum: (A, D) buffer, theirs.
         carried: None, or while a gradient is accumulated over several batches, a parameter (n, D) for rows
             that were evicted meanwhile. Its ``grad`` is what they have to their credit at the next step, for
-            loss scalers and clipping to see; it has no values of interest.
+            loss scalers and clipping to see; it has no values of interest. A list of parameters that was
+            made before does not have it.
 
     A checkpoint is the ``state_dict()``: a copy of all rows as they are at that moment, which training leaves
     alone. With storage="disk" it holds the active ones, and taking it makes the files a checkpoint that
@@ -826,6 +827,7 @@ class DelayedSGD(Optimizer):
         """Take a step with the gradient there is; without one, none, as in torch.optim.
 
         If it raises, for example because it is interrupted, call it again or go on: the step is taken once.
+        (A `closure` is called again too, and a hook that raises after the step comes too late.)
         """
         loss = None
         if closure is not None:

@@ -245,7 +245,7 @@ def test_signals_at_random_times(in_backward: bool) -> None:
     def ring(number: int, frame: FrameType | None) -> None:
         """Not within PyTorch, which may be left without gradients by an exception in its `no_grad`."""
         code = frame.f_code if frame else None
-        ours = frame and code and code.co_filename.startswith(PACKAGE)
+        ours = frame and frame.f_lineno and code and code.co_filename.startswith(PACKAGE)
         if ours and linecache.getline(code.co_filename, frame.f_lineno) != LAST_OF_STEP:
             raise Interrupt
 
