@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -303,15 +303,19 @@ class InstanceClassifier(nn.Module):
         With storage="disk" there are none."""
         with self._exclusively():
             state = {**self.__dict__, "_active": self._active.state()}
-            for name in ("_lock", "_carried", "_hook", "_stepping", "_spent", "_in_backward"):
+            for name in ("_lock", "_carried", "_hook", "_stepping", "_spent"):
                 del state[name]
+            if self._in_backward is not None:
+                state["_in_backward"] = replace(self._in_backward, lock=contextlib.nullcontext())
             state["_parameters"] = {**state["_parameters"], "carried": None}
             return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lock = threading.RLock()
-        self._hook = self._stepping = self._spent = self._in_backward = None
+        self._hook = self._stepping = self._spent = None
+        if self._in_backward is not None:
+            self._in_backward.lock = self._lock
         self._publish(None)
         self._active = _rows.ActiveSet(self.num_instances, len(self.weight), self.seed)
         self._active.load(state["_active"])
@@ -797,6 +801,10 @@ class DelayedSGD(Optimizer):
         """It has no state of its own. From one that is empty, torch.distributed.checkpoint concludes that no
         step was taken yet, and takes one of learning rate 0, which moves the momentum."""
         self.state.setdefault(self.classifier.weight, {})
+
+    @property
+    def _in_backward(self) -> SGDStep | None:
+        return self.classifier._in_backward
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "classifier": self.classifier}
