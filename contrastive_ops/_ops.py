@@ -208,24 +208,35 @@ class _ConICWithUpdate(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         update, grad_views = ctx.update, None
         if grad_loss is not None:
-            if torch.is_grad_enabled():
-                raise RuntimeError("contrastive_ops: double backward is not supported")
-            if update.taken:
-                raise RuntimeError(
-                    "contrastive_ops: this step of SGD has been taken by an earlier backward; "
-                    "ask the optimizer for one for each loss, and call its step() in between"
-                )
-            views, weight, target, statistics = ctx.saved_tensors
-            # Until the operator has moved the versions on, the step is not taken, whatever it raises.
-            update.begun = update.momentum_buffer._version, weight._version
-            grad_views = conic_backward_sgd_(
-                grad_loss, views, weight.detach(), update.momentum_buffer, target, statistics,
-                ctx.temperature, ctx.consistency_weight, update.lr, update.momentum,
-                update.weight_decay, update.nesterov,
-                ctx.backend,
-            )  # fmt: skip
-            update.taken = True
+            with update.lock:
+                grad_views = _backward_with_a_step(ctx, grad_loss)
         return grad_views, *(None,) * 7
+
+
+def _backward_with_a_step(ctx: Any, grad_loss: Tensor) -> Tensor:
+    update = ctx.update
+    if torch.is_grad_enabled():
+        raise RuntimeError("contrastive_ops: double backward is not supported")
+    if update.taken:
+        raise RuntimeError(
+            "contrastive_ops: this step of SGD has been taken by an earlier backward; "
+            "ask the optimizer for one for each loss, and call its step() in between"
+        )
+    if update.withdrawn:
+        raise RuntimeError(
+            "contrastive_ops: this step of SGD was withdrawn: since its loss, the optimizer was asked for "
+            "another one, or a checkpoint was loaded"
+        )
+    views, weight, target, statistics = ctx.saved_tensors
+    # Until the operator has moved the versions on, the step is not taken, whatever it raises.
+    update.begun = update.momentum_buffer._version, weight._version
+    grad_views = conic_backward_sgd_(
+        grad_loss, views, weight.detach(), update.momentum_buffer, target, statistics,
+        ctx.temperature, ctx.consistency_weight, update.lr, update.momentum,
+        update.weight_decay, update.nesterov, ctx.backend,
+    )  # fmt: skip
+    update.taken = True
+    return grad_views
 
 
 def _conic(views: Tensor, weight: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

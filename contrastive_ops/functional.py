@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -285,9 +285,11 @@ class SGDStep:
         momentum_buffer: (A, D) v, of the weight's dtype; overwritten with the weight.
         lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
         taken: whether backward has taken it. It does so once.
+        withdrawn: whether it must not be taken any more.
         begun: versions of `momentum_buffer` and weight when backward began to take it.
         recorded: number of the steps before it, once the optimiser knows of it.
         weight: the only weight that it may be taken on; None for any.
+        lock: held while it is taken.
     """
 
     momentum_buffer: Tensor
@@ -296,9 +298,11 @@ class SGDStep:
     weight_decay: float
     nesterov: bool
     taken: bool = False
+    withdrawn: bool = False
     begun: tuple[int, int] | None = None
     recorded: int | None = None
     weight: Tensor | None = None
+    lock: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
 
 def conic_loss(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -99,7 +100,8 @@ class InstanceClassifier(nn.Module):
         momentum: (A, D) buffer, theirs.
         carried: None, or while a gradient is accumulated over several batches, a parameter (n, D) for rows
             that were evicted meanwhile. Its ``grad`` is what they have to their credit at the next step, for
-            loss scalers and clipping to see; it has no values of interest.
+            loss scalers and clipping to see; it has no values of interest. A list of parameters that was
+            made before does not have it.
 
     A checkpoint is the ``state_dict()``: a copy of all rows as they are at that moment, which training leaves
     alone. With storage="disk" it holds the active ones, and taking it makes a generation of the files that
@@ -177,13 +179,14 @@ class InstanceClassifier(nn.Module):
         self.register_parameter("carried", None)
         self._carried: _Carried | None = None
         self._trained: list[nn.Parameter] = [self.weight]  # what optimisers hold: with `carried`, if there is
-        self._in_backward: SGDStep | None = None  # the step that a backward may take, or has taken
+        self._in_backward: SGDStep | None = None  # until step() closes it
         self._unfinished: Callable[[], None] | None = (
             None  # completes or undoes what an exception has cut off
         )
         self._stepping: _Gradient | None = None  # of a step() that has not returned
         self._spent: _Gradient | None = None  # that of the last step
         self._hook: RemovableHandle | None = None
+        self._accumulated = False  # whether a backward has, since rows were last freed
         self._launching = False  # whether an operator was called that has not returned
         self._torn = ""  # why there is no going on without a checkpoint
         self._lock = threading.RLock()
@@ -212,6 +215,10 @@ class InstanceClassifier(nn.Module):
         protect = self.training and self.weight.requires_grad and torch.is_grad_enabled()
         with self._exclusively():
             self._stepping = None
+            if self._hook is None and self.weight.requires_grad:
+                self._hook = self.weight.register_post_accumulate_grad_hook(
+                    partial(_has_accumulated, weakref.ref(self))
+                )
             plan = self._active.plan(checked_instances("indices", indices, self.num_instances))
             if len(plan.slots):
                 self._bring_in(plan)
@@ -316,12 +323,19 @@ class InstanceClassifier(nn.Module):
         """Close the folder of storage="disk", so that another may open it."""
         self._storage.close()
 
+    def __copy__(self) -> InstanceClassifier:
+        """A deep copy: of two that shared rows, either would exchange the other's."""
+        return copy.deepcopy(self)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies, pickled ones too, go on as the original would; like other modules' they have no gradients.
         With storage="disk" there are none."""
         with self._exclusively():
             state = {**self.__dict__, "_active": self._active.state()}
-            del state["_lock"], state["_carried"], state["_hook"], state["_stepping"], state["_spent"]
+            for name in ("_lock", "_carried", "_hook", "_stepping", "_spent"):
+                del state[name]
+            if self._in_backward is not None:
+                state["_in_backward"] = replace(self._in_backward, lock=contextlib.nullcontext())
             state["_parameters"] = {**state["_parameters"], "carried": None}
             return state
 
@@ -329,6 +343,8 @@ class InstanceClassifier(nn.Module):
         super().__setstate__(state)
         self._lock = threading.RLock()
         self._hook = self._stepping = self._spent = None
+        if self._in_backward is not None:
+            self._in_backward.lock = self._lock
         self._publish(None)
         self._active = _rows.ActiveSet(self.num_instances, len(self.weight), self.seed)
         self._active.load(state["_active"])
@@ -387,7 +403,8 @@ class InstanceClassifier(nn.Module):
             self._torn = "loading a checkpoint was interrupted"
             self._publish(None)
             self.weight.grad = None
-            self._in_backward = self._unfinished = self._stepping = None
+            self._withdraw()
+            self._unfinished = self._stepping = None
             self._storage.load_state_dict(state["storage"])
             self._active, self.history = active, history
             self._torn = ""
@@ -430,7 +447,10 @@ class InstanceClassifier(nn.Module):
                 f"rows stay in {self.weight.dtype}, in which they are updated, and cannot become "
                 f"{probe.dtype}; conic_loss multiplies them in the views' dtype"
             )
+        weight = self.weight
         super()._apply(fn, recurse)
+        if self.weight is not weight:  # as PyTorch may be set to have it
+            self._trained[0], self._hook = self.weight, None
         self._storage.move(probe.device, fn)
         return self
 
@@ -467,9 +487,25 @@ class InstanceClassifier(nn.Module):
             if step.recorded is None:
                 step.recorded = len(self.history)
             self._record(step.recorded, (step.lr, step.momentum, step.weight_decay, step.nesterov))
+        whole = self.weight.grad
+        if whole is None and self._accumulated:
+            self._release()  # it was thrown away, by whoever: as by the optimiser
+        if self._carried is not None:
+            if whole is None or not self._holds_part_of(whole):
+                self._publish(None)
+            else:
+                self._carried.part_of = weakref.ref(whole)
+
+    def _release(self) -> None:
+        """Rows may be evicted: no gradient waits for them to come back to."""
+        self._active.release()
+        self._accumulated = False
+
+    def _withdraw(self) -> None:
+        """No backward takes the step any more that it was told to."""
+        if self._in_backward is not None:
+            self._in_backward.withdrawn = True
             self._in_backward = None
-        if self._carried is not None and not self._holds_gradient():
-            self._publish(None)
 
     def _was_written(self, versions: tuple[int, int], launched: bool) -> bool:
         """Whether an operator has written weight and momentum since they had these versions; `launched` says
@@ -496,7 +532,7 @@ class InstanceClassifier(nn.Module):
         if gradient is not None:
             exchange.slots = self._to_device(plan.slots)
             exchange.gradient = gradient.detach()[exchange.slots]
-            exchange.spent = self._spent is not None and self._spent.is_still(gradient)
+            exchange.spent = self._is_spent(gradient)
             carried, arriving = self._carry(exchange, gradient)
         self._unfinished = partial(self._undo, exchange)
         rows = self.weight, self.momentum
@@ -510,9 +546,10 @@ class InstanceClassifier(nn.Module):
         plan = exchange.plan
         if not self._active.awaits(plan) or not self._was_written(exchange.versions, self._launching):
             return  # it was committed, or nothing was written
-        unchanged, scratch = np.tile(np.eye(2), (len(plan.slots), 1, 1)), torch.empty_like(exchange.room)
+        every, unchanged = np.arange(len(plan.slots)), np.tile(np.eye(2), (len(plan.slots), 1, 1))
+        scratch = self.weight.new_empty(len(plan.slots), 2, self.dim)
         rows, going = (self.weight, self.momentum), exchange.going
-        self._exchange(*rows, plan.slots, exchange.room, going, unchanged, scratch, going)
+        self._exchange(*rows, plan.slots, exchange.room, going, unchanged, scratch, every)
         if exchange.gradient is not None:
             self._change_gradient(exchange, exchange.gradient)
         self._publish(exchange.carried)
@@ -529,39 +566,35 @@ class InstanceClassifier(nn.Module):
         assert exchange.gradient is not None
         arriving = torch.zeros_like(exchange.gradient)
         instances, gradients = exchange.plan.evicted, exchange.gradient
-        spent = exchange.spent
         if self._carried is not None:
-            spent &= self._carried.spent
             _, back, of = np.intersect1d(exchange.plan.incoming, self._carried.instances, return_indices=True)
             arriving[self._to_device(back)] = self._carried.gradient[self._to_device(of)]
             stay = np.setdiff1d(np.arange(len(self._carried.instances)), of)
             instances = np.concatenate([self._carried.instances[stay], instances])
             gradients = torch.cat([self._carried.gradient[self._to_device(stay)], gradients])
-        parameter = nn.Parameter(torch.zeros_like(gradients), requires_grad=False)
-        parameter.grad = gradients
-        return _Carried(instances, parameter, _Gradient.of(whole), spent), arriving
+        with torch.inference_mode(False):  # an evaluation between two batches may have switched it on
+            parameter = nn.Parameter(torch.zeros_like(gradients), requires_grad=False)
+            parameter.grad = gradients.clone() if gradients.is_inference() else gradients
+        return _Carried(instances, parameter, weakref.ref(whole), exchange.spent), arriving
 
     def _publish(self, carried: _Carried | None) -> None:
-        """Where loss scalers, clipping and `zero_grad` look for parameters."""
-        self._carried = carried
-        parameter = None if carried is None else carried.parameter
+        """Where loss scalers, clipping and `zero_grad` look for parameters, until a step has spent it:
+        those who go through parameters then, such as averages of a model, have no use for it."""
+        parameter = None if carried is None or carried.spent else carried.parameter
         self._parameters["carried"] = parameter
         self._trained[1:] = [] if parameter is None else [parameter]
-        if carried is None and self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        elif carried is not None and self._hook is None:
-            self._hook = self.weight.register_post_accumulate_grad_hook(
-                partial(_forget_if_begun_anew, weakref.ref(self))
-            )
+        self._carried = carried  # last: if an interrupt comes before, all of it is done again
 
-    def _holds_gradient(self) -> bool:
-        """Whether the gradient is there still that evicted rows have a part in. One that another tensor has
-        taken the place of was added to, unless a step has spent it."""
-        carried, whole = self._carried, self.weight.grad
+    def _is_spent(self, gradient: Tensor) -> bool:
+        """Whether it is as the last step left it."""
+        return self._spent is not None and self._spent.is_still(gradient)
+
+    def _holds_part_of(self, whole: Tensor) -> bool:
+        """Whether the weight's gradient is the one that evicted rows have a part in. If it waits for a step,
+        another tensor in its place is a sum with it; if spent, whatever is written to it begins anew."""
+        carried = self._carried
         assert carried is not None
-        replaced = carried.part_of.tensor() is not whole
-        return whole is not None and carried.parameter.grad is not None and not (carried.spent and replaced)
+        return carried.parameter.grad is not None and (not carried.spent or self._is_spent(whole))
 
     def _take_step_on_gradient(self, settings: _Settings) -> None:
         """A step with the gradients of active rows, and those of evicted ones."""
@@ -586,6 +619,9 @@ class InstanceClassifier(nn.Module):
         if step.records is not None:
             self._overwrite_stored(step.evicted, step.records, step.length + 1)
         self._spent = step.gradient
+        if self._carried is not None:
+            self._carried.spent = True
+            self._publish(self._carried)
         self._record(step.length, step.settings)
 
     def _finish_interrupted(self, step: _Step) -> None:
@@ -597,8 +633,8 @@ class InstanceClassifier(nn.Module):
     def _record(self, length: int, settings: _Settings) -> None:
         """The step after the first `length` was taken, by the active rows; the others will. Once."""
         if len(self.history) == length:
+            self._release()
             self.history.append(*settings)
-        self._active.release()
 
     def _take_step(self, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
         """The active rows have taken a step; the others will."""
@@ -676,20 +712,20 @@ class _Gradient:
         return gradient is not None and self.tensor() is gradient and self.version == gradient._version
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Carried:
     """Rows that were evicted while they had a gradient.
 
     Attributes:
         instances: (n,) whose they are.
         parameter: (n, D), whose ``grad`` is theirs.
-        part_of: the weight's gradient that it was part of.
-        spent: whether a step had been taken on all of it.
+        part_of: the weight's gradient that it is a part of.
+        spent: whether a step has been taken on it, and nothing been added since.
     """
 
     instances: _Indices
     parameter: nn.Parameter
-    part_of: _Gradient
+    part_of: weakref.ref[Tensor]
     spent: bool
 
     @property
@@ -784,15 +820,23 @@ class DelayedSGD(Optimizer):
         if not isinstance(classifier, InstanceClassifier):
             raise TypeError(f"classifier must be an InstanceClassifier, got {type(classifier).__name__}")
         self.classifier = classifier
-        self._in_backward: SGDStep | None = None
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         _check_settings(**defaults)
         super().__init__([classifier.weight], defaults)
         self.param_groups[0]["params"] = classifier._trained
+        self._initialized()
+
+    def _initialized(self) -> None:
+        """It has no state of its own. From one that is empty, torch.distributed.checkpoint concludes that no
+        step was taken yet, and takes one of learning rate 0, which moves the momentum."""
+        self.state.setdefault(self.classifier.weight, {})
+
+    @property
+    def _in_backward(self) -> SGDStep | None:
+        return self.classifier._in_backward
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("classifier", "_in_backward")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), "classifier": self.classifier}
 
     def state_dict(self) -> dict[str, Any]:
         """As of this moment; the momentum is in the classifier's."""
@@ -808,6 +852,7 @@ class DelayedSGD(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             self.param_groups[0]["params"] = self.classifier._trained
+            self._initialized()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
@@ -819,31 +864,33 @@ class DelayedSGD(Optimizer):
         """Take a step with the gradient there is; without one, none, as in torch.optim.
 
         If it raises, for example because it is interrupted, call it again or go on: the step is taken once.
+        (A `closure` is called again too, and a hook that raises after the step comes too late.)
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        of, update = self.classifier, self._in_backward
+        of = self.classifier
         with of._exclusively():
-            grad = of.weight.grad
+            grad, update = of.weight.grad, of._in_backward
             if update is not None and update.taken:
                 if grad is not None:
                     raise RuntimeError("weight has a gradient beside the step that backward has taken")
-                self._in_backward = None
+                of._in_backward = None
             elif of._stepping is not None and of._stepping.is_still(grad):
                 pass  # the step is taken, by a call that did not return
             elif grad is not None:
                 of._take_step_on_gradient(self._settings())
             else:
-                of._active.release()
+                of._release()
         of._stepping = None
         return loss
 
+    @eager(_STATEFUL)
     def in_backward(self) -> SGDStep:
         """The step to come, for ``conic_loss(…, update=optimizer.in_backward())`` to take in its backward,
-        where the weight's gradient is never stored. `step` then only closes it. One backward a step; not
-        with a loss scaler, nor with clipping.
+        where the weight's gradient is never stored. `step` then only closes it. One backward a step, of the
+        loss that asked last; not with a loss scaler, nor with clipping.
 
         Example:
             >>> import torch
@@ -855,12 +902,15 @@ class DelayedSGD(Optimizer):
             >>> loss = conic_loss(views, classifier.weight, target, update=optimizer.in_backward())
             >>> loss.backward(); optimizer.step()
         """
-        if self._in_backward is not None and self._in_backward.taken:
-            raise RuntimeError("backward has taken a step already: call step() before the next in_backward()")
         of = self.classifier
         with of._exclusively():
-            self._in_backward = of._in_backward = SGDStep(of.momentum, *self._settings(), weight=of.weight)
-        return self._in_backward
+            if of._in_backward is not None and of._in_backward.taken:
+                raise RuntimeError(
+                    "backward has taken a step already: call step() before the next in_backward()"
+                )
+            of._withdraw()
+            of._in_backward = SGDStep(of.momentum, *self._settings(), weight=of.weight, lock=of._lock)
+            return of._in_backward
 
     @eager(_STATEFUL)
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -871,7 +921,7 @@ class DelayedSGD(Optimizer):
             super().zero_grad(set_to_none)
             of._stepping = None
             of._publish(None)
-            of._active.release()
+            of._release()
 
     def _settings(self) -> _Settings:
         (group,) = self.param_groups
@@ -988,12 +1038,23 @@ def _runs_ahead(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def _forget_if_begun_anew(of: weakref.ref[InstanceClassifier], weight: Tensor) -> None:
-    """Runs when a gradient has been accumulated while evicted rows carry one. If it is another tensor than
-    they have a part in, that one was thrown away in between, by ``weight.grad = None``."""
-    carried = (classifier := of()) and classifier._carried
-    if carried and carried.part_of.tensor() is not weight.grad and not torch.is_grad_enabled():
+def _has_accumulated(of: weakref.ref[InstanceClassifier], weight: Tensor) -> None:
+    """Runs when a backward has added to the weight's gradient. If that is not what evicted rows have a part
+    in, or was written to since it was spent, then theirs was thrown away in between."""
+    classifier, whole = of(), weight.grad
+    if classifier is None or whole is None:
+        return
+    classifier._accumulated = True
+    carried, spent = classifier._carried, classifier._spent
+    if carried is None:
+        return
+    if torch.is_grad_enabled():  # create_graph=True: the sum is another tensor
+        carried.part_of = weakref.ref(whole)
+    elif carried.part_of() is not whole or (carried.spent and spent and whole._version != spent.version + 1):
         carried.parameter.grad = None
+        return
+    carried.spent = False
+    classifier._publish(carried)
 
 
 def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:

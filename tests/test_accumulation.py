@@ -343,6 +343,148 @@ def test_moves_with_the_classifier() -> None:
     both.assert_equal()
 
 
+def by_hand_with_another_tensor(both: Both, grad: Tensor, dense: Tensor) -> None:
+    both.classifier.weight.grad, both.dense.grad = grad, dense
+
+
+def by_hand_in_place(both: Both, grad: Tensor, dense: Tensor) -> None:
+    if both.classifier.weight.grad is None or both.dense.grad is None:
+        by_hand_with_another_tensor(both, grad, dense)
+    else:
+        both.classifier.weight.grad.copy_(grad)
+        both.dense.grad.copy_(dense)
+
+
+@pytest.mark.parametrize("start", [by_hand_with_another_tensor, by_hand_in_place])
+@pytest.mark.parametrize("batches", [1, 3])
+def test_accumulated_by_hand_and_never_thrown_away(
+    start: Callable[[Both, Tensor, Tensor], None], batches: int
+) -> None:
+    """A step has spent what rows carry that were evicted before it; the next gradient begins anew."""
+    both = Both()
+    for _ in range(4):
+        for number in range(batches):
+            (grad,) = torch.autograd.grad(both.losses()[0], [both.classifier.weight])
+            dense = torch.zeros_like(both.dense).index_copy(0, both.classifier.active_instances, grad)
+            if not number:
+                start(both, grad, dense)
+            else:
+                assert both.classifier.weight.grad is not None
+                assert both.dense.grad is not None
+                both.classifier.weight.grad += grad
+                both.dense.grad += dense
+        both.step()
+        both.assert_equal()
+
+
+@pytest.mark.parametrize("activated", [False, True])
+def test_a_spent_gradient_set_to_zero_by_hand(activated: bool) -> None:
+    """Also after rows were exchanged beside it."""
+    both = Both()
+    for _ in range(4):
+        losses = both.losses() if activated else None
+        if both.dense.grad is not None:
+            assert both.classifier.weight.grad is not None
+            both.classifier.weight.grad.zero_()
+            both.dense.grad.zero_()
+        for loss in losses or both.losses():
+            loss.backward()
+        both.backward()
+        both.step()
+        both.assert_equal()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_backward_with_a_graph_and_without_take_turns() -> None:
+    """With one, the sum of gradients is another tensor."""
+    both = Both()
+    for _ in range(3):
+        for graph in (True, False, True, False):
+            loss, dense = both.losses()
+            loss.backward(create_graph=graph)
+            dense.backward()
+        both.step()
+        both.zero_grad()
+        both.assert_equal()
+
+
+def test_evaluation_in_inference_mode_between_batches() -> None:
+    """What rows carry that it evicts is scaled, clipped and set to zero like any gradient."""
+    both = Both()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for _ in range(3):
+        for _ in range(2):
+            loss, dense = both.losses()
+            scaler.scale(loss).backward()
+            dense.backward()
+            with torch.inference_mode():
+                both.classifier.activate(torch.randint(COUNT, (BATCH,), generator=both.generator))
+        assert both.classifier.carried is not None
+        scaler.unscale_(both.optimizer)
+        clip_norm(both.classifier.parameters())
+        clip_norm([both.dense])
+        scaler.step(both.optimizer)
+        scaler.update()
+        both.dense_optimizer.step()
+        both.zero_grad(set_to_none=False)
+        both.assert_equal()
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_buffers": True}])
+def test_averages_of_a_model_see_the_same_parameters_after_every_step(settings: dict[str, Any]) -> None:
+    """They go through those of the copy and of the model side by side."""
+    both = Both()
+    model = nn.ModuleDict({"classifier": both.classifier, "projection": nn.Linear(DIM, 1)})
+    average = torch.optim.swa_utils.AveragedModel(model, **settings)
+    for _ in range(3):
+        both.zero_grad()
+        both.backward()
+        both.backward()
+        assert both.classifier.carried is not None
+        both.step()
+        average.update_parameters(model)
+    torch.testing.assert_close(average.module["projection"].weight, model["projection"].weight)
+
+
+def test_a_step_for_backward_that_another_has_taken_the_place_of_is_not_taken() -> None:
+    """It would move rows, and nobody would know."""
+    for same in (True, False):
+        both = Both()
+        other = both.optimizer if same else DelayedSGD(both.classifier, **SETTINGS)
+        target = both.classifier.activate(torch.arange(3))
+        views = torch.randn(2, 3, DIM, dtype=torch.float64)
+        updates = [optimizer.in_backward() for optimizer in (both.optimizer, other)]
+        losses = [conic_loss(views, both.classifier.weight, target, update=update) for update in updates]
+        rows = both.classifier.read(torch.arange(COUNT))
+        with pytest.raises(RuntimeError, match="this step of SGD was withdrawn"):
+            losses[0].backward()
+        both.optimizer.step()
+        assert all(map(torch.equal, both.classifier.read(torch.arange(COUNT)), rows))
+        losses[1].backward()
+        other.step()
+        assert len(both.classifier.history) == 1
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_loading_a_checkpoint_forgets_a_step_for_backward(taken: bool) -> None:
+    both = Both()
+    state = both.classifier.state_dict()
+    target = both.classifier.activate(torch.arange(3))
+    views = torch.randn(2, 3, DIM, dtype=torch.float64)
+    loss = conic_loss(views, both.classifier.weight, target, update=both.optimizer.in_backward())
+    if taken:
+        loss.backward()
+    both.classifier.load_state_dict(state)
+    if not taken:
+        with pytest.raises(RuntimeError, match=r"withdrawn|modified by an inplace operation"):
+            loss.backward()
+    both.backward()
+    both.step()
+    both.zero_grad()
+    both.optimizer.in_backward()
+    both.assert_equal()
+
+
 class TestTheActiveSetNeverFillsUp:
     """Ten times as many instances as are active go through every loop."""
 
@@ -429,3 +571,17 @@ class TestTheActiveSetNeverFillsUp:
             classifier.activate(torch.arange(6))
         optimizer.step()
         classifier.activate(torch.arange(6))
+
+    def test_steps_that_a_loss_scaler_skips(self, parts: tuple[InstanceClassifier, DelayedSGD]) -> None:
+        """Whoever throws the gradient away then."""
+        classifier, optimizer = parts
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+        def then(loss: Tensor) -> None:
+            scaler.scale(loss * float("inf")).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            classifier.zero_grad()
+
+        self.loop(classifier, then)
+        assert not len(classifier.history)

@@ -252,8 +252,8 @@ def test_signals_at_random_times(in_backward: bool) -> None:
     def ring(number: int, frame: FrameType | None) -> None:
         """Not within PyTorch, which may be left without gradients by an exception in its `no_grad`."""
         code = frame.f_code if frame else None
-        ours = frame and code and code.co_filename.startswith(PACKAGE)
-        if ours and linecache.getline(code.co_filename, frame.f_lineno or 0) != LAST_OF_STEP:
+        ours = frame and frame.f_lineno and code and code.co_filename.startswith(PACKAGE)
+        if ours and linecache.getline(code.co_filename, frame.f_lineno) != LAST_OF_STEP:
             raise Interrupt
 
     def guarded(call: Call) -> None:
@@ -325,3 +325,61 @@ def test_threads_wait_for_one_another() -> None:
         whole.weight.grad = torch.zeros_like(whole.weight)
         plain.step()
     torch.testing.assert_close(of.read(torch.arange(400)), whole.read(torch.arange(400)), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("storage", ["device", "host"])
+def test_an_exchange_is_undone_in_the_space_of_a_batch(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of all rows, which a GPU may not have once more, nor in memory that it cannot reach."""
+    training = Training(storage=storage)
+    training.run(0, 5)
+    of = training.classifier
+    rows, written = training.rows(), []
+    exchange = of._exchange
+
+    def spy(*arguments: Any) -> None:
+        written.append(arguments[6])
+        exchange(*arguments)
+
+    def full(*_: Any) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of, "_exchange", spy)
+        patch.setattr(of._storage, "keep", full)
+        with pytest.raises(OSError, match="no room"):
+            of.activate(torch.tensor([i for i in range(COUNT) if i not in of.active_instances][:BATCH]))
+    assert len(written) == 2
+    assert len(written[1]) == BATCH
+    assert written[1].device == of.weight.device
+    assert all(map(torch.equal, training.rows(), rows))
+
+
+def test_a_state_is_not_taken_while_backward_takes_a_step() -> None:
+    """Of that step it would hold a part, and another thread's `read` would return it."""
+    expected, training = Training(in_backward=True), Training(in_backward=True)
+    of, every = training.classifier, torch.arange(COUNT)
+    rows = {0: of.read(every)}
+    for number in range(200):
+        expected.run(number, number + 1)
+        rows[number + 1] = expected.classifier.read(every)
+    states: list[dict[str, Any]] = []
+    done = threading.Event()
+
+    def save() -> None:
+        while not done.is_set():
+            states.append(of.state_dict())
+
+    thread = threading.Thread(target=save)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        training.run(0, 200)
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    other = Training().classifier
+    for state in states:
+        other.load_state_dict(state)
+        torch.testing.assert_close(other.read(every), rows[len(other.history)], rtol=1e-9, atol=1e-12)

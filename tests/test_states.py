@@ -150,6 +150,59 @@ class TestOneMoment:
         assert all(map(torch.equal, of.read(EVERY), after))
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_shallow_copy_shares_no_rows(gradient: bool) -> None:
+    of = make()
+    optimizer = DelayedSGD(of, lr=0.3)
+    train(of, optimizer, 0, 5)
+    if gradient:
+        for indices in (EVERY[:4], EVERY[20:24]):
+            target = of.activate(indices)
+            conic_loss(torch.randn(2, 4, DIM), of.weight, target).backward()
+        assert of.carried is not None
+    rows, carried = of.read(EVERY), of.carried
+    other = copy.copy(of)
+    assert all(map(torch.equal, other.read(EVERY), rows))
+    other.activate(EVERY[30:34])
+    assert of.carried is carried
+    assert all(map(torch.equal, of.read(EVERY), rows))
+
+
+def test_reading_the_states_of_a_model_takes_no_step() -> None:
+    """torch.distributed.checkpoint takes one, where an optimiser's state is empty."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def model() -> tuple[nn.ModuleDict, DelayedSGD]:
+        of = make()
+        return nn.ModuleDict({"head": of}), DelayedSGD(of, lr=0.3)
+
+    trained, optimizer = model()
+    train(trained["head"], optimizer, 0, 10)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})  # as it was saved
+    rows = trained["head"].read(EVERY)
+    states = get_state_dict(trained, optimizer)
+    assert len(trained["head"].history) == 10
+    assert all(map(torch.equal, trained["head"].read(EVERY), rows))
+    other, its_optimizer = model()
+    its_optimizer.param_groups[0]["lr"] = 0.7
+    set_state_dict(other, its_optimizer, model_state_dict=states[0], optim_state_dict=states[1])
+    assert its_optimizer.param_groups[0]["lr"] == 0.3
+    for of, its in ((trained["head"], optimizer), (other["head"], its_optimizer)):
+        train(of, its, 10, 15)
+    assert all(map(torch.equal, other["head"].read(EVERY), trained["head"].read(EVERY)))
+
+
+def test_an_optimizer_holds_the_weight_that_a_move_has_put_in_place() -> None:
+    of = make()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        of._apply(lambda t: t.clone())
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    optimizer = DelayedSGD(of, lr=0.3)
+    assert optimizer.param_groups[0]["params"][0] is of.weight
+
+
 def change(path: str, value: Callable[[Any], Any]) -> Callable[[dict[str, Any]], None]:
     def apply(state: dict[str, Any]) -> None:
         *folders, name = path.split("/")
