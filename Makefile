@@ -53,7 +53,7 @@ ASAN := build/asan
 asan: $(VENV)/.installed
 	CONTRASTIVE_OPS_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
 	cp -r tests pyproject.toml $(ASAN)
-	cd $(ASAN) && CONTRASTIVE_CONTRASTIVE_OPS_FUZZ_CALLS=10000 ATEN_CPU_CAPABILITY=default ASAN_OPTIONS=detect_leaks=0 \
+	cd $(ASAN) && CONTRASTIVE_OPS_FUZZ_CALLS=10000 ATEN_CPU_CAPABILITY=default ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:faulthandler --capture=sys tests/test_ops_fuzz.py tests/test_rows.py
 
