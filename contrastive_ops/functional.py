@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from ._checks import FLOATING
 
 Reduction = Literal["mean", "sum", "none"]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # What a temperature may be, and the most that a weight may. Beyond, a rounding of a similarity decides
 # between 0 and infinity, or float32 cannot hold the loss.
@@ -486,8 +485,8 @@ def _shape(tensor: Tensor) -> str:
 def _check_rows(name: str, tensor: Any, wanted_shape: str = "(rows, D)") -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if tensor.dtype not in FLOATING:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise TypeError(f"{name} must be of dtype {wanted}, got {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")

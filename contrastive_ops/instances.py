@@ -180,9 +180,7 @@ class InstanceClassifier(nn.Module):
         self._carried: _Carried | None = None
         self._trained: list[nn.Parameter] = [self.weight]  # what optimisers hold: with `carried`, if there is
         self._in_backward: SGDStep | None = None  # until step() closes it
-        self._unfinished: Callable[[], None] | None = (
-            None  # completes or undoes what an exception has cut off
-        )
+        self._unfinished: Callable[[], None] | None = None  # completes or undoes what was cut off
         self._stepping: _Gradient | None = None  # of a step() that has not returned
         self._spent: _Gradient | None = None  # that of the last step
         self._hook: RemovableHandle | None = None
@@ -555,7 +553,7 @@ class InstanceClassifier(nn.Module):
         self._publish(exchange.carried)
 
     def _change_gradient(self, exchange: _Exchange, rows: Tensor) -> None:
-        """Of the slots that change hands. A gradient that was spent stays so."""
+        """Give the slots that change hands these rows of gradient. One that was spent stays so."""
         gradient = self.weight.grad
         if gradient is not None:
             gradient.detach()[exchange.slots] = rows
@@ -659,7 +657,7 @@ class InstanceClassifier(nn.Module):
         self.weight.detach()[at], self.momentum[at] = records[self._to_device(active)].unbind(1)
 
     def _overwrite_stored(self, instances: _Indices, records: Tensor, step: int) -> None:
-        """Of instances that are not active."""
+        """Overwrite the stored records of instances that are not active."""
         room, rows = self._storage.room(instances)
         room[torch.from_numpy(rows).to(room.device)] = records.to(room.device)
         self._storage.keep(instances, step)

@@ -558,15 +558,19 @@ def test_a_billion_rows_take_the_space_of_those_written(
 # Threads
 
 
+def write_slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    write = disk._Database.write
+
+    def slowly(database: Any, *arguments: Any) -> None:
+        time.sleep(seconds)
+        write(database, *arguments)
+
+    monkeypatch.setattr(disk._Database, "write", slowly)
+
+
 def test_rows_are_served_from_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fetched while they are written behind, announced while others are kept."""
-    slow = disk._Database.write
-
-    def write(database: Any, *arguments: Any) -> None:
-        time.sleep(0.003)
-        slow(database, *arguments)
-
-    monkeypatch.setattr(disk._Database, "write", write)
+    write_slowly(monkeypatch, 0.003)
     rows, now, random = open_rows(tmp_path), initial(), np.random.default_rng(0)
     for step in range(1, 150):
         wanted = np.setdiff1d(random.choice(COUNT, 12, replace=False), batch(step)[0])
@@ -584,13 +588,7 @@ def test_rows_are_served_from_wherever_they_are(tmp_path: Path, monkeypatch: pyt
 
 
 def test_neither_keep_nor_fetch_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = disk._Database.write
-
-    def write(database: Any, *arguments: Any) -> None:
-        time.sleep(1)
-        slow(database, *arguments)
-
-    monkeypatch.setattr(disk._Database, "write", write)
+    write_slowly(monkeypatch, 1)
     rows, now = open_rows(tmp_path), initial()
     started = time.perf_counter()
     for step in range(1, 5):  # two tables: one is written, one fills
