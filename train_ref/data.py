@@ -19,6 +19,7 @@ from torchvision.datasets import ImageFolder
 from .augmentations import Augmentation, TwoViews, augmentation, plain
 from .distributed import rank, world_size
 from .errors import UsageError
+from .workers import context
 
 Transform = Callable[[Any], Any]
 
@@ -303,8 +304,10 @@ class Views(LightningDataModule):
             raise UsageError(f"data.root holds a folder without images: {error}") from None
 
     def _loading(self) -> dict[str, Any]:
+        workers = self.hparams.num_workers
         return {
-            "num_workers": self.hparams.num_workers,
+            "num_workers": workers,
+            "multiprocessing_context": context() if workers else None,
             "pin_memory": torch.cuda.is_available(),
             "generator": torch.Generator(),  # or starting a loader would draw from the global one
         }
