@@ -1,4 +1,4 @@
-"""Checkpoints that an interrupt, at whatever moment, leaves whole, and from which training goes on exactly."""
+"""Checkpoints that an interrupt, at whatever moment, leaves whole, and that training goes on from exactly."""
 
 from __future__ import annotations
 
@@ -135,7 +135,8 @@ class LastCheckpoint(Checkpoint):
         if self.every_n_steps is not None:
             due = due or trainer.global_step % self.every_n_steps == 0
         device = trainer.strategy.root_device
-        stop = bool(distributed.mean(torch.tensor(float(self.stop), device=device)))
+        asked = self.stop or trainer.received_sigterm  # of Lightning, before this had its own handlers
+        stop = bool(distributed.mean(torch.tensor(float(asked), device=device)))
         if (due or stop) and self.saved_step != trainer.global_step:
             self._save(trainer)
         if stop:
@@ -143,7 +144,7 @@ class LastCheckpoint(Checkpoint):
             raise KeyboardInterrupt
 
     def _between_steps(self, trainer: Trainer) -> bool:
-        """All that the last step was to do is done, the next one has not begun, and it is in no checkpoint."""
+        """All that the last step does is done, the next one has not begun, and it is in no checkpoint."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         begun, done = batches.ready, batches.completed
         whole = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches

@@ -14,7 +14,8 @@ from .errors import UsageError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which then takes the path's name: that is the old file's or the new one's, never half's.
+    """A file to write to, which then takes the path's name: that is the old file's or the new one's, never
+    half's.
 
     Where the file system can, the new file has no name before it is whole: a kill leaves nothing behind.
     Elsewhere it lies beside the path as ``<name>.partial``, which the next writer of the path removes.
@@ -48,7 +49,7 @@ def _nameless(folder: Path) -> BinaryIO | None:
     if not (hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd")):
         return None
     try:
-        return open(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")  # noqa: SIM115
+        return open(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
     except OSError:
         return None
 

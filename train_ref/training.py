@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import signal
+import sys
 import textwrap
 from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
@@ -15,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn.parallel import DistributedDataParallel
 
 from .backbones import read_checkpoint
@@ -44,7 +47,7 @@ outrank both. All options of Lightning's Trainer work, also the many not listed 
 # What the help says of Lightning's own options. Those of the trainer that are not here work too, unmentioned.
 HELP = {
     "config": "a recipe's name, or a file; of several, the later outrank the earlier",
-    "ckpt_path": "go on from this checkpoint; last: from the run's latest or, if there is none, from the start",
+    "ckpt_path": "go on from this checkpoint; last: from the run's latest, or start if there is none",
     "seed_everything": "seed of all random numbers; true draws one",
     "trainer.accelerator": "cpu, gpu, or auto",
     "trainer.accumulate_grad_batches": "batches a step of the optimizer",
@@ -134,8 +137,8 @@ class ReferenceCLI(LightningCLI):
         started = int(os.environ.get("WORLD_SIZE", 1))
         if "TORCHELASTIC_RUN_ID" in os.environ and trainer.world_size != started:
             raise UsageError(
-                f"trainer.devices and trainer.num_nodes make {trainer.world_size} processes, but torchrun has "
-                f"started {started}"
+                f"trainer.devices and trainer.num_nodes make {trainer.world_size} processes, but torchrun "
+                f"has started {started}"
             )
         return trainer
 
@@ -148,7 +151,10 @@ class ReferenceCLI(LightningCLI):
                 self._check_checkpoint(ckpt_path)
             rank_zero_only(print)(f"Going on from {found}" if found else "There is no checkpoint yet")
         with own_directory(self.trainer, None if ckpt_path is None else Path(ckpt_path)):
-            self.trainer.fit(ckpt_path=ckpt_path, **settings)
+            try:
+                self.trainer.fit(ckpt_path=ckpt_path, **settings)
+            except SIGTERMException:  # before the first step; Lightning's exit status would be 0
+                sys.exit(128 + signal.SIGTERM)
 
 
 def fit(args: list[str], called: str, examples: str) -> None:

@@ -22,23 +22,22 @@ class _OutOfReach:
         resource_tracker.ensure_running()  # or it is started within, and leaves signals unblocked
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
-            super().start()  # type: ignore[misc]
+            super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Whoever ends it, the loader or multiprocessing at exit, would wait for what it does not hear.
+        self._popen.terminate = self._popen.kill
 
-    def terminate(self) -> None:
-        self.kill()  # type: ignore[attr-defined]
 
-
-class _Forked(_OutOfReach, multiprocessing.get_context("fork").Process):  # type: ignore[name-defined,misc]
+class _Forked(_OutOfReach, multiprocessing.get_context("fork").Process):
     pass
 
 
-class _Spawned(_OutOfReach, multiprocessing.get_context("spawn").Process):  # type: ignore[name-defined,misc]
+class _Spawned(_OutOfReach, multiprocessing.get_context("spawn").Process):
     pass
 
 
-class _ForkServed(_OutOfReach, multiprocessing.get_context("forkserver").Process):  # type: ignore[name-defined,misc]
+class _ForkServed(_OutOfReach, multiprocessing.get_context("forkserver").Process):
     pass
 
 

@@ -1,4 +1,4 @@
-"""A training that stops after any batch, however often, and goes on each time: the same bits, the same counts."""
+"""A training that stops after any batch, however often, and goes on: the same bits, the same counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METHODS = {
 
 
 class Asked(Callback):
-    """Within a batch, sends the process a signal, as a person or a scheduler would, or has training end early."""
+    """Within a batch, sends the process a signal, as people and schedulers do, or has training end early."""
 
     def __init__(self, step: int, number: int | None) -> None:
         self.step, self.number = step, number
@@ -50,7 +50,7 @@ def handlers():
 
 @pytest.fixture
 def train(make_method, make_views, tmp_path):
-    """Train a method, from a checkpoint or from the start, until it ends or is stopped: returns the run's directory."""
+    """Train a method, from a checkpoint or the start, to the end or a stop: returns the run's directory."""
     count = iter(range(1000))
 
     def run(
@@ -127,7 +127,7 @@ ALL = [f"step_{step:08}.ckpt" for step in range(1, STEPS + 1)]
 
 @pytest.mark.parametrize("which", ["moco", "conic"])
 def test_from_every_step_training_goes_on_as_if_it_had_not_stopped(train, which):
-    """Each checkpoint leads to all that come after it, bit for bit: so any row of stops leads to the same end."""
+    """Each checkpoint leads to all that come after it, bit for bit: so any stops lead to the same end."""
     whole = train(which)
     assert steps_in(whole) == ALL
     for step in range(1, STEPS + 1):
@@ -137,8 +137,8 @@ def test_from_every_step_training_goes_on_as_if_it_had_not_stopped(train, which)
             check_same(contents(rest / name), contents(whole / name), name)
 
 
-# A signal is answered with a checkpoint. Training that is to end early, as EarlyStopping has it, saves at its end.
-# Lightning's own checkpoints are of every batch, saved by a hook that comes before the epoch's end.
+# A signal is answered with a checkpoint. Training that is to end early, as EarlyStopping has it, saves at its
+# end. Lightning's own checkpoints are of every batch, saved by a hook that comes before the epoch's end.
 @pytest.mark.parametrize(
     ("which", "how"),
     [

@@ -97,7 +97,7 @@ class ConIC(Method):
             raise UsageError(f"model.storage, model.path: {error}") from error
 
     def _generations(self) -> int:
-        """How many checkpoints' rows on disk must be there: all that are kept, and one that is being written."""
+        """How many checkpoints have their rows on disk: all that are kept, and one that is being written."""
         callbacks = self._trainer.callbacks if self._trainer else ()
         return max(3, *(each.keep + 1 for each in callbacks if isinstance(each, LastCheckpoint)), 0)
 
