@@ -43,18 +43,27 @@ class Backbone(NamedTuple):
     step: int
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint of this trainer holds. Mapped, not read: tensors that nobody looks at cost nothing.
+def load_tensors(path: Path) -> Any:
+    """What a file of PyTorch's holds. Mapped, not read: tensors that nobody looks at cost nothing.
 
     Raises:
-        UsageError: it is missing, not whole, or of another program.
+        UsageError: it is missing, or not whole.
     """
     if not path.exists():
         raise UsageError(f"there is no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise UsageError(f"{path} is no checkpoint, or not a whole one") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint of this trainer's methods holds, as `load_tensors` has it.
+
+    Raises:
+        UsageError: it is missing, not whole, or of another program.
+    """
+    checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in KEYS):
         raise UsageError(f"{path} is no checkpoint of this trainer")
     return checkpoint

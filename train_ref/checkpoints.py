@@ -89,7 +89,10 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
         if trainer.is_global_zero and self.saved_step:
-            print(f"\nStopped. To go on from the last checkpoint: --ckpt_path {self.path}")
+            self.tell_how_to_go_on()
+
+    def tell_how_to_go_on(self) -> None:
+        print(f"\nStopped. To go on from the last checkpoint: --ckpt_path {self.path}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"random_state": torch.get_rng_state()}

@@ -182,7 +182,32 @@ class TrainingLoader(DataLoader):
         self.given = (order.epoch, order.start)
 
 
-class Views(LightningDataModule):
+class ResumableData(LightningDataModule):
+    """Images whose training loader goes on where a checkpoint's was.
+
+    Lightning asks a loader for its state too, but has no use for it where the loader was made before the
+    loops were restored, as it is for a schedule that wants to know the number of steps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resume_from: dict[str, int] | None = None  # of a loader, from a checkpoint
+
+    def resumed(self, loader: TrainingLoader) -> TrainingLoader:
+        """The loader, where the checkpoint's was, if there is one."""
+        self.loader = loader
+        if self.resume_from is not None:
+            loader.load_state_dict(self.resume_from)
+        return loader
+
+    def state_dict(self) -> dict[str, int]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.resume_from = state_dict
+
+
+class Views(ResumableData):
     """Batches of two augmented views an image for the training, of plain images for the evaluation.
 
     Args:
@@ -211,7 +236,6 @@ class Views(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.resume_from: dict[str, int] | None = None  # of a loader, from a checkpoint
 
     def setup(self, stage: str | None = None) -> None:
         """Open the training images, and the test images too: a mistake is better known before the training.
@@ -247,23 +271,9 @@ class Views(LightningDataModule):
         transform = augmentation(self.hparams.augmentation, self.hparams.image_size)
         endless = isinstance(self.train_images, SyntheticImages)
         order = Order(len(self.train_images), self.hparams.batch_size, None if endless else self.seed)
-        self.loader = TrainingLoader(
-            DrawnViews(self.train_images, transform, self.seed),
-            order,
-            persistent_workers=self.hparams.num_workers > 0,
-            **self._loading(),
-        )
-        if self.resume_from is not None:
-            self.loader.load_state_dict(self.resume_from)
-        return self.loader
-
-    # Lightning asks a loader for its state too, but has no use for it where the loader was made before the
-    # loops were restored, as it is for a schedule that wants to know the number of steps.
-    def state_dict(self) -> dict[str, int]:
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.resume_from = state_dict
+        views = DrawnViews(self.train_images, transform, self.seed)
+        workers = self.hparams.num_workers > 0
+        return self.resumed(TrainingLoader(views, order, persistent_workers=workers, **self._loading()))
 
     def evaluation_dataloaders(self, max_images: int | None = None) -> tuple[DataLoader, DataLoader]:
         """Training and test images without augmentation, as batches of (images (B, 3, H, W), labels (B,)).
