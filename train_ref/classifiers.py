@@ -211,7 +211,7 @@ class Classifier(LightningModule):
     def check_loss(self) -> None:
         if not mean(self.values["loss"]).isfinite():  # of all processes, which stop together
             raise UsageError(
-                f"the training diverged: its loss is no longer finite after {self.trainer.global_step} steps; "
+                f"the training diverged: after {self.trainer.global_step} steps its loss is no longer finite; "
                 "lower the learning rate"
             )
 
@@ -274,9 +274,8 @@ def fit(
     with warnings.catch_warnings():
         # A frozen backbone is meant to be in evaluation mode, and a loader without workers is asked for.
         # Few labels are few batches, fewer than there are between two that are logged.
-        warnings.filterwarnings(
-            "ignore", message=".*(in eval mode|does not have many workers|logging interval)"
-        )
+        for told in ("in eval mode", "does not have many workers", "logging interval"):
+            warnings.filterwarnings("ignore", message=f".*{told}")
         trainer.fit(classifier, batches, ckpt_path=ckpt_path)
         trainer.test(classifier, batches, verbose=False)
     return classifier.percent()

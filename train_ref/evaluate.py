@@ -1,9 +1,9 @@
 """The commands ``knn``, ``linear``, ``finetune`` and ``export``: what a checkpoint's features are worth, and
 its backbone for other programs.
 
-Each takes any checkpoint that this trainer wrote and prints a table. Every evaluation keeps its settings and its
-figures in a folder of its own; those that train keep checkpoints and the values of their steps too, and go on
-from where they were stopped. An export is no more than its checkpoint, and its files are replaced.
+Each takes any checkpoint that this trainer wrote and prints a table. Every evaluation keeps its settings and
+its figures in a folder of its own; those that train keep checkpoints and the values of their steps too, and go
+on from where they were stopped. An export is a function of its checkpoint alone; its files replace older ones.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def knn(
     Returns:
         The rows of the table.
     """
-    settings = locals()  # all options, before there are other names
+    settings = dict(locals())  # all options, before there are other names
     if not (k and temperature):
         raise UsageError("k and temperature need at least one value each")
     evaluator = Evaluator("knn", checkpoint, **options)
@@ -118,14 +118,14 @@ def linear(
         devices: how many GPUs, or processes.
         precision: of the computation.
         every_n_steps: write a checkpoint as often, besides those at the end of every epoch.
-        resume: go on with a run that was stopped, with its settings: "last", the newest one of this checkpoint
-            that is not finished, or a run's folder.
+        resume: go on with a run that was stopped, with its settings: "last", the newest one of this
+            checkpoint that is not finished, or a run's folder.
         **options: those of `Evaluator`.
 
     Returns:
         The rows of the table.
     """
-    settings = locals()  # all options, before there are other names
+    settings = dict(locals())  # all options, before there are other names
     if devices > 1 and not augment:
         raise UsageError(
             "devices must be 1 where augment is false: features are extracted once, by one process"
@@ -195,8 +195,8 @@ def finetune(
 ) -> Rows:
     """Semi-supervised learning: the backbone, and a linear layer on it, learn from a few of the labels.
 
-    Each training has a folder of its own in the run's. One that is done leaves its accuracies, its steps and its
-    logs, but no checkpoint: there are as many as fractions, seeds and starts, each as large as the network.
+    Each training has a folder of its own in the run's. One that is done leaves its accuracies, its steps and
+    its logs, but no checkpoint: they would be many, each as large as the network.
 
     Args:
         checkpoint: a file that the training wrote, ``last.ckpt`` in a run's directory.
@@ -213,14 +213,14 @@ def finetune(
         devices: how many GPUs, or processes.
         precision: of the computation.
         every_n_steps: write a checkpoint as often, besides those at the end of every epoch.
-        resume: go on with a run that was stopped, with its settings: "last", the newest one of this checkpoint
-            that is not finished, or a run's folder.
+        resume: go on with a run that was stopped, with its settings: "last", the newest one of this
+            checkpoint that is not finished, or a run's folder.
         **options: those of `Evaluator`.
 
     Returns:
         The rows of the table.
     """
-    settings = locals()  # all options, before there are other names
+    settings = dict(locals())  # all options, before there are other names
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         said = ", ".join(map(str, fractions)) or "none"
         raise UsageError(f"fractions must be above 0 and at most 1, and one at least, not {said}")

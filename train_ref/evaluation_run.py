@@ -126,7 +126,7 @@ class Run:
 
     @rank_zero_only
     def finish(self, name: str, accuracies: Mapping[str, float]) -> None:
-        """Record that a training is done. Its checkpoint, which is as large as the network, has no more use."""
+        """Record that a training is done. Its checkpoint, as large as the network, has no more use."""
         folder = self.begin() / name
         with replacing(folder / DONE) as file:
             file.write((json.dumps(accuracies) + "\n").encode())
@@ -142,7 +142,7 @@ class Run:
         """Keep other processes from going on with this run meanwhile; the lock ends with the process."""
         if rank_zero_only.rank:
             return
-        # A lock of lockf's is its process's alone: those of a data loader, which outlive a kill, do not share it.
+        # Such a lock is its process's alone: those of a data loader, which outlive a kill, do not share it.
         self.lock = (self.folder / CONFIG).open("r+b")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
