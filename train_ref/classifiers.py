@@ -211,7 +211,7 @@ class Classifier(LightningModule):
     def check_loss(self) -> None:
         if not mean(self.values["loss"]).isfinite():  # of all processes, which stop together
             raise UsageError(
-                f"the training diverged: after {self.trainer.global_step} steps its loss is no longer finite; "
+                f"the training diverged: its loss is not finite after {self.trainer.global_step} steps; "
                 "lower the learning rate"
             )
 

@@ -2,8 +2,8 @@
 its backbone for other programs.
 
 Each takes any checkpoint that this trainer wrote and prints a table. Every evaluation keeps its settings and
-its figures in a folder of its own; those that train keep checkpoints and the values of their steps too, and go
-on from where they were stopped. An export is a function of its checkpoint alone; its files replace older ones.
+its figures in a folder of its own; those that train keep checkpoints and the values of their steps too, and
+go on from where they were stopped. An export depends on its checkpoint alone: its files replace older ones.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import inspect
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -350,8 +351,11 @@ class Evaluator:
             raise UsageError("accelerator is cuda, but there is no such GPU")
         on_gpu = accelerator != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        self.command, self.backbone = command, load_backbone(checkpoint)
-        self.sha256 = sha256(self.backbone.path)
+        self.command = command
+        before = modified(checkpoint)
+        self.backbone, self.sha256 = load_backbone(checkpoint), sha256(Path(checkpoint))
+        if modified(checkpoint) != before:  # a training that still runs has replaced it
+            raise UsageError(f"{checkpoint} was replaced while it was read: begin again, or copy it first")
         self.output = None if output is None else writable(output)
         self.directory = directory_of(command, checkpoint, directory)
         said = {"dataset": dataset, "root": root, "image_size": image_size, "num_workers": num_workers}
@@ -401,6 +405,11 @@ class Evaluator:
         print(f"\nAccuracy on {len(self.images.indices[False])} test images, in percent:\n")
         print(format_table(rows))
         print(f"\nThese figures are kept in {' and '.join(map(str, files))}", flush=True)
+
+
+def modified(path: str) -> int | None:
+    """When a file was written, if there is one."""
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
 
 
 def write_report(path: Path, command: str, backbone: Backbone, rows: Rows, details: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ import hashlib
 import inspect
 import json
 import os
+import shlex
 import shutil
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from .callbacks import Record
 from .checkpoints import LastCheckpoint
 from .errors import UsageError
 from .files import replacing
+from .parsing import parser_of
 
 CONFIG, CHECKPOINT, DONE = "config.yaml", "last.ckpt", "accuracies.json"
 
@@ -88,7 +91,8 @@ class Run:
             with contextlib.suppress(OSError):
                 self.directory.rmdir()  # unless there are others
         elif not issubclass(kind, UsageError):  # which would come again
-            say(f"\nStopped. To go on: {self.command} {self.config['checkpoint']} --resume {self.folder}")
+            words = [self.command, self.config["checkpoint"], "--resume", str(self.folder)]
+            say(f"\nStopped. To go on: {shlex.join(words)}")
 
     def begin(self) -> Path:
         """The folder: a new run's is made now. Other processes than the first get none."""
@@ -203,6 +207,7 @@ class RunCheckpoint(LastCheckpoint):
 
 
 def check_that_it_can_be_made(directory: Path) -> None:
+    """That there can be no folder is better known before the work than after."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(
@@ -234,6 +239,7 @@ def versions(directory: Path) -> list[tuple[int, Path]]:
 
 
 def read_config(folder: Path, command: str) -> dict[str, Any]:
+    """What `Run.begin` has written into a run's folder."""
     path = folder / CONFIG
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -281,7 +287,7 @@ def resumable(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def call(*args: Any, **given: Any) -> Any:
         said = inspect.signature(command).bind(*args, **given).arguments
-        said = {**said, **said.pop("options", {})}
+        said |= said.pop("options", {})
         if said.get("resume") is None:
             return command(**said)
         name, checkpoint = command.__name__, str(said["checkpoint"])
@@ -290,7 +296,7 @@ def resumable(command: Callable[..., Any]) -> Callable[..., Any]:
             raise UsageError(f"directory is for new runs and --resume last; {said['resume']} is where it is")
         directory = directory_of(name, checkpoint, directory)
         folder = folder_to_resume(name, checkpoint, str(said["resume"]), directory)
-        began = read_config(folder, name)["options"]
+        began = known_options(command, checkpoint, folder)
         for option, value in said.items():
             if option in began and option not in MAY_CHANGE and plain(value) != began[option]:
                 raise UsageError(
@@ -302,6 +308,16 @@ def resumable(command: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def known_options(command: Callable[..., Any], checkpoint: str, folder: Path) -> dict[str, Any]:
+    """Those with which a run of a command began, if they are such as the command takes."""
+    options = read_config(folder, command.__name__)["options"]
+    try:
+        parser_of(command, command.__name__).parse_object({"checkpoint": checkpoint, **options})
+    except (ArgumentError, TypeError) as error:
+        raise UsageError(f"resume: {folder / CONFIG} is not as it was written: {error}") from error
+    return options
+
+
 def options_of(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a command, for its `config.yaml`, from the values of its arguments."""
     options = {**settings, **defaults, **settings["options"]}
@@ -310,8 +326,8 @@ def options_of(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 
 def plain(value: Any) -> Any:
-    """As YAML reads it again."""
-    return list(value) if isinstance(value, (list, tuple)) else value
+    """As a configuration has it: no tuples, paths or types of the command line's."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def directory_of(command: str, checkpoint: str, directory: str | None) -> Path:
@@ -320,5 +336,6 @@ def directory_of(command: str, checkpoint: str, directory: str | None) -> Path:
 
 
 def sha256(path: Path) -> str:
+    """Of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
