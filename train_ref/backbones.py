@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .files import replacing
+from .files import replacing, verify
 from .methods import KINDS
 from .networks import FEATURES, network
 
@@ -47,13 +46,18 @@ def load_tensors(path: Path) -> Any:
     """What a file of PyTorch's holds. Mapped, not read: tensors that nobody looks at cost nothing.
 
     Raises:
-        UsageError: it is missing, or not whole.
+        UsageError: it is missing, not whole, or damaged.
     """
     if not path.exists():
         raise UsageError(f"there is no checkpoint {path}")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, and no checkpoint")
+    verify(path)
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # what unpickling raises depends on where it goes wrong
         raise UsageError(f"{path} is no checkpoint, or not a whole one") from error
 
 
@@ -61,7 +65,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint of this trainer's methods holds, as `load_tensors` has it.
 
     Raises:
-        UsageError: it is missing, not whole, or of another program.
+        UsageError: it is missing, not whole, damaged, or of another program.
     """
     checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in KEYS):

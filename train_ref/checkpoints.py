@@ -1,7 +1,9 @@
-"""Checkpoints that an interrupt, at whatever moment, leaves whole."""
+"""Checkpoints that an interrupt, at whatever moment, leaves whole, and from which training goes on exactly."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -15,12 +17,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from . import distributed
-from .files import replacing
-from .runs import run_directory
+from .files import Hashed, checksums_of, record, recorded, replacing
+from .runs import LAST, run_directory
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the checkpoint, then renames: its name is the old file's or the new one's, never half's.
+    Its SHA-256 lies beside it.
 
     Lightning's own goes through the system's temporary folder. Where that lies on another disk than the
     checkpoint, its last step is a copy, which a kill can leave unfinished.
@@ -30,34 +33,48 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            torch.save(checkpoint, file)
+            hashed = Hashed(file)
+            try:
+                torch.save(checkpoint, hashed)
+            except RuntimeError:
+                if hashed.error is None:
+                    raise
+                raise hashed.error from None
+            # A kill may come before the file has its name: until then the sum may be the old file's, too.
+            record(path, [hashed.sha256.hexdigest(), *recorded(path)])
+        record(path, [hashed.sha256.hexdigest()])
 
 
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` in the run's directory: as training was after some step, or at the end of an epoch.
 
     A run that goes on from it computes what one that was never stopped would, bit for bit on a CPU. An
-    interrupt or a request to terminate lets the step end, saves, and stops; a second one stops at once.
+    interrupt or a request to terminate lets the step end, saves, and stops; a second one stops at once. A
+    failure between two steps, such as of an image that cannot be read, saves too.
 
     Args:
         every_n_epochs: how often it is written at the end of an epoch; the end of training always is.
         every_n_steps: how often it is written besides, in steps of the optimizer; null: not within epochs.
+        keep: of the checkpoints that were written, this many can be gone back to: with 2 and more, they are
+            ``step_<number>.ckpt`` as well, the newest as another name of ``last.ckpt``.
     """
 
-    def __init__(self, every_n_epochs: PositiveInt = 1, every_n_steps: PositiveInt | None = None) -> None:
-        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self.saved_step = 0
-        self.stop = False
+    def __init__(
+        self, every_n_epochs: PositiveInt = 1, every_n_steps: PositiveInt | None = None, keep: PositiveInt = 1
+    ) -> None:
+        self.every_n_epochs, self.every_n_steps, self.keep = every_n_epochs, every_n_steps, keep
+        self.saved_step: int | None = None
+        self.saving = self.stop = self.told = False
         self.random_state: Tensor | None = None  # of the checkpoint that was read
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        self.path = run_directory(trainer) / "last.ckpt"
+        self.path = run_directory(trainer) / LAST
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)
+        self.tells = trainer.is_global_zero
         self.handlers = {
             number: signal.signal(number, self._request_stop)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -67,19 +84,13 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        accumulated = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not (accumulated or trainer.is_last_batch):
-            return  # gradients of half a step are in no checkpoint
-        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        stop = bool(distributed.mean(torch.tensor(float(self.stop), device=module.device)))
-        if (due or stop) and self.saved_step != trainer.global_step:
-            self._save(trainer)
-        if stop:
-            raise KeyboardInterrupt
+        # Gradients of half a step are in no checkpoint. An epoch's last batch waits for what is still to be
+        # done at the epoch's end.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
+            self._save_or_stop(trainer, due=False)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._save(trainer)
+        self._save_or_stop(trainer, due=(trainer.current_epoch + 1) % self.every_n_epochs == 0)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.saved_step != trainer.global_step:
@@ -88,11 +99,19 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
-        if trainer.is_global_zero and self.saved_step:
+        # Other processes, if there are any, may not have failed, and would not take part in saving.
+        if isinstance(exception, Exception) and trainer.world_size == 1 and self._between_steps(trainer):
+            self._save(trainer)
+        if trainer.is_global_zero and self.saved_step is not None:
             self.tell_how_to_go_on()
 
     def tell_how_to_go_on(self) -> None:
-        print(f"\nStopped. To go on from the last checkpoint: --ckpt_path {self.path}")
+        print(f"\nStopped. To go on from the last checkpoint: --ckpt_path {self.path}", flush=True)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        settle(checkpoint["loops"]["fit_loop"], trainer.num_training_batches)
 
     def state_dict(self) -> dict[str, Any]:
         return {"random_state": torch.get_rng_state()}
@@ -101,16 +120,91 @@ class LastCheckpoint(Checkpoint):
         self.random_state = state_dict["random_state"].cpu()
 
     def _request_stop(self, number: int, frame: Any) -> None:
-        print("\nStopping after this step.", flush=True)
         self.stop = True
+        self._tell()
         self._restore_handlers()
+
+    def _tell(self) -> None:
+        if self.tells and not self.told:
+            self.told = True
+            print("\nStopping after this step.", flush=True)
 
     def _restore_handlers(self) -> None:
         for number, handler in getattr(self, "handlers", {}).items():
             signal.signal(number, handler)
         self.handlers = {}
 
+    def _save_or_stop(self, trainer: Trainer, due: bool) -> None:
+        if self.every_n_steps is not None:
+            due = due or trainer.global_step % self.every_n_steps == 0
+        device = trainer.strategy.root_device
+        stop = bool(distributed.mean(torch.tensor(float(self.stop), device=device)))
+        if (due or stop) and self.saved_step != trainer.global_step:
+            self._save(trainer)
+        if stop:
+            self._tell()  # it may be another process that was asked
+            raise KeyboardInterrupt
+
+    def _between_steps(self, trainer: Trainer) -> bool:
+        """All that the last step was to do is done, the next one has not begun, and it is in no checkpoint."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        begun, done = batches.ready, batches.completed
+        whole = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
+        new = self.saved_step != trainer.global_step
+        return trainer.state.fn == "fit" and begun == done > 0 and whole and new and not self.saving
+
     def _save(self, trainer: Trainer) -> None:
+        self.saving = True
         trainer.save_checkpoint(self.path)
         trainer.lightning_module.on_checkpoint_saved()
         self.saved_step = trainer.global_step
+        if self.keep > 1 and trainer.is_global_zero:
+            self._keep(trainer.global_step)
+        self.saving = False
+
+    def _keep(self, step: int) -> None:
+        """Give the checkpoint a name of its own, and remove the oldest."""
+        named = self.path.with_name(f"step_{step:08}.ckpt")
+        named.unlink(missing_ok=True)
+        try:
+            os.link(self.path, named)
+        except OSError:  # the file system has no hard links
+            with replacing(named) as file, self.path.open("rb") as original:
+                shutil.copyfileobj(original, file)
+        record(named, recorded(self.path))
+        for old in sorted(self.path.parent.glob("step_*.ckpt"))[: -self.keep]:
+            old.unlink()
+            checksums_of(old).unlink(missing_ok=True)
+
+
+def settle(fit_loop: dict[str, Any], batches_an_epoch: float) -> None:
+    """Make the state of Lightning's training loop that of a moment between two batches, or two epochs.
+
+    Checkpoints are saved by hooks, while counters are on their way. On loading, Lightning infers from them
+    which hook it was, and goes wrong at an epoch's last batch: the epoch after it is counted one short in the
+    next checkpoint, and one too many is trained. In the state that is left here there is nothing to infer.
+
+    Args:
+        fit_loop: what its `state_dict` returned; it is changed.
+        batches_an_epoch: how many there are.
+    """
+    epoch, batch = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    optimization = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    epochs, done = epoch["current"]["completed"], batch["current"]["processed"]
+    if (
+        epochs == epoch["current"]["ready"] and done > 0
+    ):  # the end of a training, which may be within an epoch
+        epochs -= 1
+    whole = done >= batches_an_epoch
+    if whole:
+        epochs, done = epochs + 1, 0
+        for progress in (fit_loop["epoch_loop.scheduler_progress"], *optimization.values()):
+            progress["current"] = dict.fromkeys(progress["current"], 0)
+    begun = epochs + (done > 0)
+    state = {"ready": begun, "started": begun, "processed": epochs, "completed": epochs}
+    epoch["total"], epoch["current"] = dict(state), dict(state)
+    batch["total"] = dict.fromkeys(batch["total"], batch["total"]["processed"])
+    batch["current"] = dict.fromkeys(batch["current"], done)
+    batch["is_last_batch"] = False
+    # The loggers' step, which Lightning counts after the hooks.
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = optimization["step"]["total"]["completed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,20 @@ from torchvision.datasets import ImageFolder
 from .augmentations import Augmentation, TwoViews, augmentation, plain
 from .distributed import rank, world_size
 from .errors import UsageError
+from .workers import context
 
 Transform = Callable[[Any], Any]
 
 
 def unchanged(image: Any) -> Any:
     return image
+
+
+@functools.cache  # reading them takes longer than a step on them
+def split_digits() -> tuple[np.ndarray, ...]:
+    """Pixels from 0 to 16 for the training (1437, 64) and the test (360, 64), and their labels."""
+    pixels, labels = load_digits(return_X_y=True)
+    return tuple(train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0))
 
 
 class Digits(Dataset):
@@ -34,9 +43,8 @@ class Digits(Dataset):
     """
 
     def __init__(self, train: bool, transform: Transform | None = None) -> None:
-        pixels, labels = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16, (1797,)
-        split = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)
-        pixels, self.labels = (split[0], split[2]) if train else (split[1], split[3])
+        train_pixels, test_pixels, train_labels, test_labels = split_digits()
+        pixels, self.labels = (train_pixels, train_labels) if train else (test_pixels, test_labels)
         gray = torch.from_numpy(pixels * (255 / 16)).round().to(torch.uint8)
         self.images = gray.reshape(-1, 1, 8, 8).repeat(1, 3, 1, 1)  # (N, 3, 8, 8)
         self.transform = transform or unchanged
@@ -313,8 +321,10 @@ class Views(ResumableData):
             raise UsageError(f"data.root holds a folder without images: {error}") from None
 
     def _loading(self) -> dict[str, Any]:
+        workers = self.hparams.num_workers
         return {
-            "num_workers": self.hparams.num_workers,
+            "num_workers": workers,
+            "multiprocessing_context": context() if workers else None,
             "pin_memory": torch.cuda.is_available(),
             "generator": torch.Generator(),  # or starting a loader would draw from the global one
         }

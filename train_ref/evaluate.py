@@ -31,8 +31,8 @@ from .classifiers import Batches, Classifier, LabelledFeatures, LabelledImages, 
 from .data import Views
 from .errors import UsageError
 from .evaluation import Features, Score, extract_features, format_table, knn_accuracies, labelled_subset
-from .evaluation_run import Run, directory_of, options_of, plain, resumable, say, sha256
-from .files import replacing, writable
+from .evaluation_run import Run, directory_of, options_of, plain, resumable, say
+from .files import replacing, sha256, writable
 from .networks import FEATURES, network
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]

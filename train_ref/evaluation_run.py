@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import hashlib
 import inspect
 import json
 import os
 import shlex
-import shutil
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,8 +25,9 @@ from .checkpoints import LastCheckpoint
 from .errors import UsageError
 from .files import replacing
 from .parsing import parser_of
+from .runs import CONFIG, LAST, remove_unless_begun
 
-CONFIG, CHECKPOINT, DONE = "config.yaml", "last.ckpt", "accuracies.json"
+DONE = "accuracies.json"  # of one training of several
 
 # What does not change the figures, or is checked by other means: `root` is where the images have moved to.
 MAY_CHANGE = {"accelerator", "every_n_steps", "num_workers", "output", "root"}
@@ -64,18 +63,17 @@ class Run:
     ) -> None:
         self.command, self.directory, self.config, self.folder = command, directory, config, folder
         self.every_n_steps = every_n_steps
-        self.new = folder is None
+        self.new, self.saved = folder is None, False
         self.lock: Any = None
         if folder is None:
             check_that_it_can_be_made(directory)
             return
         began = read_config(folder, command)
-        for key, what in (("sha256", "checkpoint"), ("images", "images of the data")):
+        what = {"sha256": f"another checkpoint than {config['checkpoint']} is now", "images": "other images"}
+        for key, said in what.items():
             if began[key] != config[key]:
-                raise UsageError(
-                    f"resume: {folder} began with another {what} than {config['checkpoint']} is or has now: "
-                    f"sha256 {str(began[key])[:12]}…, not {config[key][:12]}…"
-                )
+                digests = f"sha256 {str(began[key])[:12]}…, not {config[key][:12]}…"
+                raise UsageError(f"resume: {folder} began with {said}: {digests}")
         self._lock()
 
     def __enter__(self) -> Run:
@@ -86,11 +84,12 @@ class Run:
             self.lock.close()
         if kind is None or self.folder is None or rank_zero_only.rank:
             return
-        if self.new and not any(self._kept()):
-            shutil.rmtree(self.folder)
+        if self.new:
+            remove_unless_begun(self.folder)
             with contextlib.suppress(OSError):
                 self.directory.rmdir()  # unless there are others
-        elif not issubclass(kind, UsageError):  # which would come again
+        # A mistake of the user's at the start would come again; one that is found later saves first.
+        if self.folder.exists() and (self.saved or not issubclass(kind, UsageError)):
             words = [self.command, self.config["checkpoint"], "--resume", str(self.folder)]
             say(f"\nStopped. To go on: {shlex.join(words)}")
 
@@ -106,14 +105,14 @@ class Run:
     def training(self, name: str = "") -> dict[str, Any]:
         """Arguments of `fit` that keep a training in the folder, or in one of that name in it, and go on from
         the checkpoint there."""
-        checkpoint = self.folder / name / CHECKPOINT if self.folder else None
+        checkpoint = self.folder / name / LAST if self.folder else None
         if checkpoint is not None and checkpoint.exists():
             load_tensors(checkpoint)  # or Lightning would complain in a page
         else:
             checkpoint = None
         return {
             "logger": FolderLogger(lambda: self.begin() / name),
-            "callbacks": [ContinuedRecord(), RunCheckpoint(every_n_steps=self.every_n_steps)],
+            "callbacks": [ContinuedRecord(), RunCheckpoint(self)],
             "enable_checkpointing": True,
             "ckpt_path": checkpoint,
         }
@@ -134,13 +133,8 @@ class Run:
         folder = self.begin() / name
         with replacing(folder / DONE) as file:
             file.write((json.dumps(accuracies) + "\n").encode())
-        for path in folder.glob(f"{CHECKPOINT}*"):
+        for path in folder.glob(f"{LAST}*"):
             path.unlink()
-
-    def _kept(self) -> list[Path]:
-        """What a run has to show for its time, or to go on from."""
-        names = ("steps.csv", CHECKPOINT, DONE, f"{self.command}.json")
-        return [path for name in names for path in self.folder.rglob(name)]
 
     def _lock(self) -> None:
         """Keep other processes from going on with this run meanwhile; the lock ends with the process."""
@@ -202,8 +196,12 @@ class ContinuedRecord(Record):
 class RunCheckpoint(LastCheckpoint):
     """The checkpoint of one training; how to go on is told by its run, which may consist of several."""
 
+    def __init__(self, run: Run) -> None:
+        super().__init__(every_n_steps=run.every_n_steps)
+        self.run = run
+
     def tell_how_to_go_on(self) -> None:
-        pass
+        self.run.saved = True
 
 
 def check_that_it_can_be_made(directory: Path) -> None:
@@ -333,9 +331,3 @@ def plain(value: Any) -> Any:
 def directory_of(command: str, checkpoint: str, directory: str | None) -> Path:
     """Where the runs of a command have their folders: by default beside the checkpoint."""
     return Path(directory) if directory is not None else Path(checkpoint).parent / command
-
-
-def sha256(path: Path) -> str:
-    """Of a file's contents."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

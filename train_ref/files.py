@@ -1,10 +1,11 @@
-"""Files that are replaced when the new ones are whole."""
+"""Files that are replaced when the new ones are whole, and how it is known later that they still are."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,17 +14,111 @@ from .errors import UsageError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside the path to write to, which then takes its name: that is the old file's or the new one's,
-    never half's. What was written until an exception is removed."""
+    """A file to write to, which then takes the path's name: that is the old file's or the new one's, never half's.
+
+    Where the file system can, the new file has no name before it is whole: a kill leaves nothing behind.
+    Elsewhere it lies beside the path as ``<name>.partial``, which the next writer of the path removes.
+
+    Raises:
+        OSError: it cannot be written; the error names the path, and the old file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    nameless = _nameless(path.parent)
     try:
-        with partial.open("wb") as file:
+        with nameless or partial.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes
+            os.fsync(file.fileno())  # the name must not reach the disk before the bytes
+            if nameless:
+                partial.unlink(missing_ok=True)
+                # Only with a folder's descriptor does Python's link follow the symbolic link that /proc has.
+                os.link(f"/proc/self/fd/{file.fileno()}", partial, src_dir_fd=0, follow_symlinks=True)
         os.replace(partial, path)
+        with suppress(OSError):  # not all file systems sync folders
+            _sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _nameless(folder: Path) -> BinaryIO | None:
+    """A new file without a name; None where there are none, or where they cannot be given one later."""
+    if not (hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd")):
+        return None
+    try:
+        return open(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")  # noqa: SIM115
+    except OSError:
+        return None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Hashed:
+    """A file to write to, and the SHA-256 of what was written.
+
+    `error` is what the file's own write raised: torch.save tells of it as a page of C++ without its cause.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(data)
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def checksums_of(path: Path) -> Path:
+    """The file beside it that has its SHA-256, as ``sha256sum --check`` reads it."""
+    return path.with_name(path.name + ".sha256")
+
+
+def recorded(path: Path) -> list[str]:
+    """The SHA-256 sums that the file may have: one, or more where a kill came between it and its new sum."""
+    try:
+        return [
+            line.split()[0] for line in checksums_of(path).read_text(encoding="utf-8").splitlines() if line
+        ]
+    except FileNotFoundError:
+        return []
+
+
+def record(path: Path, sums: list[str]) -> None:
+    """Write beside a file which sums it may have."""
+    with replacing(checksums_of(path)) as file:
+        file.write("".join(f"{each}  {path.name}\n" for each in sums).encode())
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(path: Path) -> None:
+    """Read a file whose sum was recorded, and raise UsageError where it is another than what was written."""
+    if not (sums := recorded(path)):
+        return
+    if sha256(path) not in sums:
+        raise UsageError(
+            f"{path} is damaged: its SHA-256 is not that in {checksums_of(path).name}, as it was written"
+        )
 
 
 def writable(path: str | Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import textwrap
 from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 
 from .backbones import read_checkpoint
@@ -23,8 +25,10 @@ from .errors import UsageError
 from .methods import ALIASES, METHODS, method_name, settings_of
 from .parsing import Help
 from .progress import Plan, lines_in_place_of_a_bar
+from .runs import latest_checkpoint, own_directory
 
 CONFIG = ("--config", "-c")
+LATEST = "last"
 RECIPES = Path(__file__).with_name("recipes")
 
 DESCRIPTION = """\
@@ -40,7 +44,7 @@ outrank both. All options of Lightning's Trainer work, also the many not listed 
 # What the help says of Lightning's own options. Those of the trainer that are not here work too, unmentioned.
 HELP = {
     "config": "a recipe's name, or a file; of several, the later outrank the earlier",
-    "ckpt_path": "go on from this checkpoint",
+    "ckpt_path": "go on from this checkpoint; last: from the run's latest or, if there is none, from the start",
     "seed_everything": "seed of all random numbers; true draws one",
     "trainer.accelerator": "cpu, gpu, or auto",
     "trainer.accumulate_grad_batches": "batches a step of the optimizer",
@@ -68,10 +72,13 @@ class ReferenceCLI(LightningCLI):
             Views,
             trainer_defaults={
                 "callbacks": [Plan(method), Record()],
-                "devices": 1,
+                # As many processes as torchrun has started, where it has.
+                "devices": int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+                "num_nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)),
                 "enable_model_summary": False,
             },
             auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},  # `own_directory` knows what may be
             **settings,
         )
 
@@ -101,15 +108,18 @@ class ReferenceCLI(LightningCLI):
         settings = self.config.fit
         if not settings.config:
             raise UsageError("fit needs --config: a recipe's name, or a file of your own")
-        if settings.ckpt_path is None:
-            return
+        if settings.ckpt_path not in (None, LATEST):
+            self._check_checkpoint(settings.ckpt_path)
+
+    def _check_checkpoint(self, path: str) -> None:
+        """Raise UsageError where a training of this method cannot go on from it."""
         try:
-            kind = read_checkpoint(Path(settings.ckpt_path))["method"]
+            kind = read_checkpoint(Path(path))["method"]
         except UsageError as error:
             raise UsageError(f"ckpt_path: {error}") from error
         wanted = METHODS[self.method].kind.name
         if kind != wanted:
-            raise UsageError(f"ckpt_path: {settings.ckpt_path} is a checkpoint of {kind}, not of {wanted}")
+            raise UsageError(f"ckpt_path: {path} is a checkpoint of {kind}, not of {wanted}")
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         trainer = super().instantiate_trainer(
@@ -121,7 +131,24 @@ class ReferenceCLI(LightningCLI):
             known = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             trainer.strategy._ddp_kwargs.setdefault(name, False)
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if "TORCHELASTIC_RUN_ID" in os.environ and trainer.world_size != started:
+            raise UsageError(
+                f"trainer.devices and trainer.num_nodes make {trainer.world_size} processes, but torchrun has "
+                f"started {started}"
+            )
         return trainer
+
+    def fit(self, ckpt_path: str | None, **settings: Any) -> None:
+        """Train, in the place of the trainer's own `fit`."""
+        if ckpt_path == LATEST:
+            found = latest_checkpoint(self.trainer)
+            ckpt_path = None if found is None else str(found)
+            if found is not None:
+                self._check_checkpoint(ckpt_path)
+            rank_zero_only(print)(f"Going on from {found}" if found else "There is no checkpoint yet")
+        with own_directory(self.trainer, None if ckpt_path is None else Path(ckpt_path)):
+            self.trainer.fit(ckpt_path=ckpt_path, **settings)
 
 
 def fit(args: list[str], called: str, examples: str) -> None:

@@ -11,6 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from contrastive_ops import ConICLoss, DelayedSGD, InstanceClassifier
 
+from ..checkpoints import LastCheckpoint
 from ..distributed import gather, gather_objects, mean, own_rows, rank, world_size
 from ..errors import UsageError
 from ..networks import Head
@@ -86,6 +87,7 @@ class ConIC(Method):
                 path,
                 settings.seed,
                 dtype,
+                generations=self._generations(),
             )
         except (
             ImportError,
@@ -93,6 +95,11 @@ class ConIC(Method):
             ValueError,
         ) as error:  # a folder that is in use, or holds something else
             raise UsageError(f"model.storage, model.path: {error}") from error
+
+    def _generations(self) -> int:
+        """How many checkpoints' rows on disk must be there: all that are kept, and one that is being written."""
+        callbacks = self._trainer.callbacks if self._trainer else ()
+        return max(3, *(each.keep + 1 for each in callbacks if isinstance(each, LastCheckpoint)), 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

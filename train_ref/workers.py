@@ -1,0 +1,52 @@
+"""Processes that load images, out of reach of the signals that stop a training."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from multiprocessing import resource_tracker
+from multiprocessing.context import BaseContext
+
+STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+class _OutOfReach:
+    """A process that starts with these signals blocked, and keeps them so.
+
+    A terminal, or a scheduler, sends them to all processes of a group. The training answers by ending its
+    step, for which it needs a batch. A handler would come too late: it is set when the process runs, which
+    takes seconds where it is not forked. Processes end with the one that trains, also when that is killed.
+    """
+
+    def start(self) -> None:
+        resource_tracker.ensure_running()  # or it is started within, and leaves signals unblocked
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            super().start()  # type: ignore[misc]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def terminate(self) -> None:
+        self.kill()  # type: ignore[attr-defined]
+
+
+class _Forked(_OutOfReach, multiprocessing.get_context("fork").Process):  # type: ignore[name-defined,misc]
+    pass
+
+
+class _Spawned(_OutOfReach, multiprocessing.get_context("spawn").Process):  # type: ignore[name-defined,misc]
+    pass
+
+
+class _ForkServed(_OutOfReach, multiprocessing.get_context("forkserver").Process):  # type: ignore[name-defined,misc]
+    pass
+
+
+_PROCESSES = {"fork": _Forked, "spawn": _Spawned, "forkserver": _ForkServed}
+
+
+def context() -> BaseContext:
+    """What a loader starts its processes with, in the way that is multiprocessing's default."""
+    method = multiprocessing.get_start_method()
+    kind = type(multiprocessing.get_context(method))
+    return type(kind.__name__, (kind,), {"Process": _PROCESSES[method]})()
