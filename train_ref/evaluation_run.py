@@ -286,6 +286,8 @@ def resumable(command: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **given: Any) -> Any:
         said = inspect.signature(command).bind(*args, **given).arguments
         said |= said.pop("options", {})
+        # Types of the command line's would come into checkpoints, which then could not be read safely.
+        said = {name: plain(value) for name, value in said.items()}
         if said.get("resume") is None:
             return command(**said)
         name, checkpoint = command.__name__, str(said["checkpoint"])
@@ -296,7 +298,7 @@ def resumable(command: Callable[..., Any]) -> Callable[..., Any]:
         folder = folder_to_resume(name, checkpoint, str(said["resume"]), directory)
         began = known_options(command, checkpoint, folder)
         for option, value in said.items():
-            if option in began and option not in MAY_CHANGE and plain(value) != began[option]:
+            if option in began and option not in MAY_CHANGE and value != began[option]:
                 raise UsageError(
                     f"{option}: {folder} began with {began[option]}, not {value}: leave {option} out to "
                     "resume it, or resume out to begin anew"

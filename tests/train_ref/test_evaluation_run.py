@@ -15,6 +15,7 @@ import jsonargparse
 import pytest
 import torch
 import yaml
+from jsonargparse.typing import PositiveFloat
 from lightning.pytorch import Callback
 
 from train_ref import classifiers, evaluate
@@ -23,12 +24,18 @@ from train_ref.evaluation_run import claim_version
 
 from .conftest import values_of
 
-LINEAR = {"learning_rate": 1.0, "epochs": 2, "batch_size": 4, "max_images": 12}  # six steps
+LINEAR = {
+    "learning_rate": PositiveFloat(1.0),  # as the command line passes it
+    "epochs": 2,
+    "batch_size": 4,
+    "max_images": 12,
+}  # six steps
 FINETUNE = {
     "fractions": [0.17],
     "seeds": 2,
     "epochs": 1,
     "min_steps": 2,
+    "learning_rate": PositiveFloat(0.5),
     "batch_size": 5,
     "max_images": 60,
 }  # four trainings of two steps
