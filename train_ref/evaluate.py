@@ -243,6 +243,8 @@ def finetune(
                 labelled = labelled_subset(images.labels, fraction, seed)
                 train, test = images.augmented(labelled, seed), images.plain(train=False)
                 steps = max(1, len(labelled) // batch_size)  # an epoch
+                # Where more epochs make up for fewer steps, there are not more checkpoints.
+                longer = max(1, math.ceil(min_steps / steps / epochs))
                 scale = min(1, len(labelled) / batch_size)
                 for name, (layer, backbone) in rates.items():
                     place = f"fraction_{fraction}/seed_{seed}/{name.replace(' ', '_')}"
@@ -260,7 +262,7 @@ def finetune(
                             accelerator=evaluator.device.type,
                             enable_progress_bar=False,
                             **computing,
-                            **run.training(place),
+                            **run.training(place, every_n_epochs=longer),
                         )
                         run.finish(place, accuracies)
                     results[name].append(accuracies)

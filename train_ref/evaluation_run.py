@@ -102,9 +102,9 @@ class Run:
             self._lock()
         return self.folder or self.directory
 
-    def training(self, name: str = "") -> dict[str, Any]:
+    def training(self, name: str = "", every_n_epochs: int = 1) -> dict[str, Any]:
         """Arguments of `fit` that keep a training in the folder, or in one of that name in it, and go on from
-        the checkpoint there."""
+        the checkpoint there, which is written every so many epochs."""
         checkpoint = self.folder / name / LAST if self.folder else None
         if checkpoint is not None and checkpoint.exists():
             load_tensors(checkpoint)  # or Lightning would complain in a page
@@ -112,7 +112,7 @@ class Run:
             checkpoint = None
         return {
             "logger": FolderLogger(lambda: self.begin() / name),
-            "callbacks": [ContinuedRecord(), RunCheckpoint(self)],
+            "callbacks": [ContinuedRecord(), RunCheckpoint(self, every_n_epochs)],
             "enable_checkpointing": True,
             "ckpt_path": checkpoint,
         }
@@ -196,8 +196,8 @@ class ContinuedRecord(Record):
 class RunCheckpoint(LastCheckpoint):
     """The checkpoint of one training; how to go on is told by its run, which may consist of several."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(every_n_steps=run.every_n_steps)
+    def __init__(self, run: Run, every_n_epochs: int) -> None:
+        super().__init__(every_n_epochs, run.every_n_steps)
         self.run = run
 
     def tell_how_to_go_on(self) -> None:
