@@ -67,7 +67,9 @@ def run(commands: Mapping[str, Command], called: str, kind: str, description: st
     if command.parses:
         function(rest, called, examples_text(called, command.examples))
     else:
-        function(**parser_of(function, called, command.examples).parse_args(rest).as_dict())
+        # Only what was said: the function has defaults of its own, and a resumed run those it began with.
+        parser = parser_of(function, called, command.examples)
+        function(**parser.parse_args(rest, defaults=False).as_dict())
 
 
 def overview(commands: Mapping[str, Command], called: str, kind: str, description: str) -> ArgumentParser:

@@ -42,11 +42,11 @@ class Backbone(NamedTuple):
     step: int
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint of this trainer holds. Mapped, not read: tensors that nobody looks at cost nothing.
+def load_tensors(path: Path) -> Any:
+    """What a file of PyTorch's holds. Mapped, not read: tensors that nobody looks at cost nothing.
 
     Raises:
-        UsageError: it is missing, not whole, damaged, or of another program.
+        UsageError: it is missing, not whole, or damaged.
     """
     if not path.exists():
         raise UsageError(f"there is no checkpoint {path}")
@@ -54,11 +54,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is a folder, and no checkpoint")
     verify(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # what unpickling raises depends on where it goes wrong
         raise UsageError(f"{path} is no checkpoint, or not a whole one") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint of this trainer's methods holds, as `load_tensors` has it.
+
+    Raises:
+        UsageError: it is missing, not whole, damaged, or of another program.
+    """
+    checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in KEYS):
         raise UsageError(f"{path} is no checkpoint of this trainer")
     return checkpoint

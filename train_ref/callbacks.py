@@ -62,10 +62,10 @@ class Record(Callback):
             **module.values,
         }
         self.pending.append(row)
+        self.images = world_size() * len(batch[1])  # labels
         if len(self.pending) < trainer.log_every_n_steps:
             return
-        images = world_size() * len(batch[2])
-        seconds_in_loss = self.write(trainer, images) / trainer.log_every_n_steps
+        seconds_in_loss = self.write(trainer, self.images) / trainer.log_every_n_steps
         module.log("images_per_second", self.images_per_second, prog_bar=True)
         module.log("loss_ms", 1000 * seconds_in_loss, prog_bar=True)
 
@@ -98,7 +98,7 @@ class Record(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: Method) -> None:
         if self.pending:
-            self.write(trainer, trainer.datamodule.hparams.batch_size)
+            self.write(trainer, self.images)
         means = {name: total / self.batches for name, total in self.sums.items()}
         self.epochs.append({"epoch": trainer.current_epoch + 1, **means})
         self.sums, self.batches = {}, 0

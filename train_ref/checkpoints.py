@@ -103,7 +103,10 @@ class LastCheckpoint(Checkpoint):
         if isinstance(exception, Exception) and trainer.world_size == 1 and self._between_steps(trainer):
             self._save(trainer)
         if trainer.is_global_zero and self.saved_step is not None:
-            print(f"\nStopped. To go on from the last checkpoint: --ckpt_path {self.path}", flush=True)
+            self.tell_how_to_go_on()
+
+    def tell_how_to_go_on(self) -> None:
+        print(f"\nStopped. To go on from the last checkpoint: --ckpt_path {self.path}", flush=True)
 
     def on_save_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]

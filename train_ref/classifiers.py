@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from .augmentations import plain, supervised
-from .data import DrawnViews, Order, Transform, Views
-from .distributed import rank, world_size
+from .checkpoints import AtomicCheckpointIO
+from .data import DrawnViews, Order, ResumableData, TrainingLoader, Transform, Views
+from .distributed import mean, rank, world_size
 from .errors import UsageError
 from .evaluation import Features
 from .networks import normalize_in_groups
@@ -43,8 +45,8 @@ class LabelledViews(DrawnViews):
 class LabelledFeatures(Dataset):
     """Features that were extracted once, in place of `LabelledViews`: the same in every epoch."""
 
-    def __init__(self, features: Features) -> None:
-        self.features = features
+    def __init__(self, features: Features, seed: int = 0) -> None:
+        self.features, self.seed = features, seed  # the seed is the order's, which a loader asks of its items
 
     def __len__(self) -> int:
         return len(self.features.labels)
@@ -95,14 +97,27 @@ class LabelledImages(Views):
         share = [(0, i) for i in range(rank(), len(dataset), world_size())]
         return DataLoader(dataset, self.hparams.batch_size, sampler=share, **self._loading())
 
-    def shuffled(self, dataset: Dataset, batch_size: int, seed: int) -> DataLoader:
+    def shuffled(self, dataset: Dataset, batch_size: int, seed: int) -> TrainingLoader:
         """Batches, no larger than that, of its items (epoch, i), in another order every epoch."""
         batch_size = min(batch_size, len(dataset))
         if batch_size < world_size():
             raise UsageError(f"{batch_size} images a batch are too few for {world_size()} devices")
         order = Order(len(dataset), batch_size - batch_size % world_size(), seed)
         workers = self.hparams.num_workers > 0
-        return DataLoader(dataset, batch_sampler=order, persistent_workers=workers, **self._loading())
+        return TrainingLoader(dataset, order, persistent_workers=workers, **self._loading())
+
+    def digest(self) -> str:
+        """Of the labels and, in a folder, the names of the images: others would give other figures."""
+        digest = hashlib.sha256()
+        for train, images in self.sets.items():
+            chosen = self.indices[train]
+            digest.update(f"{len(images)} {len(chosen)}\n".encode())
+            if self.hparams.dataset == "folder":
+                for i in chosen:
+                    path, label = images.samples[i]
+                    digest.update(f"{label} {Path(path).relative_to(images.root)}\n".encode())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def _training_labels(self) -> Tensor:
         """The labels of all training images, none of which is read for it."""
@@ -112,7 +127,7 @@ class LabelledImages(Views):
         return torch.as_tensor(images.targets if self.hparams.dataset == "folder" else images.labels)
 
 
-class Batches(LightningDataModule):
+class Batches(ResumableData):
     """What a classifier is trained and tested on, in batches that are made as soon as processes are known."""
 
     def __init__(
@@ -121,8 +136,8 @@ class Batches(LightningDataModule):
         super().__init__()
         self.images, self.train, self.test, self.batch_size, self.seed = images, train, test, batch_size, seed
 
-    def train_dataloader(self) -> DataLoader:
-        return self.images.shuffled(self.train, self.batch_size, self.seed)
+    def train_dataloader(self) -> TrainingLoader:
+        return self.resumed(self.images.shuffled(self.train, self.batch_size, self.seed))
 
     def test_dataloader(self) -> DataLoader:
         return self.images.in_order(self.test)
@@ -161,6 +176,7 @@ class Classifier(LightningModule):
         self.layer = nn.Linear(features, classes)
         nn.init.normal_(self.layer.weight, std=0.01)  # as MoCo's
         nn.init.zeros_(self.layer.bias)
+        self.criterion = nn.CrossEntropyLoss()
         self.accuracies = nn.ModuleDict(
             {f"top-{k}": MulticlassAccuracy(classes, top_k=k, average="micro") for k in (1, 5) if k < classes}
         )
@@ -181,14 +197,36 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
+        loss = self.criterion(self(images), labels)
         self.log("loss", loss, prog_bar=True)
         self.values = {"loss": loss.detach()}
+        # To look at a loss is to wait for a GPU, which therefore is asked as often as values are logged.
+        if self.device.type == "cpu" or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+            self.check_loss()
         return loss
 
     def on_train_epoch_end(self) -> None:
-        if not self.values["loss"].isfinite():
-            raise UsageError("the training diverged: its loss is no longer finite; lower the learning rate")
+        self.check_loss()
+
+    def check_loss(self) -> None:
+        if not mean(self.values["loss"]).isfinite():  # of all processes, which stop together
+            raise UsageError(
+                f"the training diverged: its loss is not finite after {self.trainer.global_step} steps; "
+                "lower the learning rate"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.frozen:  # the backbone is in the checkpoint that is evaluated
+            tensors = checkpoint["state_dict"].items()
+            checkpoint["state_dict"] = {name: x for name, x in tensors if not name.startswith("backbone.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.frozen:
+            backbone = {f"backbone.{name}": x for name, x in self.backbone.state_dict().items()}
+            checkpoint["state_dict"] = backbone | checkpoint["state_dict"]
+
+    def on_checkpoint_saved(self) -> None:
+        """Nothing of a classifier is kept elsewhere than in the checkpoint."""
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -214,25 +252,30 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def fit(classifier: Classifier, batches: Batches, epochs: int, **settings: Any) -> dict[str, float]:
+def fit(
+    classifier: Classifier, batches: Batches, epochs: int, ckpt_path: Path | None = None, **settings: Any
+) -> dict[str, float]:
     """Train a classifier; returns its accuracies on the test images in percent: top-1 and, of more than five
     classes, top-5.
 
     Args:
-        **settings: arguments of Lightning's Trainer.
+        ckpt_path: the checkpoint to go on from.
+        **settings: arguments of Lightning's Trainer. Without any, nothing is kept.
     """
+    keeping_nothing = {"logger": False, "enable_checkpointing": False}
     trainer = Trainer(
         max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **settings,
+        plugins=[AtomicCheckpointIO()],
+        **{**keeping_nothing, **settings},
     )
     lines_in_place_of_a_bar(trainer)
     with warnings.catch_warnings():
         # A frozen backbone is meant to be in evaluation mode, and a loader without workers is asked for.
-        warnings.filterwarnings("ignore", message=".*(in eval mode|does not have many workers)")
-        trainer.fit(classifier, batches)
+        # Few labels are few batches, fewer than there are between two that are logged.
+        for told in ("in eval mode", "does not have many workers", "logging interval"):
+            warnings.filterwarnings("ignore", message=f".*{told}")
+        trainer.fit(classifier, batches, ckpt_path=ckpt_path)
         trainer.test(classifier, batches, verbose=False)
     return classifier.percent()

@@ -92,7 +92,11 @@ COMMANDS = {
     "linear": Command(
         "evaluates a checkpoint by a linear layer on its frozen features",
         "evaluate:linear",
-        (f"{CHECKPOINT} --learning_rate 3", f"{CHECKPOINT} --recipe conic --augment false"),
+        (
+            f"{CHECKPOINT} --learning_rate 3",
+            f"{CHECKPOINT} --recipe conic --augment false",
+            f"{CHECKPOINT} --resume last",
+        ),
     ),
     "finetune": Command(
         "evaluates a checkpoint by training it on a few of the labels",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,13 @@ def unchanged(image: Any) -> Any:
     return image
 
 
+@functools.cache  # reading them takes longer than a step on them
+def split_digits() -> tuple[np.ndarray, ...]:
+    """Pixels from 0 to 16 for the training (1437, 64) and the test (360, 64), and their labels."""
+    pixels, labels = load_digits(return_X_y=True)
+    return tuple(train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0))
+
+
 class Digits(Dataset):
     """scikit-learn's 1797 scans of handwritten digits as (3, 8, 8) uint8 images, one in five for the test.
 
@@ -35,9 +43,8 @@ class Digits(Dataset):
     """
 
     def __init__(self, train: bool, transform: Transform | None = None) -> None:
-        pixels, labels = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16, (1797,)
-        split = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)
-        pixels, self.labels = (split[0], split[2]) if train else (split[1], split[3])
+        train_pixels, test_pixels, train_labels, test_labels = split_digits()
+        pixels, self.labels = (train_pixels, train_labels) if train else (test_pixels, test_labels)
         gray = torch.from_numpy(pixels * (255 / 16)).round().to(torch.uint8)
         self.images = gray.reshape(-1, 1, 8, 8).repeat(1, 3, 1, 1)  # (N, 3, 8, 8)
         self.transform = transform or unchanged
@@ -183,7 +190,32 @@ class TrainingLoader(DataLoader):
         self.given = (order.epoch, order.start)
 
 
-class Views(LightningDataModule):
+class ResumableData(LightningDataModule):
+    """Images whose training loader goes on where a checkpoint's was.
+
+    Lightning asks a loader for its state too, but has no use for it where the loader was made before the
+    loops were restored, as it is for a schedule that wants to know the number of steps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resume_from: dict[str, int] | None = None  # of a loader, from a checkpoint
+
+    def resumed(self, loader: TrainingLoader) -> TrainingLoader:
+        """The loader, where the checkpoint's was, if there is one."""
+        self.loader = loader
+        if self.resume_from is not None:
+            loader.load_state_dict(self.resume_from)
+        return loader
+
+    def state_dict(self) -> dict[str, int]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.resume_from = state_dict
+
+
+class Views(ResumableData):
     """Batches of two augmented views an image for the training, of plain images for the evaluation.
 
     Args:
@@ -212,7 +244,6 @@ class Views(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.resume_from: dict[str, int] | None = None  # of a loader, from a checkpoint
 
     def setup(self, stage: str | None = None) -> None:
         """Open the training images, and the test images too: a mistake is better known before the training.
@@ -248,23 +279,9 @@ class Views(LightningDataModule):
         transform = augmentation(self.hparams.augmentation, self.hparams.image_size)
         endless = isinstance(self.train_images, SyntheticImages)
         order = Order(len(self.train_images), self.hparams.batch_size, None if endless else self.seed)
-        self.loader = TrainingLoader(
-            DrawnViews(self.train_images, transform, self.seed),
-            order,
-            persistent_workers=self.hparams.num_workers > 0,
-            **self._loading(),
-        )
-        if self.resume_from is not None:
-            self.loader.load_state_dict(self.resume_from)
-        return self.loader
-
-    # Lightning asks a loader for its state too, but has no use for it where the loader was made before the
-    # loops were restored, as it is for a schedule that wants to know the number of steps.
-    def state_dict(self) -> dict[str, int]:
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.resume_from = state_dict
+        views = DrawnViews(self.train_images, transform, self.seed)
+        workers = self.hparams.num_workers > 0
+        return self.resumed(TrainingLoader(views, order, persistent_workers=workers, **self._loading()))
 
     def evaluation_dataloaders(self, max_images: int | None = None) -> tuple[DataLoader, DataLoader]:
         """Training and test images without augmentation, as batches of (images (B, 3, H, W), labels (B,)).

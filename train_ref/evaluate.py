@@ -1,7 +1,9 @@
 """The commands ``knn``, ``linear``, ``finetune`` and ``export``: what a checkpoint's features are worth, and
 its backbone for other programs.
 
-Each takes any checkpoint that this trainer wrote, prints a table, and keeps its figures as JSON beside it.
+Each takes any checkpoint that this trainer wrote and prints a table. Every evaluation keeps its settings and
+its figures in a folder of its own; those that train keep checkpoints and the values of their steps too, and
+go on from where they were stopped. An export depends on its checkpoint alone: its files replace older ones.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ import copy
 import inspect
 import json
 import math
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +31,8 @@ from .classifiers import Batches, Classifier, LabelledFeatures, LabelledImages, 
 from .data import Views
 from .errors import UsageError
 from .evaluation import Features, Score, extract_features, format_table, knn_accuracies, labelled_subset
-from .files import replacing, writable
+from .evaluation_run import Run, directory_of, options_of, plain, resumable, say
+from .files import replacing, sha256, writable
 from .networks import FEATURES, network
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -38,8 +42,6 @@ RECIPES = {
     "moco": Schedule(30.0, cosine=False),  # He et al., CVPR 2020
     "conic": Schedule(75.0),  # section C.2
 }
-
-say = rank_zero_only(print)
 
 
 def knn(
@@ -61,31 +63,34 @@ def knn(
     Returns:
         The rows of the table.
     """
+    settings = dict(locals())  # all options, before there are other names
     if not (k and temperature):
         raise UsageError("k and temperature need at least one value each")
     evaluator = Evaluator("knn", checkpoint, **options)
-    train, test = (evaluator.features(part) for part in (True, False))
-    votes = list(dict.fromkeys(min(each, len(train.labels)) for each in k))
-    accuracies = knn_accuracies(
-        train,
-        test,
-        ks=votes,
-        temperatures=temperature,
-        chunk_size=max(1, memory * 10**6 // (4 * len(train.labels))),
-        device=evaluator.device,
-    )
-    rows = [
-        {
-            "measure": f"{neighbours} nearest neighbours, τ = {tau:g}",
-            "labels": len(train.labels),
-            "accuracy": Score(accuracy, None)._asdict(),
-        }
-        for (neighbours, tau), accuracy in accuracies.items()
-    ]
-    evaluator.report(rows, {"k": votes, "temperature": list(temperature)})
+    with evaluator.run(settings):
+        train, test = (evaluator.features(part) for part in (True, False))
+        votes = list(dict.fromkeys(min(each, len(train.labels)) for each in k))
+        accuracies = knn_accuracies(
+            train,
+            test,
+            ks=votes,
+            temperatures=temperature,
+            chunk_size=max(1, memory * 10**6 // (4 * len(train.labels))),
+            device=evaluator.device,
+        )
+        rows = [
+            {
+                "measure": f"{neighbours} nearest neighbours, τ = {tau:g}",
+                "labels": len(train.labels),
+                "accuracy": Score(accuracy, None)._asdict(),
+            }
+            for (neighbours, tau), accuracy in accuracies.items()
+        ]
+        evaluator.report(rows, {"k": votes, "temperature": list(temperature)})
     return rows
 
 
+@resumable
 def linear(
     checkpoint: str,
     recipe: Literal["moco", "conic"] = "moco",
@@ -96,6 +101,8 @@ def linear(
     seed: NonNegativeInt = 0,
     devices: PositiveInt = 1,
     precision: Precision = "32-true",
+    every_n_steps: PositiveInt | None = None,
+    resume: str | None = None,
     **options: Any,
 ) -> Rows:
     """Linear evaluation: a linear layer learns from all labels, on the frozen backbone.
@@ -111,11 +118,15 @@ def linear(
         seed: of the layer, the crops and their order.
         devices: how many GPUs, or processes.
         precision: of the computation.
+        every_n_steps: write a checkpoint as often, besides those at the end of every epoch.
+        resume: go on with a run that was stopped, with its settings: "last", the newest one of this
+            checkpoint that is not finished, or a run's folder.
         **options: those of `Evaluator`.
 
     Returns:
         The rows of the table.
     """
+    settings = dict(locals())  # all options, before there are other names
     if devices > 1 and not augment:
         raise UsageError(
             "devices must be 1 where augment is false: features are extracted once, by one process"
@@ -125,36 +136,38 @@ def linear(
         schedule = schedule._replace(learning_rate=learning_rate)
     evaluator = Evaluator("linear", checkpoint, **options)
     images, backbone = evaluator.images, evaluator.backbone.network
-    if augment:
-        train, test = images.augmented(slice(None), seed), images.plain(train=False)
-    else:
-        train, test = (LabelledFeatures(evaluator.features(part)) for part in (True, False))
-        backbone = nn.Identity()
-    seed_everything(seed, verbose=False)
-    classifier = Classifier(backbone, FEATURES[evaluator.backbone.arch], images.classes, schedule)
-    training = {"epochs": epochs, "devices": devices, "precision": precision}
-    accuracies = fit(
-        classifier,
-        Batches(images, train, test, batch_size, seed),
-        accelerator=evaluator.device.type,
-        **training,
-    )
-    rows = [
-        {
-            "measure": f"linear evaluation, {name}",
-            "labels": len(train),
-            "accuracy": Score(accuracy, None)._asdict(),
+    with evaluator.run(settings) as run:
+        if augment:
+            train, test = images.augmented(slice(None), seed), images.plain(train=False)
+        else:
+            train, test = (LabelledFeatures(evaluator.features(part), seed) for part in (True, False))
+            backbone = nn.Identity()
+        seed_everything(seed, verbose=False)
+        classifier = Classifier(backbone, FEATURES[evaluator.backbone.arch], images.classes, schedule)
+        training = {"epochs": epochs, "devices": devices, "precision": precision}
+        accuracies = fit(
+            classifier,
+            Batches(images, train, test, batch_size, seed),
+            accelerator=evaluator.device.type,
+            **training,
+            **run.training(),
+        )
+        rows = [
+            {
+                "measure": f"linear evaluation, {name}",
+                "labels": len(train),
+                "accuracy": Score(accuracy, None)._asdict(),
+            }
+            for name, accuracy in accuracies.items()
+        ]
+        told = {
+            "recipe": recipe,
+            **schedule._asdict(),
+            "batch_size": batch_size,
+            "augment": augment,
+            "seed": seed,
         }
-        for name, accuracy in accuracies.items()
-    ]
-    settings = {
-        "recipe": recipe,
-        **schedule._asdict(),
-        "batch_size": batch_size,
-        "augment": augment,
-        "seed": seed,
-    }
-    evaluator.report(rows, settings | training)
+        evaluator.report(rows, told | training)
     return rows
 
 
@@ -163,6 +176,7 @@ def linear(
 # 0.002 would hardly move a network: all of it learns at 0.1, usual on ImageNet for 256 images (Goyal et al.,
 # 2017). Digits differ: their 10 or 140 labels are less than a batch. Rates are as much lower, by the linear
 # rule of Goyal et al., and where 20 epochs were 20 steps, there are `min_steps`.
+@resumable
 def finetune(
     checkpoint: str,
     fractions: Sequence[float] = (0.01, 0.1),
@@ -176,9 +190,14 @@ def finetune(
     scratch_learning_rate: PositiveFloat = 0.1,
     devices: PositiveInt = 1,
     precision: Precision = "32-true",
+    every_n_steps: PositiveInt | None = None,
+    resume: str | None = None,
     **options: Any,
 ) -> Rows:
     """Semi-supervised learning: the backbone, and a linear layer on it, learn from a few of the labels.
+
+    Each training has a folder of its own in the run's. One that is done leaves its accuracies, its steps and
+    its logs, but no checkpoint: they would be many, each as large as the network.
 
     Args:
         checkpoint: a file that the training wrote, ``last.ckpt`` in a run's directory.
@@ -194,11 +213,15 @@ def finetune(
         scratch_learning_rate: of all its layers, likewise.
         devices: how many GPUs, or processes.
         precision: of the computation.
+        every_n_steps: write a checkpoint as often, besides those at the end of every epoch.
+        resume: go on with a run that was stopped, with its settings: "last", the newest one of this
+            checkpoint that is not finished, or a run's folder.
         **options: those of `Evaluator`.
 
     Returns:
         The rows of the table.
     """
+    settings = dict(locals())  # all options, before there are other names
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         said = ", ".join(map(str, fractions)) or "none"
         raise UsageError(f"fractions must be above 0 and at most 1, and one at least, not {said}")
@@ -213,52 +236,59 @@ def finetune(
     computing = {"devices": devices, "precision": precision}
 
     rows, draws = [], []
-    for fraction in fractions:
-        results: dict[str, list[dict[str, float]]] = {name: [] for name in rates}
-        for seed in range(seeds):
-            labelled = labelled_subset(images.labels, fraction, seed)
-            train, test = images.augmented(labelled, seed), images.plain(train=False)
-            steps = max(1, len(labelled) // batch_size)  # an epoch
-            scale = min(1, len(labelled) / batch_size)
-            for name, (layer, backbone) in rates.items():
-                seed_everything(seed, verbose=False)
-                net = network(arch, evaluator.backbone.stem).to(memory_format=torch.channels_last)
-                if name == "fine-tuned":
-                    net = copy.deepcopy(evaluator.backbone.network)
-                schedule = Schedule(scale * layer, scale * backbone)
-                classifier = Classifier(net, FEATURES[arch], images.classes, schedule)
-                accuracies = fit(
-                    classifier,
-                    Batches(images, train, test, batch_size, seed),
-                    max(epochs, math.ceil(min_steps / steps)),
-                    accelerator=evaluator.device.type,
-                    enable_progress_bar=False,
-                    **computing,
+    with evaluator.run(settings) as run:
+        for fraction in dict.fromkeys(fractions):
+            results: dict[str, list[dict[str, float]]] = {name: [] for name in rates}
+            for seed in range(seeds):
+                labelled = labelled_subset(images.labels, fraction, seed)
+                train, test = images.augmented(labelled, seed), images.plain(train=False)
+                steps = max(1, len(labelled) // batch_size)  # an epoch
+                # Where more epochs make up for fewer steps, there are not more checkpoints.
+                longer = max(1, math.ceil(min_steps / steps / epochs))
+                scale = min(1, len(labelled) / batch_size)
+                for name, (layer, backbone) in rates.items():
+                    place = f"fraction_{fraction}/seed_{seed}/{name.replace(' ', '_')}"
+                    accuracies = run.accuracies(place)
+                    if accuracies is None:
+                        seed_everything(seed, verbose=False)
+                        net = network(arch, evaluator.backbone.stem).to(memory_format=torch.channels_last)
+                        if name == "fine-tuned":
+                            net = copy.deepcopy(evaluator.backbone.network)
+                        schedule = Schedule(scale * layer, scale * backbone)
+                        accuracies = fit(
+                            Classifier(net, FEATURES[arch], images.classes, schedule),
+                            Batches(images, train, test, batch_size, seed),
+                            max(epochs, math.ceil(min_steps / steps)),
+                            accelerator=evaluator.device.type,
+                            enable_progress_bar=False,
+                            **computing,
+                            **run.training(place, every_n_epochs=longer),
+                        )
+                        run.finish(place, accuracies)
+                    results[name].append(accuracies)
+                text = ", ".join(f"{name} {runs[-1]['top-1']:.1f} %" for name, runs in results.items())
+                say(f"{len(labelled)} labels, seed {seed}: {text}")
+            for measure in accuracies:
+                scores = {name: Score.of([run[measure] for run in runs]) for name, runs in results.items()}
+                rows.append(
+                    {
+                        "measure": f"{100 * fraction:g} % of the labels, {measure}",
+                        "labels": len(labelled),
+                        **{name: score._asdict() for name, score in scores.items()},
+                    }
                 )
-                results[name].append(accuracies)
-            text = ", ".join(f"{name} {runs[-1]['top-1']:.1f} %" for name, runs in results.items())
-            say(f"{len(labelled)} labels, seed {seed}: {text}", flush=True)
-        for measure in accuracies:
-            scores = {name: Score.of([run[measure] for run in runs]) for name, runs in results.items()}
-            rows.append(
-                {
-                    "measure": f"{100 * fraction:g} % of the labels, {measure}",
-                    "labels": len(labelled),
-                    **{name: score._asdict() for name, score in scores.items()},
-                }
-            )
-        draws.append({"fraction": fraction, **results})
-    settings = {
-        "fractions": list(fractions),
-        "seeds": seeds,
-        "epochs": epochs,
-        "min_steps": min_steps,
-        "backbone_learning_rate": backbone_learning_rate,
-        "learning_rate": learning_rate,
-        "scratch_learning_rate": scratch_learning_rate,
-        "batch_size": batch_size,
-    }
-    evaluator.report(rows, settings | computing, draws=draws)
+            draws.append({"fraction": fraction, **results})
+        told = {
+            "fractions": list(fractions),
+            "seeds": seeds,
+            "epochs": epochs,
+            "min_steps": min_steps,
+            "backbone_learning_rate": backbone_learning_rate,
+            "learning_rate": learning_rate,
+            "scratch_learning_rate": scratch_learning_rate,
+            "batch_size": batch_size,
+        }
+        evaluator.report(rows, told | computing, draws=draws)
     return rows
 
 
@@ -273,7 +303,7 @@ def export(checkpoint: str, output: str | None = None) -> Rows:
         The rows of the table.
     """
     backbone = load_backbone(checkpoint)
-    stem = writable(output or beside(checkpoint, "backbone"))
+    stem = writable(output or Path(checkpoint).with_suffix(".backbone"))
     files = export_backbone(backbone, stem)
     count = len(backbone.network.state_dict())
     rows = [
@@ -283,7 +313,9 @@ def export(checkpoint: str, output: str | None = None) -> Rows:
     print(format_table(rows))
     if differs := differences(backbone):
         print(f"\nUnlike torchvision's: {differs}.")
-    write_report(stem.with_name(stem.name + ".json"), "export", backbone, rows, {"differences": differs})
+    path = stem.with_name(stem.name + ".json")
+    write_report(path, "export", backbone, rows, {"differences": differs})
+    print(f"\nThese figures are kept in {path}", flush=True)
     return rows
 
 
@@ -299,7 +331,9 @@ class Evaluator:
         num_workers: processes that load images.
         max_images: take no more training and test images than this, evenly spaced; by default all.
         accelerator: where it is computed; auto is a GPU, if there is one.
-        output: where the figures go, as JSON; by default beside the checkpoint.
+        output: where the figures go besides, as JSON; a file that is there is replaced.
+        directory: where the run has its folder, version_<N>; by default that of the command's name beside the
+            checkpoint.
     """
 
     def __init__(
@@ -313,18 +347,46 @@ class Evaluator:
         max_images: PositiveInt | None = None,
         accelerator: Literal["auto", "cpu", "cuda"] = "auto",
         output: str | None = None,
+        directory: str | None = None,
     ) -> None:
         if accelerator == "cuda" and not torch.cuda.is_available():
             raise UsageError("accelerator is cuda, but there is no such GPU")
         on_gpu = accelerator != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        self.command, self.backbone = command, load_backbone(checkpoint)
-        self.output = writable(output or beside(checkpoint, f"{command}.json"))
+        self.command = command
+        before = modified(checkpoint)
+        self.backbone, self.sha256 = load_backbone(checkpoint), sha256(Path(checkpoint))
+        if modified(checkpoint) != before:  # a training that still runs has replaced it
+            raise UsageError(f"{checkpoint} was replaced while it was read: begin again, or copy it first")
+        self.output = None if output is None else writable(output)
+        self.directory = directory_of(command, checkpoint, directory)
         said = {"dataset": dataset, "root": root, "image_size": image_size, "num_workers": num_workers}
         data = self.backbone.data | {name: value for name, value in said.items() if value is not None}
         self.data = {name: data[name] for name in inspect.signature(Views).parameters if name in data}
         self.max_images = max_images
         self.images = LabelledImages(max_images, **self.data)
+
+    def run(self, settings: Mapping[str, Any]) -> Run:
+        """The run of the command, new or resumed, from the values of its arguments."""
+        defaults = inspect.signature(Evaluator).parameters.values()
+        known = {each.name: each.default for each in defaults if each.default is not each.empty}
+        config = {
+            "command": self.command,
+            "checkpoint": str(self.backbone.path.absolute()),
+            "sha256": self.sha256,
+            "images": self.images.digest(),
+            "options": options_of(settings, known),
+            "data": {name: plain(value) for name, value in self.data.items()},
+        }
+        resume = settings.get("resume")
+        self.kept_in = Run(
+            self.command,
+            self.directory,
+            config,
+            Path(resume) if resume else None,
+            settings.get("every_n_steps"),
+        )
+        return self.kept_in
 
     def features(self, train: bool) -> Features:
         """Those of the training or the test images, without augmentation."""
@@ -333,21 +395,23 @@ class Evaluator:
 
     @rank_zero_only
     def report(self, rows: Rows, settings: dict[str, Any], **details: Any) -> None:
-        """Print the rows, and write them with what is needed to get them again."""
+        """Write the rows, with what is needed to get them again, and print them."""
+        settings = {"data": self.data, "max_images": self.max_images, **settings}
+        details = {"settings": settings, "device": str(self.device), **details}
+        folder = self.kept_in.begin()
+        files = [folder / f"{self.command}.json"]  # comes last: with it the run is finished
+        if self.output is not None:
+            files.insert(0, self.output)
+        for path in files:
+            write_report(path, self.command, self.backbone, rows, {"sha256": self.sha256, **details})
         print(f"\nAccuracy on {len(self.images.indices[False])} test images, in percent:\n")
         print(format_table(rows))
-        settings = {"data": self.data, "max_images": self.max_images, **settings}
-        write_report(
-            self.output,
-            self.command,
-            self.backbone,
-            rows,
-            {"settings": settings, "device": str(self.device), **details},
-        )
+        print(f"\nThese figures are kept in {' and '.join(map(str, files))}", flush=True)
 
 
-def beside(checkpoint: str, ending: str) -> Path:
-    return Path(checkpoint).with_suffix(f".{ending}")
+def modified(path: str) -> int | None:
+    """When a file was written, if there is one."""
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
 
 
 def write_report(path: Path, command: str, backbone: Backbone, rows: Rows, details: dict[str, Any]) -> None:
@@ -363,4 +427,3 @@ def write_report(path: Path, command: str, backbone: Backbone, rows: Rows, detai
     }
     with replacing(path) as file:
         file.write((json.dumps(report, indent=2) + "\n").encode())
-    print(f"\nThese figures are kept in {path}", flush=True)

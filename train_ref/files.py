@@ -106,13 +106,17 @@ def record(path: Path, sums: list[str]) -> None:
         file.write("".join(f"{each}  {path.name}\n" for each in sums).encode())
 
 
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def verify(path: Path) -> None:
     """Read a file whose sum was recorded, and raise UsageError where it is another than what was written."""
     if not (sums := recorded(path)):
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found not in sums:
+    if sha256(path) not in sums:
         raise UsageError(
             f"{path} is damaged: its SHA-256 is not that in {checksums_of(path).name}, as it was written"
         )

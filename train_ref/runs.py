@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -66,7 +67,7 @@ def own_directory(trainer: Trainer, goes_on_from: Path | None = None) -> Iterato
         yield
     except BaseException:
         if new and not goes_on:
-            _remove_what_was_prepared(directory)
+            remove_unless_begun(directory)
         raise
 
 
@@ -81,13 +82,10 @@ def _has_versions(trainer: Trainer) -> bool:
     return isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
 
 
-def _remove_what_was_prepared(directory: Path) -> None:
-    if not directory.exists() or any(not _was_prepared(file) for file in directory.iterdir()):
-        return
-    for file in directory.iterdir():
-        file.unlink()
-    with suppress(OSError):
-        directory.rmdir()
+def remove_unless_begun(directory: Path) -> None:
+    """Remove a run's directory where no step was recorded or saved, of no training that it consists of."""
+    if all(_was_prepared(file) for file in directory.rglob("*") if not file.is_dir()):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _was_prepared(file: Path) -> bool:

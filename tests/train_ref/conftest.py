@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 
 from train_ref import __main__ as command_line
 from train_ref.data import Views
@@ -36,6 +37,41 @@ def make_moco(make_method):
         return make_method("moco", **{"queue_size": 20, "momentum": 0.9, **settings})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained() -> MoCo:
+    """A MoCo after two steps of training on digits."""
+    seed_everything(0, verbose=False)
+    module = MoCo(arch="convnet", dim=16, queue_size=64)
+    Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, Views(batch_size=64))
+    return module
+
+
+@pytest.fixture(scope="session")
+def checkpoint(trained: MoCo, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "last.ckpt"
+    trained.trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Six bright and six dark images for the training, and as many for the test."""
+    for part in ("train", "val"):
+        for name, brightness in (("bright", 200), ("dark", 40)):
+            directory = tmp_path / "images" / part / name
+            directory.mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (20, 16), (brightness + i,) * 3).save(directory / f"{i}.png")
+    return tmp_path / "images"
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from lightning.pytorch import Trainer, seed_everything
-from PIL import Image
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -24,7 +23,7 @@ from train_ref.data import Views
 from train_ref.errors import UsageError
 from train_ref.evaluation import extract_features
 from train_ref.files import replacing
-from train_ref.methods import KINDS, MoCo
+from train_ref.methods import KINDS
 from train_ref.networks import network
 
 
@@ -35,29 +34,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def moco() -> MoCo:
-    """After two steps of training on digits."""
-    seed_everything(0, verbose=False)
-    module = MoCo(arch="convnet", dim=16, queue_size=64)
-    Trainer(
-        accelerator="cpu",
-        max_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module, Views(batch_size=64))
-    return module
-
-
-@pytest.fixture(scope="module")
-def checkpoint(moco: MoCo, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("run") / "last.ckpt"
-    moco.trainer.save_checkpoint(path)
-    return path
 
 
 @pytest.fixture
@@ -93,18 +69,6 @@ def written(tmp_path: Path):
     return write
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Six bright and six dark images for the training, and as many for the test."""
-    for part in ("train", "val"):
-        for name, brightness in (("bright", 200), ("dark", 40)):
-            directory = tmp_path / "images" / part / name
-            directory.mkdir(parents=True)
-            for i in range(6):
-                Image.new("RGB", (20, 16), (brightness + i,) * 3).save(directory / f"{i}.png")
-    return tmp_path / "images"
-
-
 def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -113,9 +77,9 @@ def state(module: torch.nn.Module) -> dict:
     return copy.deepcopy(dict(module.state_dict()))
 
 
-def test_a_backbone_is_loaded_with_what_is_known_of_it(moco, checkpoint):
+def test_a_backbone_is_loaded_with_what_is_known_of_it(trained, checkpoint):
     backbone = load_backbone(checkpoint)
-    assert same(backbone.network.state_dict(), moco.backbone.state_dict())
+    assert same(backbone.network.state_dict(), trained.backbone.state_dict())
     assert backbone[2:5] == ("moco", "convnet", "imagenet")
     assert backbone.step == 2
     assert backbone.data["dataset"] == "digits"
@@ -123,17 +87,17 @@ def test_a_backbone_is_loaded_with_what_is_known_of_it(moco, checkpoint):
 
 
 @pytest.mark.parametrize("method", KINDS)
-def test_nothing_of_the_method_is_opened(changed, moco, method):
+def test_nothing_of_the_method_is_opened(changed, trained, method):
     state_dict = {
-        **moco.state_dict(),
+        **trained.state_dict(),
         "classifier._extra_state": {"path": "nowhere"},
         "classifier.weight": None,
     }
-    hyper_parameters = {**moco.hparams, "storage": "disk", "path": "nowhere"}
+    hyper_parameters = {**trained.hparams, "storage": "disk", "path": "nowhere"}
     path = changed(method=method, state_dict=state_dict, hyper_parameters=hyper_parameters)
     backbone = load_backbone(path)
     assert backbone.method == method
-    assert same(backbone.network.state_dict(), moco.backbone.state_dict())
+    assert same(backbone.network.state_dict(), trained.backbone.state_dict())
     assert not Path("nowhere").exists()
 
 
@@ -201,11 +165,15 @@ def test_nearest_neighbours_are_a_vote_counted_by_hand(checkpoint, tmp_path):
     assert report["versions"]["torch"] == torch.__version__
 
 
-def test_figures_go_beside_the_checkpoint(changed, capsys):
+def test_figures_go_beside_the_checkpoint_and_replace_none(changed, capsys):
     path = changed()
-    evaluate.knn(path, k=[1], temperature=[0.1], max_images=20)
-    assert json.loads(path.with_name("changed.knn.json").read_text())["command"] == "knn"
-    assert "1 nearest neighbours, τ = 0.1" in capsys.readouterr().out
+    for number in range(2):
+        evaluate.knn(path, k=[1 + number], temperature=[0.1], max_images=20)
+        assert f"{1 + number} nearest neighbours, τ = 0.1" in capsys.readouterr().out
+    for number in range(2):
+        folder = path.parent / "knn" / f"version_{number}"
+        assert json.loads((folder / "knn.json").read_text())["settings"]["k"] == [1 + number]
+        assert yaml.safe_load((folder / "config.yaml").read_text())["options"]["k"] == [1 + number]
 
 
 @pytest.mark.parametrize("recipe", ["moco", "conic"])
@@ -347,23 +315,23 @@ def test_few_labels_are_learnt_at_lower_rates_and_for_more_epochs(checkpoint, tm
     ]
 
 
-def test_two_classes_of_a_folder_have_no_top_five(checkpoint, folder, tmp_path):
+def test_two_classes_of_a_folder_have_no_top_five(checkpoint, image_folder, tmp_path):
     rows = evaluate.linear(
         checkpoint,
         epochs=5,
         learning_rate=0.1,
         dataset="folder",
-        root=str(folder),
+        root=str(image_folder),
         output=str(tmp_path / "it.json"),
     )
     assert [(row["measure"], row["labels"]) for row in rows] == [("linear evaluation, top-1", 12)]
     assert rows[0]["accuracy"]["mean"] == 100
 
 
-def test_a_convnet_is_exported_as_what_it_is(moco, checkpoint, tmp_path):
+def test_a_convnet_is_exported_as_what_it_is(trained, checkpoint, tmp_path):
     evaluate.export(checkpoint, str(tmp_path / "net"))
     exported = torch.load(tmp_path / "net.pth", weights_only=True)
-    assert same(exported, moco.backbone.state_dict())
+    assert same(exported, trained.backbone.state_dict())
     assert same(exported, load_file(tmp_path / "net.safetensors"))
     with safe_open(tmp_path / "net.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -445,11 +413,11 @@ def test_an_absent_gpu_is_told_so(checkpoint):
         evaluate.knn(checkpoint, accelerator="cuda")
 
 
-def test_an_unreadable_image_is_named(checkpoint, folder):
-    broken = folder / "val" / "dark" / "3.png"
+def test_an_unreadable_image_is_named(checkpoint, image_folder):
+    broken = image_folder / "val" / "dark" / "3.png"
     broken.write_bytes(b"no image")
     with pytest.raises(UsageError, match=str(broken)):
-        evaluate.knn(checkpoint, dataset="folder", root=str(folder))
+        evaluate.knn(checkpoint, dataset="folder", root=str(image_folder))
 
 
 @pytest.mark.parametrize("command", ["knn", "linear", "finetune"])
