@@ -28,7 +28,7 @@ from .classifiers import Batches, Classifier, LabelledFeatures, LabelledImages, 
 from .data import Views
 from .errors import UsageError
 from .evaluation import Features, Score, extract_features, format_table, knn_accuracies, labelled_subset
-from .files import replacing, writable
+from .files import writable, write_text
 from .networks import FEATURES, network
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -279,11 +279,14 @@ def export(checkpoint: str, output: str | None = None) -> Rows:
     rows = [
         {"file": str(file), "tensors": count, "MB": round(file.stat().st_size / 1e6, 1)} for file in files
     ]
+    differs = differences(backbone)
+    report = stem.with_name(stem.name + ".json")
+    write_report(report, "export", backbone, rows, {"differences": differs})
     print(f"The {backbone.arch} that {backbone.method} trained in {backbone.step} steps:\n")
     print(format_table(rows))
-    if differs := differences(backbone):
+    if differs:
         print(f"\nUnlike torchvision's: {differs}.")
-    write_report(stem.with_name(stem.name + ".json"), "export", backbone, rows, {"differences": differs})
+    print(f"\nThese figures are kept in {report}", flush=True)
     return rows
 
 
@@ -333,9 +336,7 @@ class Evaluator:
 
     @rank_zero_only
     def report(self, rows: Rows, settings: dict[str, Any], **details: Any) -> None:
-        """Print the rows, and write them with what is needed to get them again."""
-        print(f"\nAccuracy on {len(self.images.indices[False])} test images, in percent:\n")
-        print(format_table(rows))
+        """Write the rows with what is needed to get them again, and print them."""
         settings = {"data": self.data, "max_images": self.max_images, **settings}
         write_report(
             self.output,
@@ -344,6 +345,9 @@ class Evaluator:
             rows,
             {"settings": settings, "device": str(self.device), **details},
         )
+        print(f"\nAccuracy on {len(self.images.indices[False])} test images, in percent:\n")
+        print(format_table(rows))
+        print(f"\nThese figures are kept in {self.output}", flush=True)
 
 
 def beside(checkpoint: str, ending: str) -> Path:
@@ -361,6 +365,4 @@ def write_report(path: Path, command: str, backbone: Backbone, rows: Rows, detai
         **details,
         "versions": {"python": platform.python_version(), **packages},
     }
-    with replacing(path) as file:
-        file.write((json.dumps(report, indent=2) + "\n").encode())
-    print(f"\nThese figures are kept in {path}", flush=True)
+    write_text(path, json.dumps(report, indent=2) + "\n")

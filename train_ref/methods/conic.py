@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from contrastive_ops import ConICLoss, DelayedSGD, InstanceClassifier
+from contrastive_ops import ConICLoss, ConICMetrics, DelayedSGD, InstanceClassifier
 
 from ..distributed import gather, gather_objects, mean, own_rows, rank, world_size
 from ..errors import UsageError
 from ..networks import Head
+from ..parsing import NonNegativeFinite, PositiveFinite
 from .method import Batch, Method
 
 
@@ -39,6 +40,7 @@ class ConIC(Method):
     """
 
     name = "conic"
+    metrics = ConICMetrics
 
     def __init__(
         self,
@@ -47,9 +49,9 @@ class ConIC(Method):
         compensation: bool = True,
         storage: Literal["device", "host", "disk"] = "device",
         path: str | None = None,
-        temperature: PositiveFloat = 0.1,
-        consistency_weight: NonNegativeFloat = 2.5,
-        learning_rate: PositiveFloat = 0.06,
+        temperature: PositiveFinite = 0.1,
+        consistency_weight: NonNegativeFinite = 2.5,
+        learning_rate: PositiveFinite = 0.06,
         **network: Any,
     ) -> None:
         super().__init__(head=head, learning_rate=learning_rate, **network)

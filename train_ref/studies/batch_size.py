@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
 from ..methods import ConIC, SimCLR
+from ..parsing import PositiveFinite
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
 
 SIZES = (16, 32, 64, 128)
@@ -17,9 +18,9 @@ METHODS = {"ConIC": ConIC, "SimCLR": SimCLR}
 def study(
     epochs: PositiveInt = 20,
     seeds: PositiveInt = 5,
-    conic_learning_rate: PositiveFloat = 0.03,
-    simclr_learning_rate: PositiveFloat = 0.06,
-    simclr_temperature: PositiveFloat = 0.5,
+    conic_learning_rate: PositiveFinite = 0.03,
+    simclr_learning_rate: PositiveFinite = 0.06,
+    simclr_temperature: PositiveFinite = 0.5,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
 from ..methods import ConIC
+from ..parsing import PositiveFinite
 from .common import MEASURES, Run, Variant, compare, differences, dots, keep, over, table
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.5, 5.0)  # the paper chooses 2.5
@@ -31,7 +32,7 @@ def study(
     epochs: PositiveInt = 30,
     seeds: PositiveInt = 5,
     batch_size: PositiveInt = 64,
-    learning_rate: PositiveFloat = 0.03,
+    learning_rate: PositiveFinite = 0.03,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from contrastive_ops import conic_loss
 from ..data import Digits
 from ..errors import UsageError
 from ..methods import ConIC
+from ..parsing import NonNegativeFinite, PositiveFinite
 from .common import MEASURES, Row, Run, Runs, SharedViews, Variant, compare, differences, keep, score
 
 FULL = "full softmax"
@@ -68,8 +69,8 @@ def study(
     seeds: PositiveInt = 3,
     active: PositiveInt = 72,
     batch_size: PositiveInt = 16,
-    learning_rate: PositiveFloat = 0.06,
-    consistency_weight: NonNegativeFloat = 2.5,
+    learning_rate: PositiveFinite = 0.06,
+    consistency_weight: NonNegativeFinite = 2.5,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:

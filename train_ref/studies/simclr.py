@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
 from ..methods import SimCLR
+from ..parsing import PositiveFinite
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
 
 TEMPERATURES = (0.5, 0.1)  # SimCLR's for small images, and for ImageNet
@@ -24,8 +25,8 @@ def study(
     epochs: PositiveInt = 30,
     seeds: PositiveInt = 5,
     batch_size: PositiveInt = 64,
-    learning_rate: PositiveFloat = 0.06,
-    consistency_temperature: PositiveFloat = 0.05,
+    learning_rate: PositiveFinite = 0.06,
+    consistency_temperature: PositiveFinite = 0.05,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from sklearn.neighbors import KernelDensity
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from ..methods import ConIC, Method
+from ..parsing import NonNegativeFinite, PositiveFinite
 from .common import Run, Runs, SharedViews, Variant, compare, differences, keep, table
 
 IMAGES, VIEWS = 8, 20
@@ -106,10 +107,10 @@ def picture(directions: np.ndarray, axis: np.ndarray) -> np.ndarray:
 def study(
     epochs: PositiveInt = 200,
     seeds: PositiveInt = 20,
-    learning_rate: PositiveFloat = 1e-4,
-    weight_decay: NonNegativeFloat = 1e-6,
-    consistency_weight: PositiveFloat = 0.1,
-    larger_weight: PositiveFloat = 2.5,
+    learning_rate: PositiveFinite = 1e-4,
+    weight_decay: NonNegativeFinite = 1e-6,
+    consistency_weight: PositiveFinite = 0.1,
+    larger_weight: PositiveFinite = 2.5,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:
