@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
@@ -19,7 +19,7 @@ from .errors import UsageError
 from .evaluation import evaluate, extract_features, format_table
 from .files import naming, write_text
 from .methods import Method
-from .parsing import PositiveFinite
+from .parsing import Fraction, PositiveFinite
 from .pictures import Gallery, gallery, overview
 from .runs import run_directory
 from .timing import LossClock
@@ -153,7 +153,7 @@ class Evaluation(Callback):
         self,
         k: PositiveInt = 200,
         temperature: PositiveFinite = 0.07,
-        label_fractions: Sequence[ClosedUnitInterval] = (0.01, 0.1, 1.0),
+        label_fractions: Sequence[Fraction] = (0.01, 0.1, 1.0),
         seeds: PositiveInt = 10,
         max_images: PositiveInt | None = None,
         pixels: bool = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import textwrap
 from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
@@ -31,6 +32,7 @@ from .runs import run_directory
 
 CONFIG = ("--config", "-c")
 RECIPES = Path(__file__).with_name("recipes")
+GROUPS = ("trainer", "model", "data", "evaluation", "checkpoint")
 # What constructors raise that do not like their arguments.
 BUILDING = (ImportError, MemoryError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
 
@@ -243,6 +245,15 @@ def recipe_settings(path: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         found = "nothing" if settings is None else f"a {type(settings).__name__}"
         raise UsageError(f"config: {path} holds {found}, where a recipe has settings by their names")
+    try:
+        json.dumps(settings, default=str, skipkeys=True)
+    except ValueError as error:
+        raise UsageError(f"config: {path} has an anchor that is part of itself") from error
+    for name in GROUPS:
+        if not isinstance(settings.get(name, {}), dict | str):  # text names a file of them
+            raise UsageError(
+                f"config: {path} has {settings[name]} for {name}, where it has settings by their names"
+            )
     return settings
 
 

@@ -14,7 +14,7 @@ from contrastive_ops import ConICLoss, ConICMetrics, DelayedSGD, InstanceClassif
 from ..distributed import gather, gather_objects, mean, own_rows, rank, world_size
 from ..errors import UsageError
 from ..networks import Head
-from ..parsing import NonNegativeFinite, PositiveFinite
+from ..parsing import LossWeight, PositiveFinite, Temperature
 from .method import Batch, Method
 
 
@@ -49,8 +49,8 @@ class ConIC(Method):
         compensation: bool = True,
         storage: Literal["device", "host", "disk"] = "device",
         path: str | None = None,
-        temperature: PositiveFinite = 0.1,
-        consistency_weight: NonNegativeFinite = 2.5,
+        temperature: Temperature = 0.1,
+        consistency_weight: LossWeight = 2.5,
         learning_rate: PositiveFinite = 0.06,
         **network: Any,
     ) -> None:

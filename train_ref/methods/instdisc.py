@@ -12,7 +12,7 @@ from contrastive_ops import ConICLoss, ConICMetrics, MemoryBank
 
 from ..distributed import gather
 from ..networks import Head
-from ..parsing import PositiveFinite
+from ..parsing import Temperature
 from .method import Batch, Method
 
 
@@ -36,7 +36,7 @@ class InstDisc(Method):
     def __init__(
         self,
         head: Head = "linear",
-        temperature: PositiveFinite = 0.07,
+        temperature: Temperature = 0.07,
         bank_momentum: ClosedUnitInterval = 0.5,
         views: PositiveInt = 1,
         **network: Any,

@@ -15,7 +15,7 @@ from contrastive_ops import CO2Loss, KeyQueue
 
 from ..distributed import gather, own_rows
 from ..networks import normalize_in_groups
-from ..parsing import NonNegativeFinite, PositiveFinite
+from ..parsing import LossWeight, Temperature
 from .method import Batch, Method
 
 
@@ -42,9 +42,9 @@ class MoCo(Method):
         self,
         queue_size: PositiveInt = 65536,
         momentum: ClosedUnitInterval = 0.999,
-        temperature: PositiveFinite = 0.2,
-        consistency_temperature: PositiveFinite = 0.05,
-        consistency_weight: NonNegativeFinite = 0.3,
+        temperature: Temperature = 0.2,
+        consistency_temperature: Temperature = 0.05,
+        consistency_weight: LossWeight = 0.3,
         **network: Any,
     ) -> None:
         super().__init__(**network)

@@ -8,7 +8,7 @@ from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
 from ..methods import ConIC, SimCLR
-from ..parsing import PositiveFinite
+from ..parsing import PositiveFinite, Temperature
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
 
 SIZES = (16, 32, 64, 128)
@@ -20,7 +20,7 @@ def study(
     seeds: PositiveInt = 5,
     conic_learning_rate: PositiveFinite = 0.03,
     simclr_learning_rate: PositiveFinite = 0.06,
-    simclr_temperature: PositiveFinite = 0.5,
+    simclr_temperature: Temperature = 0.5,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:

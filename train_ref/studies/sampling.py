@@ -20,7 +20,7 @@ from contrastive_ops import conic_loss
 from ..data import Digits
 from ..errors import UsageError
 from ..methods import ConIC
-from ..parsing import NonNegativeFinite, PositiveFinite
+from ..parsing import LossWeight, PositiveFinite
 from .common import MEASURES, Row, Run, Runs, SharedViews, Variant, compare, differences, keep, score
 
 FULL = "full softmax"
@@ -70,7 +70,7 @@ def study(
     active: PositiveInt = 72,
     batch_size: PositiveInt = 16,
     learning_rate: PositiveFinite = 0.06,
-    consistency_weight: NonNegativeFinite = 2.5,
+    consistency_weight: LossWeight = 2.5,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:

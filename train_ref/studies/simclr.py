@@ -8,7 +8,7 @@ from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
 from ..methods import SimCLR
-from ..parsing import PositiveFinite
+from ..parsing import PositiveFinite, Temperature
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
 
 TEMPERATURES = (0.5, 0.1)  # SimCLR's for small images, and for ImageNet
@@ -26,7 +26,7 @@ def study(
     seeds: PositiveInt = 5,
     batch_size: PositiveInt = 64,
     learning_rate: PositiveFinite = 0.06,
-    consistency_temperature: PositiveFinite = 0.05,
+    consistency_temperature: Temperature = 0.05,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:
