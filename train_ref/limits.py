@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelPruning,
     StochasticWeightAveraging,
+    Timer,
     WeightAveraging,
 )
 from lightning.pytorch.plugins import CheckpointIO
@@ -78,7 +79,9 @@ def check_trainer(trainer: Trainer, values: Iterable[str]) -> None:
     Raises:
         UsageError: names the argument.
     """
-    if trainer.max_epochs == -1 and trainer.max_steps == -1:
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # Lightning's max_time is one
+    endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and timed)
+    if endless and trainer.max_steps == -1:
         raise UsageError(
             "trainer.max_epochs and trainer.max_steps leave the training without an end: the learning rate's "
             "schedule needs one. trainer.max_time may stop a training earlier"

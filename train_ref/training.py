@@ -82,7 +82,7 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.path = run_directory(trainer) / "config.yaml"
-        if trainer.is_global_zero and self.path.exists():
+        if trainer.strategy.broadcast(self.path.exists()):  # all processes stop, or none
             raise UsageError(f"{self.path} is another run's: trainer.default_root_dir must name a new folder")
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
