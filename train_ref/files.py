@@ -43,13 +43,21 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def writable(path: str | Path) -> Path:
-    """The path of a file that can be written; that it cannot is better known before the work than after."""
+def writable(path: str | Path, option: str = "output") -> Path:
+    """The path of a file that can be written; that it cannot is better known before the work than after.
+
+    Args:
+        path: of the file.
+        option: of the user's, that says where it is.
+
+    Raises:
+        UsageError: names the option.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"output: {path} cannot be written: {error}") from error
+        raise UsageError(f"{option}: {path} cannot be written: {error}") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"output: {path} is a folder, or in one that cannot be written to")
+        raise UsageError(f"{option}: {path} is a folder, or in one that cannot be written to")
     return path

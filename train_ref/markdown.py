@@ -26,7 +26,10 @@ def split(content: str, name: str, document: Path) -> tuple[str, str, str]:
 
 def replace(document: Path, texts: Mapping[str, str]) -> None:
     """Puts texts between a document's markers of their names: all, or none where one is missing."""
-    content = document.read_text(encoding="utf-8")
+    try:
+        content = document.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"document: {document} is no text in UTF-8: {error}") from error
     for name, text in texts.items():
         before, _, after = split(content, name, document)
         content = f"{before}{text}\n{after}"

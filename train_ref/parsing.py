@@ -17,6 +17,7 @@ NonNegativeFinite = restricted_number_type("NonNegativeFinite", float, [(">=", 0
 # What the losses take; they would tell at the first step.
 Temperature = restricted_number_type("Temperature", float, [(">=", 1e-6), ("<=", 1e6)])
 LossWeight = restricted_number_type("LossWeight", float, [(">=", 0), ("<=", 1e6)])
+PositiveLossWeight = restricted_number_type("PositiveLossWeight", float, [(">", 0), ("<=", 1e6)])
 Fraction = restricted_number_type("Fraction", float, [(">", 0), ("<=", 1)])
 # Every generator of random numbers takes 32 bits; Lightning's refuse more.
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from train_ref import __main__ as command_line
 from train_ref import training
 from train_ref.errors import UsageError, one_line
 from train_ref.methods import ALIASES, METHODS, ConIC, InstDisc, MoCo, SimCLR
@@ -175,6 +177,38 @@ def test_a_recipe_is_utf_8_and_may_have_anchors(train_ref, monkeypatch, tmp_path
     opened = io.open
     monkeypatch.setattr("builtins.open", lambda file, *a, **k: opened(file, *a, **{"encoding": "ascii"} | k))
     assert model_of(train_ref, monkeypatch, "--config=it.yaml").hparams.queue_size == 7
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A command in place of those that there are, which calls a function."""
+
+    def make(function):
+        told = SimpleNamespace(choices={}, parses=True, examples=(), function=lambda: lambda *_: function())
+        monkeypatch.setitem(command_line.COMMANDS, "it", told)
+
+    return make
+
+
+def test_every_command_prints_in_any_encoding(train_ref, command, monkeypatch, tmp_path):
+    command(lambda: print("τ ± 1"))
+    with (tmp_path / "told").open("wb", buffering=0) as file:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, "ascii"))
+        command_line.main(["it"])
+        assert (tmp_path / "told").read_text() == "? ? 1\n"
+
+
+def test_an_error_of_the_system_is_a_line_that_names_the_file(train_ref, command, tmp_path):
+    command(lambda: (tmp_path / "nowhere").read_text())
+    with pytest.raises(SystemExit, match=rf"error: {tmp_path}/nowhere: No such file or directory$"):
+        train_ref("it")
+
+    def unnamed():
+        raise OSError(5, "of a mistake in the program")
+
+    command(unnamed)
+    with pytest.raises(OSError, match="of a mistake"):
+        train_ref("it")
 
 
 def test_an_error_of_a_parser_does_not_list_all_types():

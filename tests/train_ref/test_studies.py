@@ -242,6 +242,8 @@ def test_the_results_that_are_told_are_those_that_are_kept(tmp_path):
         (["sampling", "--seeds=0"], "seeds"),
         (["sampling", "--active=1437"], "nothing is sampled"),
         (["co2", "--epoch=3"], "epoch"),
+        (["co2", "--directory=/dev/null"], "directory: /dev/null/co2.json cannot be written"),
+        (["toy", "--larger_weight=1e9"], "larger_weight"),
         (["simclr", "--epochs=1000"], "1 GiB is kept at most"),
         (["colorization"], "there is no study colorization: python -m train_ref study takes one of co2,"),
     ],

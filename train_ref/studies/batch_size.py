@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
+from ..files import writable
 from ..methods import ConIC, SimCLR
 from ..parsing import PositiveFinite, Temperature
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
@@ -43,6 +45,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "batch_size.json", "directory")
     settings = {
         "ConIC": {"learning_rate": conic_learning_rate},
         "SimCLR": {"learning_rate": simclr_learning_rate, "temperature": simclr_temperature},

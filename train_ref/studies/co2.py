@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from matplotlib.figure import Figure
 
+from ..files import writable
 from ..methods import MOCO_V1, MOCO_V2, MoCo
 from ..parsing import PositiveFinite
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
@@ -56,6 +58,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "co2.json", "directory")
     settings = {"learning_rate": learning_rate, "queue_size": queue_size, "momentum": momentum}
     variants = {
         name: Variant(MoCo, {**version, **settings, "consistency_weight": weight}, batch_size)

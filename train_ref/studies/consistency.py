@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
+from ..files import writable
 from ..methods import ConIC
 from ..parsing import PositiveFinite
 from .common import MEASURES, Run, Variant, compare, differences, dots, keep, over, table
@@ -53,6 +55,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "consistency.json", "directory")
     variants = {
         name: Variant(ConIC, {"learning_rate": learning_rate, "consistency_weight": weight}, batch_size)
         for name, weight in zip(LABELS, WEIGHTS, strict=True)

@@ -7,6 +7,7 @@ one more quantity: the classification loss over all N rows, caught up, on views 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from contrastive_ops import conic_loss
 
 from ..data import Digits
 from ..errors import UsageError
+from ..files import writable
 from ..methods import ConIC
 from ..parsing import LossWeight, PositiveFinite
 from .common import MEASURES, Row, Run, Runs, SharedViews, Variant, compare, differences, keep, score
@@ -93,6 +95,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "sampling.json", "directory")
     count = len(Digits(train=True))
     if active >= count:
         raise UsageError(f"active is {active}: all {count} rows are, and nothing is sampled")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
+from ..files import writable
 from ..methods import SimCLR
 from ..parsing import PositiveFinite, Temperature
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
@@ -48,6 +50,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "simclr.json", "directory")
     settings = {"learning_rate": learning_rate, "consistency_temperature": consistency_temperature}
     variants = {
         name_of(temperature, weight): Variant(
