@@ -64,7 +64,7 @@ def measure_gpu(arguments: argparse.Namespace) -> int:
     machine = describe("cuda", PACKAGES.values())
     output = arguments.output or default_output(machine, arguments.quick)
     if output.exists():
-        result = json.loads(output.read_text())
+        result = json.loads(output.read_text(encoding="utf-8"))
     else:
         print("Measuring what the GPU can do at best", flush=True)
         result = {"machine": machine, "ceilings": ceilings.measure("cuda"), "records": []}
@@ -127,7 +127,7 @@ def run_benchmarks(match: str, selection: str) -> tuple[int, dict]:
         )
         if not timings.exists():  # no test ran; pytest has said why
             raise SystemExit(status)
-        return int(status), json.loads(timings.read_text())
+        return int(status), json.loads(timings.read_text(encoding="utf-8"))
 
 
 def record(benchmark: dict, limits: dict) -> dict:
@@ -160,7 +160,7 @@ def write(result: dict, output: Path) -> None:
     records = ",\n".join(json.dumps(each) for each in result["records"])
     head = ",\n".join(f'"{key}": {json.dumps(result[key], indent=2)}' for key in ("machine", "ceilings"))
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(f'{{{head},\n"records": [\n{records}\n]}}\n')
+    output.write_text(f'{{{head},\n"records": [\n{records}\n]}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":

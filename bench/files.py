@@ -30,4 +30,4 @@ def result_file(machine: dict[str, Any], suffix: str = "") -> Path:
 
 
 def replace_in_readme(name: str, text: str) -> None:
-    replace(README, name, text)
+    replace(README, {name: text})

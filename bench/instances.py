@@ -288,7 +288,9 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put its table into README.md, and stop")
     arguments = parser.parse_args()
     if arguments.readme:
-        replace_in_readme("classifier", readme_section(json.loads(arguments.readme.read_text())))
+        replace_in_readme(
+            "classifier", readme_section(json.loads(arguments.readme.read_text(encoding="utf-8")))
+        )
         return
     device, rounds = arguments.device, arguments.rounds
     machine = describe(device)
@@ -308,8 +310,8 @@ def main() -> None:
         result["records"].append(dense_update(count, device, max(3, rounds // 4)))
     output = arguments.output or result_file(machine, "-instances")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    output.with_suffix(".md").write_text(report(result))
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(report(result), encoding="utf-8")
     print(report(result))
 
 

@@ -59,7 +59,7 @@ class Result:
     """A JSON file, its records found by what was measured."""
 
     def __init__(self, path: Path) -> None:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         self.path = path
         self.machine, self.ceilings = content["machine"], content["ceilings"]
         self.records = content["records"]
@@ -106,7 +106,7 @@ class Result:
 def write(path: Path) -> None:
     """The report of one JSON file, beside it."""
     result = Result(path)
-    result.beside(".md").write_text(report(result))
+    result.beside(".md").write_text(report(result), encoding="utf-8")
     print(f"Wrote {result.beside('.md')}")
     if result.has_plots:
         plot(result, "ms", "Time of a step", "milliseconds").savefig(result.beside("-time.png"), dpi=200)
@@ -416,7 +416,7 @@ def main() -> None:
         replace_in_readme("headline", readme_headline(results))
         replace_in_readme("benchmark", "\n\n".join(map(readme_section, results)))
         if demo := newest_result("-demo"):
-            replace_in_readme("demo", demo_section(json.loads(demo.read_text())))
+            replace_in_readme("demo", demo_section(json.loads(demo.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

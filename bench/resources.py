@@ -251,7 +251,7 @@ def assemble(ptx: str, major: int) -> tuple[int, int, str]:
     assert match
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
+        source.write_text(ptx, encoding="utf-8")
         assembler = "ptxas-blackwell" if major >= 10 and (BINARIES / "ptxas-blackwell").exists() else "ptxas"
         command = [BINARIES / assembler, "-v", f"--gpu-name={match[1]}", source, "-o", binary]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr

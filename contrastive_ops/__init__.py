@@ -4,7 +4,7 @@ from ._installation import installed_instead
 
 __path__ = installed_instead(__path__)
 
-from ._backends import BackendStatus, available_backends, use_backend
+from ._backends import BackendStatus, available_backends, serving_backend, use_backend
 from .functional import (
     ConICMetrics,
     LossMetrics,
@@ -39,5 +39,6 @@ __all__ = [
     "consistency_loss",
     "info_nce_loss",
     "nt_xent_loss",
+    "serving_backend",
     "use_backend",
 ]

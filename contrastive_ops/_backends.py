@@ -220,3 +220,24 @@ def select(requested: str | None, query: Tensor) -> ModuleType:
     causes = "; ".join(reasons) or f"no fused kernels exist for {device_type} tensors"
     _warn_once(f"contrastive_ops runs its slow reference on {device_type} tensors ({causes})")
     return _require("reference", "fallback")
+
+
+def serving_backend(query: Tensor, backend: str | None = None) -> str:
+    """The name of the backend that serves a loss of this query here and now.
+
+    Args:
+        query: of the device, dtype and number of dimensions in question; nothing is computed.
+        backend: as a loss's argument of that name.
+
+    Raises:
+        ValueError: no backend has the name that was asked for.
+        RuntimeError: it cannot serve such a query; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_ops import serving_backend
+        >>> serving_backend(torch.ones(1, 128), backend="reference")
+        'reference'
+    """
+    chosen = select(backend, query)
+    return next(name for name in _BACKENDS if _load(name)[0] is chosen)

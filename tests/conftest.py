@@ -5,13 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import contrastive_ops
 from contrastive_ops import available_backends
 from tests.cases import INTERPRETED
+
+
+def another_package(tree: Path, package: Path) -> str:
+    """Why tests of a source tree would say nothing about it: they import the package of another folder.
+
+    Args:
+        tree: the folder that the tests lie in. An installed package is tested in one without the source.
+        package: the folder that the package's modules come from.
+    """
+    own = tree / "contrastive_ops"
+    if not own.is_dir() or package.resolve() == own.resolve():
+        return ""
+    return (
+        f"the tests in {tree / 'tests'} would not test {own}, which was not built, but {package}: build it "
+        "with make, or pip install --no-build-isolation --editable"
+    )
+
+
+if wrong := another_package(Path(__file__).resolve().parents[1], Path(contrastive_ops.__path__[0])):
+    pytest.exit(wrong, returncode=4)
 
 # Timings mean nothing here, and a failure must come back: no deadline, examples from a fixed seed.
 settings.register_profile(

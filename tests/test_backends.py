@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from contrastive_ops import _backends, available_backends, info_nce_loss, use_backend
+from contrastive_ops import _backends, available_backends, info_nce_loss, serving_backend, use_backend
 from contrastive_ops._backends import ENVIRONMENT_VARIABLE, select
 from tests.cases import Case
 
@@ -38,6 +38,15 @@ def test_the_choice_nearest_to_the_call_wins(tensor: torch.Tensor, monkeypatch: 
             assert select(None, tensor) is reference
         assert select("reference", tensor) is reference
         assert select(None, tensor) is fused
+
+
+def test_the_name_of_the_backend_that_serves(tensor: torch.Tensor) -> None:
+    assert serving_backend(tensor) == "cpu"
+    assert serving_backend(tensor, "reference") == "reference"
+    with use_backend("reference"):
+        assert serving_backend(tensor) == "reference"
+    with pytest.raises(RuntimeError, match="cannot serve here"):
+        serving_backend(tensor, "cuda")
 
 
 def test_a_block_that_raises_restores_the_choice(tensor: torch.Tensor) -> None:

@@ -20,11 +20,22 @@ import torch
 import contrastive_ops
 from contrastive_ops import _installation
 from contrastive_ops._installation import extensions, load_extension
+from tests.conftest import another_package
 
 # Where a wheel is tested, the tests lie in another folder than the source.
 ROOT = Path(os.environ.get("CONTRASTIVE_OPS_SOURCE", Path(__file__).resolve().parents[1]))
 in_the_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="setup.py is in the source only")
 PACKAGE = Path(contrastive_ops.__path__[0])
+
+
+def test_the_tests_of_an_unbuilt_tree_do_not_test_another_package(tmp_path: Path) -> None:
+    tree, installed = tmp_path / "tree", tmp_path / "site-packages" / "contrastive_ops"
+    assert another_package(tree, installed) == ""  # where an installed package is tested, no source is near
+    (tree / "contrastive_ops").mkdir(parents=True)
+    assert another_package(tree, tree / "contrastive_ops") == ""
+    message = another_package(tree, installed)
+    assert str(tree / "contrastive_ops") in message
+    assert str(installed) in message
 
 
 def is_editable() -> bool:

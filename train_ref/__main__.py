@@ -9,7 +9,8 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Mapping
 
 from .commands import COMMANDS, Command
-from .errors import UsageError, library_errors, one_line
+from .errors import UsageError, library_errors, named_file, one_line
+from .output import lasting_output
 
 DESCRIPTION = (
     "Trains networks by contrast of augmented views with fused losses, and evaluates their features."
@@ -30,14 +31,21 @@ def main(args: list[str] | None = None) -> None:
     """
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
     try:
-        run(COMMANDS, program(), "command", DESCRIPTION, sys.argv[1:] if args is None else args)
+        with lasting_output():
+            run(COMMANDS, program(), "command", DESCRIPTION, sys.argv[1:] if args is None else args)
     except (ArgumentError, UsageError, *library_errors()) as error:
         sys.exit(f"error: {one_line(error)}")
     except ModuleNotFoundError as error:
-        missing, *_ = (error.name or "").split(".")
-        if missing in ("", __package__, "contrastive_ops"):
+        if error.name is None:  # as Lightning tells what one of its own options needs
+            sys.exit(f"error: {one_line(error)}")
+        missing, *_ = error.name.split(".")
+        if missing in (__package__, "contrastive_ops"):
             raise
         sys.exit(f"error: {missing} is missing: the trainer needs pip install 'contrastive-ops[train]'")
+    except OSError as error:
+        if not (file := named_file(error)):
+            raise
+        sys.exit(f"error: {file}: {error.strerror}")
 
 
 def run(commands: Mapping[str, Command], called: str, kind: str, description: str, args: list[str]) -> None:

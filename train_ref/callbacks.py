@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from .distributed import world_size
+from .errors import UsageError
 from .evaluation import evaluate, extract_features, format_table
+from .files import naming, write_text
 from .methods import Method
+from .parsing import Fraction, PositiveFinite
 from .pictures import Gallery, gallery, overview
 from .runs import run_directory
 from .timing import LossClock
@@ -63,7 +67,8 @@ class Record(Callback):
         }
         self.pending.append(row)
         self.images = world_size() * len(batch[1])  # labels
-        if len(self.pending) < trainer.log_every_n_steps:
+        # An interval of 0 is the logger's "never": rows come to the file at the end of the epoch.
+        if trainer.log_every_n_steps == 0 or len(self.pending) < trainer.log_every_n_steps:
             return
         seconds_in_loss = self.write(trainer, self.images) / trainer.log_every_n_steps
         module.log("images_per_second", self.images_per_second, prog_bar=True)
@@ -83,7 +88,8 @@ class Record(Callback):
         }
         self.since = now
         if trainer.is_global_zero:
-            with (self.directory / "steps.csv").open("a", newline="") as file:
+            path = self.directory / "steps.csv"
+            with naming(path), path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, [*self.pending[0], *speed])
                 if file.tell() == 0:
                     writer.writeheader()
@@ -102,11 +108,21 @@ class Record(Callback):
         means = {name: total / self.batches for name, total in self.sums.items()}
         self.epochs.append({"epoch": trainer.current_epoch + 1, **means})
         self.sums, self.batches = {}, 0
+        if not math.isfinite(means["loss"]):
+            raise UsageError(
+                f"the training diverged in epoch {trainer.current_epoch + 1}: its loss is no longer finite. "
+                "Lower model.learning_rate, or raise model.temperature or model.warmup"
+            )
         for logger in trainer.loggers:
             logger.log_metrics({f"epoch/{name}": mean for name, mean in means.items()}, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, module: Method) -> None:
         self.clock.remove()
+
+    def on_exception(self, trainer: Trainer, module: Method, exception: BaseException) -> None:
+        # Loggers write in threads of their own, whose errors do not name the file.
+        if isinstance(exception, OSError) and exception.filename is None:
+            exception.filename = str(trainer.log_dir or trainer.default_root_dir)
 
     def state_dict(self) -> dict[str, Any]:
         sums = dict(self.sums)
@@ -136,8 +152,8 @@ class Evaluation(Callback):
     def __init__(
         self,
         k: PositiveInt = 200,
-        temperature: PositiveFloat = 0.07,
-        label_fractions: Sequence[ClosedUnitInterval] = (0.01, 0.1, 1.0),
+        temperature: PositiveFinite = 0.07,
+        label_fractions: Sequence[Fraction] = (0.01, 0.1, 1.0),
         seeds: PositiveInt = 10,
         max_images: PositiveInt | None = None,
         pixels: bool = False,
@@ -183,10 +199,11 @@ class Evaluation(Callback):
                 label_fractions=self.label_fractions,
                 seeds=self.seeds,
             )
+        write_text(self.directory / "evaluation.json", json.dumps(rows, indent=2) + "\n")
+        if rows:
             print(f"\nAccuracy on {len(test.labels)} test images, in percent:\n")
             print(format_table(rows))
         else:
             print("All images have the same label: there is nothing to measure.")
-        (self.directory / "evaluation.json").write_text(json.dumps(rows, indent=2) + "\n")
         train_images, test_images = (loader.dataset for loader in loaders)
         return gallery((train_images, test_images), compared, rows)

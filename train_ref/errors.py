@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 
 
@@ -15,10 +17,20 @@ def library_errors() -> tuple[type[Exception], ...]:
     return (module.MisconfigurationException,) if module else ()
 
 
+def named_file(error: OSError) -> str:
+    """The file that an operation of the system failed at; "" where the error does not say: such a one may be
+    the program's mistake."""
+    if error.filename is None or error.strerror is None:
+        return ""
+    return os.fsdecode(error.filename) if not isinstance(error.filename, int) else ""
+
+
 def one_line(error: BaseException) -> str:
     """Its message; of one that a process of the data loader has raised, without the traceback it brings."""
     text = str(error)
     marker = f"{UsageError.__name__}: "
     if "Original Traceback" in text and marker in text:
         text = text.rpartition(marker)[2]
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    # jsonargparse lists all types that an option may have before it says what is wrong.
+    return re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*?\] Errors: - ", "", text)

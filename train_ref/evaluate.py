@@ -32,7 +32,7 @@ from .data import Views
 from .errors import UsageError
 from .evaluation import Features, Score, extract_features, format_table, knn_accuracies, labelled_subset
 from .evaluation_run import Run, directory_of, options_of, plain, resumable, say
-from .files import replacing, sha256, writable
+from .files import sha256, writable, write_text
 from .networks import FEATURES, network
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -309,13 +309,14 @@ def export(checkpoint: str, output: str | None = None) -> Rows:
     rows = [
         {"file": str(file), "tensors": count, "MB": round(file.stat().st_size / 1e6, 1)} for file in files
     ]
+    differs = differences(backbone)
+    report = stem.with_name(stem.name + ".json")
+    write_report(report, "export", backbone, rows, {"differences": differs})
     print(f"The {backbone.arch} that {backbone.method} trained in {backbone.step} steps:\n")
     print(format_table(rows))
-    if differs := differences(backbone):
+    if differs:
         print(f"\nUnlike torchvision's: {differs}.")
-    path = stem.with_name(stem.name + ".json")
-    write_report(path, "export", backbone, rows, {"differences": differs})
-    print(f"\nThese figures are kept in {path}", flush=True)
+    print(f"\nThese figures are kept in {report}", flush=True)
     return rows
 
 
@@ -425,5 +426,4 @@ def write_report(path: Path, command: str, backbone: Backbone, rows: Rows, detai
         **details,
         "versions": {"python": platform.python_version(), **packages},
     }
-    with replacing(path) as file:
-        file.write((json.dumps(report, indent=2) + "\n").encode())
+    write_text(path, json.dumps(report, indent=2) + "\n")

@@ -25,7 +25,7 @@ from .checkpoints import LastCheckpoint
 from .errors import UsageError
 from .files import replacing
 from .parsing import parser_of
-from .runs import CONFIG, LAST, remove_unless_begun
+from .runs import CONFIG_FILE, LAST, remove_unless_begun
 
 DONE = "accuracies.json"  # of one training of several
 
@@ -97,7 +97,7 @@ class Run:
         """The folder: a new run's is made now. Other processes than the first get none."""
         if self.folder is None and rank_zero_only.rank == 0:
             self.folder = claim_version(self.directory)
-            with replacing(self.folder / CONFIG) as file:
+            with replacing(self.folder / CONFIG_FILE) as file:
                 file.write(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True).encode())
             self._lock()
         return self.folder or self.directory
@@ -141,7 +141,7 @@ class Run:
         if rank_zero_only.rank:
             return
         # Such a lock is its process's alone: those of a data loader, which outlive a kill, do not share it.
-        self.lock = (self.folder / CONFIG).open("r+b")
+        self.lock = (self.folder / CONFIG_FILE).open("r+b")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -238,7 +238,7 @@ def versions(directory: Path) -> list[tuple[int, Path]]:
 
 def read_config(folder: Path, command: str) -> dict[str, Any]:
     """What `Run.begin` has written into a run's folder."""
-    path = folder / CONFIG
+    path = folder / CONFIG_FILE
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -260,7 +260,7 @@ def folder_to_resume(command: str, checkpoint: str, resume: str, directory: Path
     """
     if resume == "last":
         for _, folder in reversed(versions(directory)):
-            if not (folder / CONFIG).exists() or (folder / f"{command}.json").exists():
+            if not (folder / CONFIG_FILE).exists() or (folder / f"{command}.json").exists():
                 continue
             if Path(read_config(folder, command)["checkpoint"]).name == Path(checkpoint).name:
                 return folder
@@ -269,7 +269,7 @@ def folder_to_resume(command: str, checkpoint: str, resume: str, directory: Path
     if not path.exists():
         raise UsageError(f"resume: there is no {path}; it takes last, or the folder of a run of {command}")
     depth = 4  # of a checkpoint of one of several trainings
-    folder = next((each for each in [path, *path.parents][: depth + 1] if (each / CONFIG).is_file()), path)
+    folder = next((each for each in [path, *path.parents][: depth + 1] if (each / CONFIG_FILE).is_file()), path)
     read_config(folder, command)
     if (folder / f"{command}.json").exists():
         raise UsageError(f"resume: {folder} is finished, with its figures in {command}.json")
@@ -314,7 +314,7 @@ def known_options(command: Callable[..., Any], checkpoint: str, folder: Path) ->
     try:
         parser_of(command, command.__name__).parse_object({"checkpoint": checkpoint, **options})
     except (ArgumentError, TypeError) as error:
-        raise UsageError(f"resume: {folder / CONFIG} is not as it was written: {error}") from error
+        raise UsageError(f"resume: {folder / CONFIG_FILE} is not as it was written: {error}") from error
     return options
 
 

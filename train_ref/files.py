@@ -13,6 +13,17 @@ from .errors import UsageError
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the operating system name that file: Python's own do not, where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which then takes the path's name: that is the old file's or the new one's, never
     half's.
@@ -93,17 +104,15 @@ def checksums_of(path: Path) -> Path:
 def recorded(path: Path) -> list[str]:
     """The SHA-256 sums that the file may have: one, or more where a kill came between it and its new sum."""
     try:
-        return [
-            line.split()[0] for line in checksums_of(path).read_text(encoding="utf-8").splitlines() if line
-        ]
+        lines = checksums_of(path).read_text(encoding="utf-8").splitlines()
+        return [line.split()[0] for line in lines if line]
     except FileNotFoundError:
         return []
 
 
 def record(path: Path, sums: list[str]) -> None:
     """Write beside a file which sums it may have."""
-    with replacing(checksums_of(path)) as file:
-        file.write("".join(f"{each}  {path.name}\n" for each in sums).encode())
+    write_text(checksums_of(path), "".join(f"{each}  {path.name}\n" for each in sums))
 
 
 def sha256(path: Path) -> str:
@@ -122,13 +131,27 @@ def verify(path: Path) -> None:
         )
 
 
-def writable(path: str | Path) -> Path:
-    """The path of a file that can be written; that it cannot is better known before the work than after."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file, in UTF-8 whatever the locale, that is whole or the old one."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def writable(path: str | Path, option: str = "output") -> Path:
+    """The path of a file that can be written; that it cannot is better known before the work than after.
+
+    Args:
+        path: of the file.
+        option: of the user's, that says where it is.
+
+    Raises:
+        UsageError: names the option.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"output: {path} cannot be written: {error}") from error
+        raise UsageError(f"{option}: {path} cannot be written: {error}") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"output: {path} is a folder, or in one that cannot be written to")
+        raise UsageError(f"{option}: {path} is a folder, or in one that cannot be written to")
     return path

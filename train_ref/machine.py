@@ -58,7 +58,7 @@ def version(package: str) -> str | None:
 def resident_mib(field: str) -> float:
     """VmRSS, resident memory, or VmHWM, its high-water mark (man 5 proc). That of getrusage would remember
     what the process was forked from."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
     raise OSError(f"/proc/self/status has no {field}")

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import math
 from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import restricted_number_type
+
+# Training with an infinite rate or temperature would end in NaN; jsonargparse's own types let infinity pass.
+PositiveFinite = restricted_number_type("PositiveFinite", float, [(">", 0), ("<", math.inf)])
+NonNegativeFinite = restricted_number_type("NonNegativeFinite", float, [(">=", 0), ("<", math.inf)])
+# What the losses take; they would tell at the first step.
+Temperature = restricted_number_type("Temperature", float, [(">=", 1e-6), ("<=", 1e6)])
+LossWeight = restricted_number_type("LossWeight", float, [(">=", 0), ("<=", 1e6)])
+PositiveLossWeight = restricted_number_type("PositiveLossWeight", float, [(">", 0), ("<=", 1e6)])
+Fraction = restricted_number_type("Fraction", float, [(">", 0), ("<=", 1)])
+# Every generator of random numbers takes 32 bits; Lightning's refuse more.
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
 class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):

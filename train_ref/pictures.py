@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from .augmentations import denormalized
 from .evaluation import Features, Score, nearest
+from .files import replacing
 
 QUERIES, NEIGHBOURS = 6, 5
 CANDIDATES = 1000  # test images that are chosen from
@@ -171,7 +172,8 @@ def overview(epochs: Sequence[Mapping[str, float]], shown: Gallery | None, path:
         left, right = figure.subfigures(1, 2, width_ratios=(1, 2.2))
         curves(left.subplots(2, 1), epochs)
         draw_gallery(right.subplots(), shown)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def curves(panels: Sequence[Axes], epochs: Sequence[Mapping[str, float]]) -> None:

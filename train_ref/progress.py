@@ -6,7 +6,6 @@ import math
 import sys
 import time
 import warnings
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 
-from contrastive_ops import available_backends
-from contrastive_ops._backends import select
+from contrastive_ops import serving_backend
 
 from .distributed import world_size
+from .errors import UsageError
 from .methods import Method
 from .runs import run_directory
 
@@ -55,13 +54,12 @@ def serving(module: Method) -> str:
     query = torch.empty(1, module.hparams.dim, dtype=dtype, device=module.device)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        chosen = select(getattr(module.criterion, "backend", None), query)
-    for name in available_backends():
-        with suppress(RuntimeError):  # it does not serve here
-            if select(name, query) is chosen:
-                reasons = "".join(f" ({warning.message})" for warning in told)
-                return f"the loss is served by the backend {name}{reasons}"
-    raise AssertionError("the backend that was selected is none of those that there are")
+        try:
+            name = serving_backend(query, getattr(module.criterion, "backend", None))
+        except (RuntimeError, ValueError) as error:  # an environment variable asks for one that cannot serve
+            raise UsageError(str(error)) from error
+    reasons = "".join(f" ({warning.message})" for warning in told)
+    return f"the loss is served by the backend {name}{reasons}"
 
 
 def epochs_of(trainer: Trainer) -> tuple[int | None, int]:

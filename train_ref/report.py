@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +111,40 @@ def put(source: Path, target: Path) -> list[str]:
     """Replace the tables of a document by those of a folder's results; returns their names.
 
     Raises:
-        UsageError: there is no such document, or there are no results.
+        UsageError: there is no such document, or it lacks a marker; there are no results, or a file is none.
+            The document stays as it was.
     """
     if not target.is_file():
         raise UsageError(f"document: there is no {target} in {Path.cwd()}")
-    told = []
+    texts = {}
     for name in STUDIES:
         file = source / f"{name}.json"
         if file.exists():
-            result = json.loads(file.read_text(encoding="utf-8"))
-            replace(target, name, section(result, os.path.relpath(source, target.parent)))
-            told.append(name)
+            with results_in([file]) as (result,):
+                texts[name] = section(result, os.path.relpath(source, target.parent))
     for name, tell in (("validate", agreement), ("step", step)):
-        files = sorted(source.glob(f"{name}-*.json"))
-        if files:
-            replace(target, name, tell([json.loads(file.read_text(encoding="utf-8")) for file in files]))
-            told.append(name)
-    if not told:
+        if files := sorted(source.glob(f"{name}-*.json")):
+            with results_in(files) as results:
+                texts[name] = tell(results)
+    if not texts:
         raise UsageError(f"folder: {source} has no results of studies or validations")
-    return told
+    replace(target, texts)
+    return list(texts)
+
+
+@contextmanager
+def results_in(files: Sequence[Path]) -> Iterator[list[dict[str, Any]]]:
+    """What files of results hold. Where one turns out to hold something else, its name is told."""
+    results = []
+    for file in files:
+        try:
+            results.append(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:  # no UTF-8, or no JSON
+            raise UsageError(f"folder: {file} cannot be read as JSON: {error}") from error
+    try:
+        yield results
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        named = ", ".join(map(str, files))
+        raise UsageError(
+            f"folder: {named} lacks what a result of its name has ({type(error).__name__}: {error})"
+        ) from error

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from .errors import UsageError
 
 LAST = "last.ckpt"
-CONFIG = "config.yaml"
+CONFIG_FILE = "config.yaml"
 # What is there before the first step, and worth nothing without one.
-PREPARED = (CONFIG, "hparams.yaml", "events.out.tfevents.*", "metrics.csv")
+PREPARED = (CONFIG_FILE, "hparams.yaml", "events.out.tfevents.*", "metrics.csv")
 
 
 def run_directory(trainer: Trainer) -> Path:
@@ -55,7 +55,7 @@ def own_directory(trainer: Trainer, goes_on_from: Path | None = None) -> Iterato
         return
     directory = _first_process_directory(trainer)
     new, goes_on = not directory.exists(), goes_on_from is not None
-    if (directory / CONFIG).exists() and not (
+    if (directory / CONFIG_FILE).exists() and not (
         goes_on and goes_on_from.resolve().parent == directory.resolve()
     ):
         option = "trainer.logger" if trainer.loggers else "trainer.default_root_dir"

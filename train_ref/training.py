@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
 import signal
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch.nn.parallel import DistributedDataParallel
 
 from .backbones import read_checkpoint
@@ -25,14 +27,19 @@ from .callbacks import Evaluation, Record
 from .checkpoints import AtomicCheckpointIO, LastCheckpoint
 from .data import Views
 from .errors import UsageError
+from .files import write_text
+from .limits import check_settings, check_trainer
 from .methods import ALIASES, METHODS, method_name, settings_of
 from .parsing import Help
 from .progress import Plan, lines_in_place_of_a_bar
-from .runs import latest_checkpoint, own_directory
+from .runs import CONFIG_FILE, latest_checkpoint, own_directory, run_directory
 
 CONFIG = ("--config", "-c")
 LATEST = "last"
 RECIPES = Path(__file__).with_name("recipes")
+GROUPS = ("trainer", "model", "data", "evaluation", "checkpoint")
+# What constructors raise that do not like their arguments.
+BUILDING = (ImportError, MemoryError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
 
 DESCRIPTION = """\
 Trains a method as a recipe says, and evaluates its features.
@@ -40,6 +47,9 @@ Trains a method as a recipe says, and evaluates its features.
 A recipe is a file in YAML, or the name of one of these, which come with the package:
 
 {recipes}
+
+A recipe is code: it may name any class that can be imported, as callback or logger, and that class runs. Take
+recipes only from people whom you would trust with a program.
 
 --method takes another method than the recipe's: its paper's settings then outrank the recipe's, and options
 outrank both. All options of Lightning's Trainer work, also the many not listed here: --trainer.<name>."""
@@ -58,6 +68,29 @@ HELP = {
     "trainer.max_steps": "end of the training, if that comes first",
     "trainer.precision": "32-true, bf16-mixed or 16-mixed, among others",
 }
+
+
+class RecipeParser(LightningArgumentParser):
+    """Reads recipes as UTF-8, whatever the locale's encoding is."""
+
+    def parse_path(self, path: str, **settings: Any) -> Namespace:
+        text = recipe_text(path)
+        with contextlib.chdir(Path(path).parent):  # what a recipe names lies beside it
+            return self.parse_string(text, path=Path(path).name, **settings)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps all settings in ``config.yaml`` in the run's directory, when the first step is about to begin.
+
+    Lightning's own writes it earlier, in the encoding of the locale, and leaves half of it on a full disk.
+    """
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self.path = run_directory(trainer) / CONFIG_FILE
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            write_text(self.path, self.parser.dump(self.config, skip_none=False))
 
 
 class ReferenceCLI(LightningCLI):
@@ -81,7 +114,8 @@ class ReferenceCLI(LightningCLI):
                 "enable_model_summary": False,
             },
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},  # `own_directory` knows what may be
+            save_config_callback=SaveConfig,
+            parser_class=RecipeParser,
             **settings,
         )
 
@@ -111,6 +145,9 @@ class ReferenceCLI(LightningCLI):
         settings = self.config.fit
         if not settings.config:
             raise UsageError("fit needs --config: a recipe's name, or a file of your own")
+        seed = settings.seed_everything
+        if not isinstance(seed, bool | None) and not 0 <= seed < 2**32:
+            raise UsageError(f"seed_everything is {seed}: a seed is 0 or more, and less than 2**32")
         if settings.ckpt_path not in (None, LATEST):
             self._check_checkpoint(settings.ckpt_path)
 
@@ -124,10 +161,25 @@ class ReferenceCLI(LightningCLI):
         if kind != wanted:
             raise UsageError(f"ckpt_path: {path} is a checkpoint of {kind}, not of {wanted}")
 
+    def instantiate_classes(self) -> None:
+        # Lightning's parser checks types. What their constructors refuse is a mistake in the options as well.
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException:
+            raise  # it names its argument
+        except BUILDING as error:
+            raise UsageError(f"what the options ask for cannot be built: {error}") from error
+
     def instantiate_trainer(self, **settings: Any) -> Trainer:
+        given = self.config_init.fit.trainer
+        check_settings(given)
+        plugins = given.plugins or []
         trainer = super().instantiate_trainer(
-            plugins=[AtomicCheckpointIO()], use_distributed_sampler=False, **settings
+            plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
+            use_distributed_sampler=False,
+            **settings,
         )
+        check_trainer(trainer, METHODS[self.method].kind.value_names())
         lines_in_place_of_a_bar(trainer)
         if isinstance(trainer.strategy, DDPStrategy):
             # Queues and classifiers are the same everywhere. To send them around would cost more than a step.
@@ -202,6 +254,37 @@ def recipe_file(given: str) -> str:
     return str(RECIPES / f"{name}.yaml")
 
 
+def recipe_text(path: str) -> str:
+    """What stands in a recipe's file."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"config: {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"config: {path} is no text in UTF-8, which a recipe is: {error}") from error
+
+
+def recipe_settings(path: str) -> dict[str, Any]:
+    """What a recipe's file says."""
+    try:
+        settings = yaml.safe_load(recipe_text(path))
+    except yaml.YAMLError as error:
+        raise UsageError(f"config: {path} is no YAML, which a recipe is: {error}") from error
+    if not isinstance(settings, dict):
+        found = "nothing" if settings is None else f"a {type(settings).__name__}"
+        raise UsageError(f"config: {path} holds {found}, where a recipe has settings by their names")
+    try:
+        json.dumps(settings, default=str, skipkeys=True)
+    except ValueError as error:
+        raise UsageError(f"config: {path} has an anchor that is part of itself") from error
+    for name in GROUPS:
+        if not isinstance(settings.get(name, {}), dict | str):  # text names a file of them
+            raise UsageError(
+                f"config: {path} has {settings[name]} for {name}, where it has settings by their names"
+            )
+    return settings
+
+
 def with_recipes(args: list[str]) -> list[str]:
     """The words of a command line, with every recipe's name replaced by its file."""
     words = []
@@ -242,9 +325,5 @@ def methods_named(args: list[str]) -> tuple[str | None, str | None]:
     parser.add_argument("--config", "-c", action="append", default=[])
     parser.add_argument("--method")
     known, _ = parser.parse_known_args(args)
-    said = []
-    for recipe in reversed(known.config):
-        # Parsing will complain of what is no recipe.
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):
-            said.append(yaml.safe_load(Path(recipe).read_text(encoding="utf-8")).get("method"))
+    said = [recipe_settings(recipe).get("method") for recipe in reversed(known.config)]
     return known.method, next((name for name in said if isinstance(name, str)), None)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, Trainer, seed_everything
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -29,10 +29,11 @@ from .data import Views
 from .eager import eager_co2, eager_conic, eager_nt_xent
 from .errors import UsageError
 from .evaluation import format_table
-from .files import writable
+from .files import replacing, writable, write_text
 from .machine import describe, resident_mib
 from .methods import METHODS, Method, MoCo, method_name
 from .networks import Architecture
+from .parsing import PositiveFinite, Seed
 from .timing import LossClock
 
 # Of SGD, for each image of a batch: the papers' 0.03 for 256, and 0.06 for 512.
@@ -290,10 +291,10 @@ def validate(
     batch_size: PositiveInt = 64,
     queue_size: PositiveInt = 4096,
     dim: PositiveInt = 128,
-    learning_rate: PositiveFloat | None = None,
+    learning_rate: PositiveFinite | None = None,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     free: bool = True,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     output: str = "runs/validate",
 ) -> list[Verdict]:
     """Train each method with the fused losses and in eager PyTorch, and tell how far they are apart.
@@ -421,14 +422,15 @@ def validate(
         "settings": settings,
         "verdicts": [asdict(verdict) for verdict in verdicts],
     }
-    (folder / "validate.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_text(folder / "validate.json", json.dumps(result, indent=1) + "\n")
+    if free:
+        draw(verdicts, folder / "validate.png")
     print("\n" + format_table([verdict.row() for verdict in verdicts]))
     print(
         f"\nAt the same weights, losses and gradients may differ by {TOLERANCE[precision]:g} (relative, the "
         f"largest of {steps} steps)."
     )
     if free:
-        draw(verdicts, folder / "validate.png")
         rule = f"{FLOAT64_DRIFT:g} from eager"
         if precision != "64-true":
             rule = (
@@ -468,4 +470,5 @@ def draw(verdicts: list[Verdict], path: Path) -> None:
     handles, labels = differences.get_legend_handles_labels()
     legend = dict(zip(labels, handles, strict=True))  # each once
     differences.legend(legend.values(), legend.keys())
-    figure.savefig(path, dpi=100)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from lightning.pytorch import Callback
 from train_ref import callbacks
 from train_ref.callbacks import Evaluation, Record
 from train_ref.checkpoints import LastCheckpoint
+from train_ref.errors import UsageError, named_file
 
 from .conftest import values_of
 
@@ -146,3 +149,43 @@ def test_pixels_are_features_of_their_own(make_moco, make_views, make_trainer):
     weights, nearest = (test @ train.T / 0.07).exp().topk(20)
     votes = (F.one_hot(labels[nearest], 10) * weights[..., None]).sum(dim=1)
     assert row["pixels"]["mean"] == 100 * (votes.argmax(dim=1) == truth).double().mean()
+
+
+def test_without_an_interval_values_are_written_at_the_end_of_an_epoch(make_moco, make_views, make_trainer):
+    """An interval of 0 keeps them from the logger."""
+    trainer = make_trainer(max_epochs=2, callbacks=[Record()], log_every_n_steps=0)
+    trainer.fit(make_moco(), make_views())
+    assert list(values_of(Path(trainer.log_dir))) == list(range(4))
+    assert "loss_ms" not in trainer.callback_metrics
+
+
+def test_a_training_that_diverges_stops(make_moco, make_views, make_trainer):
+    trainer = make_trainer(max_epochs=3, callbacks=[Record()])
+    with pytest.raises(UsageError, match="diverged in epoch 1: its loss is no longer finite"):
+        trainer.fit(make_moco(learning_rate=1e30), make_views())
+
+
+@pytest.mark.parametrize("name", ["steps.csv", "evaluation.json", "overview.png"])
+def test_an_error_of_the_disk_names_the_file(make_moco, make_views, make_trainer, tmp_path, name):
+    trainer = make_trainer(callbacks=[Record(), Evaluation(seeds=1, label_fractions=[])], max_steps=1)
+    run = Path(trainer.log_dir)
+    run.mkdir(parents=True)
+    file = run / (name if name == "steps.csv" else f"{name}.partial")  # the others are renamed when whole
+    file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        trainer.fit(make_moco(), make_views())
+    assert named_file(failed.value) == str(run / name)
+    assert not (run / name).exists() or name == "steps.csv"
+
+
+def test_an_error_of_a_logger_names_the_folder(make_moco, make_views, make_trainer, monkeypatch):
+    """Its threads do not tell the file."""
+    trainer = make_trainer(callbacks=[Record()])
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trainer.logger, "log_metrics", full)
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        trainer.fit(make_moco(), make_views())
+    assert named_file(failed.value) == trainer.log_dir

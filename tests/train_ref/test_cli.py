@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -8,11 +9,14 @@ import subprocess
 import sys
 import time
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from train_ref import __main__ as command_line
 from train_ref import training
+from train_ref.errors import UsageError, one_line
 from train_ref.methods import ALIASES, METHODS, ConIC, InstDisc, MoCo, SimCLR
 
 from .conftest import RECIPES
@@ -27,11 +31,11 @@ SMALL = [
 
 
 def test_a_run_prints_its_table_and_leaves_its_files(train_ref, tmp_path):
-    output = train_ref("fit", *SYNTHETIC, *SMALL)
+    output = train_ref("fit", *SYNTHETIC, *SMALL, "--model.arch=convnet")
     run = tmp_path / "runs" / "synthetic" / "version_0"
     assert "linear probe, 1 % of the labels" in output
     assert output.startswith(
-        "moco_v2_co2 with a resnet18 on 16 images (synthetic): 2 epochs of 2 steps of 8 images, on the CPU; "
+        "moco_v2_co2 with a convnet on 16 images (synthetic): 2 epochs of 2 steps of 8 images, on the CPU; "
         "the loss is served by the backend cpu; nothing is downloaded.\n"
         "Everything is kept in runs/synthetic/version_0\n"
     )
@@ -124,6 +128,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
         (["validate", "--output=/proc/nowhere"], "cannot be written"),
         (["finetune", "last.ckpt", "--fractions=[]"], "and one at least, not none"),
         (["fit", "--config"], "--config"),
+        (["fit", *SYNTHETIC, "--seed_everything=-1"], "seed_everything is -1: a seed is 0 or more"),
+        (["fit", *SYNTHETIC, "--trainer.devices=3.5", "--trainer.accelerator=cpu"], "`devices`"),
+        (["fit", *SYNTHETIC, "--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder cannot be had"),
+        (["fit", *SYNTHETIC, "--trainer.max_epochs=-1"], "leave the training without an end"),
         (["fit", *SYNTHETIC, "--data.batch_size=200"], "batch_size is 200, but there are only 160"),
         (["fit", *SYNTHETIC, "--data.dataset=folder"], "data.root must name the folder"),
         (["fit", *SYNTHETIC, "--data.dataset=folder", "--data.root=nowhere"], "no folder nowhere/train"),
@@ -136,6 +144,79 @@ def test_a_mistake_is_one_clear_line(train_ref, args, message):
     assert line.startswith("error: ")
     assert message in line
     assert len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it.yaml holds nothing, where a recipe has settings by their names"),
+        (b"# nothing", "it.yaml holds nothing"),
+        (b"[1, 2]", "it.yaml holds a list"),
+        (b"digits", "it.yaml holds a str"),
+        (b"\xff\xfe\x00", "it.yaml is no text in UTF-8"),
+        (b"a: [", "it.yaml is no YAML"),
+        (b"a: \x00", "it.yaml is no YAML"),
+        (b"model: 5", "it.yaml has 5 for model"),
+        (b"model: &a {b: *a}", "it.yaml has an anchor that is part of itself"),
+    ],
+)
+def test_a_recipe_that_is_none_is_told_so(tmp_path, content, message):
+    file = tmp_path / "it.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=r"^config: ") as refused:
+        training.recipe_settings(str(file))
+    assert message in str(refused.value)
+
+
+def test_a_recipe_is_utf_8_and_may_have_anchors(train_ref, monkeypatch, tmp_path):
+    text = (
+        "# τ, ×\ndata: {root: &root ü}\ntrainer: {default_root_dir: *root}\n"
+        "model: {arch: convnet, queue_size: 7}\n"
+    )
+    (tmp_path / "it.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    opened = io.open
+    monkeypatch.setattr("builtins.open", lambda file, *a, **k: opened(file, *a, **{"encoding": "ascii"} | k))
+    assert model_of(train_ref, monkeypatch, "--config=it.yaml").hparams.queue_size == 7
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A command in place of those that there are, which calls a function."""
+
+    def make(function):
+        told = SimpleNamespace(choices={}, parses=True, examples=(), function=lambda: lambda *_: function())
+        monkeypatch.setitem(command_line.COMMANDS, "it", told)
+
+    return make
+
+
+def test_every_command_prints_in_any_encoding(train_ref, command, monkeypatch, tmp_path):
+    command(lambda: print("τ ± 1"))
+    with (tmp_path / "told").open("wb", buffering=0) as file:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, "ascii"))
+        command_line.main(["it"])
+        assert (tmp_path / "told").read_text() == "? ? 1\n"
+
+
+def test_an_error_of_the_system_is_a_line_that_names_the_file(train_ref, command, tmp_path):
+    command(lambda: (tmp_path / "nowhere").read_text())
+    with pytest.raises(SystemExit, match=rf"error: {tmp_path}/nowhere: No such file or directory$"):
+        train_ref("it")
+
+    def unnamed():
+        raise OSError(5, "of a mistake in the program")
+
+    command(unnamed)
+    with pytest.raises(OSError, match="of a mistake"):
+        train_ref("it")
+
+
+def test_an_error_of_a_parser_does_not_list_all_types():
+    error = ValueError(
+        'Parser key "a":\n  Does not validate against any of the Union subtypes\n'
+        "  Subtypes: [list[int], int]\n  Errors:\n    - Expected a <class 'int'>\n  Given value: x"
+    )
+    assert one_line(error) == "Parser key \"a\": Expected a <class 'int'> Given value: x"
 
 
 def test_a_checkpoint_that_is_not_whole_is_told_so(train_ref, tmp_path):

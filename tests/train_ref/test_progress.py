@@ -97,13 +97,10 @@ def test_the_plan_tells_which_backend_serves(make_moco, make_views, make_trainer
 
 
 def test_the_plan_tells_why_the_reference_serves(make_moco, make_views, make_trainer, capsys, monkeypatch):
-    select = progress.select
+    def without_kernels(query, backend=None):
+        warnings.warn("it is slow, because of something", RuntimeWarning, stacklevel=2)
+        return "reference"
 
-    def without_kernels(requested, query):
-        if requested is None:
-            warnings.warn("it is slow, because of something", RuntimeWarning, stacklevel=2)
-        return select(requested or "reference", query)
-
-    monkeypatch.setattr(progress, "select", without_kernels)
+    monkeypatch.setattr(progress, "serving_backend", without_kernels)
     make_trainer(callbacks=[Plan("moco")]).fit(make_moco(), make_views())
     assert "by the backend reference (it is slow, because of something);" in capsys.readouterr().out

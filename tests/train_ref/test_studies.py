@@ -199,6 +199,29 @@ def test_the_report_replaces_what_stands_between_markers(tmp_path):
     assert "epochs 3, learning rate 0.01" in written
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as JSON"),
+        (b'{"study": ', "cannot be read as JSON"),
+        (b"\xff", "cannot be read as JSON"),
+        (b"[]", "lacks what a result of its name has"),
+        (b"{}", "lacks what a result of its name has (KeyError: 'study')"),
+    ],
+)
+def test_a_result_that_is_none_is_told_and_leaves_the_document(tmp_path, content, message):
+    whole = {"study": "co2", "settings": {}, "torch": "2", "tables": {}}
+    (tmp_path / "co2.json").write_text(json.dumps(whole))
+    (tmp_path / "toy.json").write_bytes(content)
+    document = tmp_path / "results.md"
+    text = "<!-- co2:begin -->\n<!-- co2:end -->\n<!-- toy:begin -->\nold\n<!-- toy:end -->\n"
+    document.write_text(text)
+    with pytest.raises(UsageError, match=r"folder: .*toy\.json ") as refused:
+        report.put(tmp_path, document)
+    assert message in str(refused.value)
+    assert document.read_text() == text
+
+
 def test_the_results_that_are_told_are_those_that_are_kept(tmp_path):
     told = DOCS / "results.md"
     for name in STUDIES:
@@ -219,6 +242,8 @@ def test_the_results_that_are_told_are_those_that_are_kept(tmp_path):
         (["sampling", "--seeds=0"], "seeds"),
         (["sampling", "--active=1437"], "nothing is sampled"),
         (["co2", "--epoch=3"], "epoch"),
+        (["co2", "--directory=/dev/null"], "directory: /dev/null/co2.json cannot be written"),
+        (["toy", "--larger_weight=1e9"], "larger_weight"),
         (["simclr", "--epochs=1000"], "1 GiB is kept at most"),
         (["colorization"], "there is no study colorization: python -m train_ref study takes one of co2,"),
     ],

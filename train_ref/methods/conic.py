@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from contrastive_ops import ConICLoss, DelayedSGD, InstanceClassifier
+from contrastive_ops import ConICLoss, ConICMetrics, DelayedSGD, InstanceClassifier
 
 from ..checkpoints import LastCheckpoint
 from ..distributed import gather, gather_objects, mean, own_rows, rank, world_size
 from ..errors import UsageError
 from ..networks import Head
+from ..parsing import LossWeight, PositiveFinite, Temperature
 from .method import Batch, Method
 
 
@@ -40,6 +41,7 @@ class ConIC(Method):
     """
 
     name = "conic"
+    metrics = ConICMetrics
 
     def __init__(
         self,
@@ -48,9 +50,9 @@ class ConIC(Method):
         compensation: bool = True,
         storage: Literal["device", "host", "disk"] = "device",
         path: str | None = None,
-        temperature: PositiveFloat = 0.1,
-        consistency_weight: NonNegativeFloat = 2.5,
-        learning_rate: PositiveFloat = 0.06,
+        temperature: Temperature = 0.1,
+        consistency_weight: LossWeight = 2.5,
+        learning_rate: PositiveFinite = 0.06,
         **network: Any,
     ) -> None:
         super().__init__(head=head, learning_rate=learning_rate, **network)

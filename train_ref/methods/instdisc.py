@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor
 
-from contrastive_ops import ConICLoss, MemoryBank
+from contrastive_ops import ConICLoss, ConICMetrics, MemoryBank
 
 from ..distributed import gather
 from ..networks import Head
+from ..parsing import Temperature
 from .method import Batch, Method
 
 
@@ -30,11 +31,12 @@ class InstDisc(Method):
     """
 
     name = "instdisc"
+    metrics = ConICMetrics
 
     def __init__(
         self,
         head: Head = "linear",
-        temperature: PositiveFloat = 0.07,
+        temperature: Temperature = 0.07,
         bank_momentum: ClosedUnitInterval = 0.5,
         views: PositiveInt = 1,
         **network: Any,

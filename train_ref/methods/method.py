@@ -6,13 +6,16 @@ import math
 from typing import Any, ClassVar, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+
+from contrastive_ops import LossMetrics
 
 from .. import distributed
 from ..errors import UsageError
 from ..networks import FEATURES, Architecture, Head, Stem, network, normalize_in_groups, projection_head
+from ..parsing import NonNegativeFinite, PositiveFinite, Seed
 
 # ([views (B, 3, H, W), other views (B, 3, H, W)], labels (B,), instances (B,)): B of this process. Nothing
 # here looks at the labels.
@@ -42,6 +45,7 @@ class Method(LightningModule):
     """
 
     name: ClassVar[str]
+    metrics: ClassVar[Any] = LossMetrics  # the criterion's, a named tuple
     criterion: nn.Module
 
     def __init__(
@@ -51,11 +55,11 @@ class Method(LightningModule):
         head: Head = "mlp",
         dim: PositiveInt = 128,
         norm_groups: PositiveInt = 1,
-        learning_rate: PositiveFloat = 0.03,
-        weight_decay: NonNegativeFloat = 1e-4,
+        learning_rate: PositiveFinite = 0.03,
+        weight_decay: NonNegativeFinite = 1e-4,
         schedule: Literal["cosine", "step"] = "cosine",
-        warmup: NonNegativeFloat = 0.0,
-        seed: NonNegativeInt = 0,
+        warmup: ClosedUnitInterval = 0.0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -77,6 +81,11 @@ class Method(LightningModule):
                 f"multiple of the number of processes, {processes}"
             )
         normalize_in_groups(self.encoder, groups)
+
+    @classmethod
+    def value_names(cls) -> list[str]:
+        """The names of a step's values, as `report` keeps them."""
+        return ["loss", *(field for field in cls.metrics._fields if field.endswith("loss")), "top1", "top5"]
 
     def report(self, loss: Tensor, metrics: Any) -> None:
         """Keep a step's values, means over all processes, as `values`, and log them. Metrics' fields that end
@@ -111,6 +120,7 @@ class Method(LightningModule):
         warmup, schedule = self.hparams.warmup * steps, self.hparams.schedule
 
         def factor(step: int) -> float:
+            step = min(step, steps)  # beyond its end, a cosine would rise again
             if step < warmup:
                 return (step + 1) / (warmup + 1)
             if schedule == "cosine":

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor
 
 from contrastive_ops import CO2Loss, KeyQueue
 
 from ..distributed import gather, own_rows
 from ..networks import normalize_in_groups
+from ..parsing import LossWeight, Temperature
 from .method import Batch, Method
 
 
@@ -41,9 +42,9 @@ class MoCo(Method):
         self,
         queue_size: PositiveInt = 65536,
         momentum: ClosedUnitInterval = 0.999,
-        temperature: PositiveFloat = 0.2,
-        consistency_temperature: PositiveFloat = 0.05,
-        consistency_weight: NonNegativeFloat = 0.3,
+        temperature: Temperature = 0.2,
+        consistency_temperature: Temperature = 0.05,
+        consistency_weight: LossWeight = 0.3,
         **network: Any,
     ) -> None:
         super().__init__(**network)

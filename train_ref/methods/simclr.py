@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from contrastive_ops import NTXentLoss
 
 from ..distributed import gather_around, world_size
 from ..networks import Head
+from ..parsing import LossWeight, Temperature
 from .method import Batch, Method
 
 
@@ -34,9 +34,9 @@ class SimCLR(Method):
     def __init__(
         self,
         head: Head = "mlp_bn",
-        temperature: PositiveFloat = 0.1,
-        consistency_temperature: PositiveFloat = 0.05,
-        consistency_weight: NonNegativeFloat = 0.0,
+        temperature: Temperature = 0.1,
+        consistency_temperature: Temperature = 0.05,
+        consistency_weight: LossWeight = 0.0,
         **network: Any,
     ) -> None:
         super().__init__(head=head, **network)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
+from ..files import writable
 from ..methods import ConIC, SimCLR
+from ..parsing import PositiveFinite, Temperature
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
 
 SIZES = (16, 32, 64, 128)
@@ -17,9 +20,9 @@ METHODS = {"ConIC": ConIC, "SimCLR": SimCLR}
 def study(
     epochs: PositiveInt = 20,
     seeds: PositiveInt = 5,
-    conic_learning_rate: PositiveFloat = 0.03,
-    simclr_learning_rate: PositiveFloat = 0.06,
-    simclr_temperature: PositiveFloat = 0.5,
+    conic_learning_rate: PositiveFinite = 0.03,
+    simclr_learning_rate: PositiveFinite = 0.06,
+    simclr_temperature: Temperature = 0.5,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:
@@ -42,6 +45,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "batch_size.json", "directory")
     settings = {
         "ConIC": {"learning_rate": conic_learning_rate},
         "SimCLR": {"learning_rate": simclr_learning_rate, "temperature": simclr_temperature},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from matplotlib.figure import Figure
 
+from ..files import writable
 from ..methods import MOCO_V1, MOCO_V2, MoCo
+from ..parsing import PositiveFinite
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
 
 # Name: label in the figure, version, α. The paper's α are 10 for v1 and 0.3 for v2; the recipe's for digits
@@ -30,7 +33,7 @@ def study(
     epochs: PositiveInt = 30,
     seeds: PositiveInt = 5,
     batch_size: PositiveInt = 64,
-    learning_rate: PositiveFloat = 0.03,
+    learning_rate: PositiveFinite = 0.03,
     queue_size: PositiveInt = 1024,
     momentum: ClosedUnitInterval = 0.99,
     quick: bool = False,
@@ -55,6 +58,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "co2.json", "directory")
     settings = {"learning_rate": learning_rate, "queue_size": queue_size, "momentum": momentum}
     variants = {
         name: Variant(MoCo, {**version, **settings, "consistency_weight": weight}, batch_size)

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import DrawnViews, Views
 from ..errors import UsageError
 from ..evaluation import Score, extract_features, format_table, knn_accuracy, probe_score
+from ..files import replacing, write_text
 from ..methods import Method
 
 UNTRAINED = "untrained"
@@ -351,8 +352,9 @@ def keep(
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    figure.savefig(folder / f"{name}.png", dpi=110)
+    write_text(folder / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    with replacing(folder / f"{name}.png") as file:
+        figure.savefig(file, format="png", dpi=110)
     for title, rows in tables.items():
         print(f"\n{title}:\n\n{format_table(texts(rows))}")
     print(f"\nFigure and numbers are kept in {folder}", flush=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
+from ..files import writable
 from ..methods import ConIC
+from ..parsing import PositiveFinite
 from .common import MEASURES, Run, Variant, compare, differences, dots, keep, over, table
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.5, 5.0)  # the paper chooses 2.5
@@ -31,7 +34,7 @@ def study(
     epochs: PositiveInt = 30,
     seeds: PositiveInt = 5,
     batch_size: PositiveInt = 64,
-    learning_rate: PositiveFloat = 0.03,
+    learning_rate: PositiveFinite = 0.03,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "consistency.json", "directory")
     variants = {
         name: Variant(ConIC, {"learning_rate": learning_rate, "consistency_weight": weight}, batch_size)
         for name, weight in zip(LABELS, WEIGHTS, strict=True)

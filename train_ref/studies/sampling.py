@@ -7,11 +7,12 @@ one more quantity: the classification loss over all N rows, caught up, on views 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -19,7 +20,9 @@ from contrastive_ops import conic_loss
 
 from ..data import Digits
 from ..errors import UsageError
+from ..files import writable
 from ..methods import ConIC
+from ..parsing import LossWeight, PositiveFinite
 from .common import MEASURES, Row, Run, Runs, SharedViews, Variant, compare, differences, keep, score
 
 FULL = "full softmax"
@@ -68,8 +71,8 @@ def study(
     seeds: PositiveInt = 3,
     active: PositiveInt = 72,
     batch_size: PositiveInt = 16,
-    learning_rate: PositiveFloat = 0.06,
-    consistency_weight: NonNegativeFloat = 2.5,
+    learning_rate: PositiveFinite = 0.06,
+    consistency_weight: LossWeight = 2.5,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:
@@ -92,6 +95,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "sampling.json", "directory")
     count = len(Digits(train=True))
     if active >= count:
         raise UsageError(f"active is {active}: all {count} rows are, and nothing is sampled")

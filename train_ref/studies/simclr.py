@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
+from ..files import writable
 from ..methods import SimCLR
+from ..parsing import PositiveFinite, Temperature
 from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
 
 TEMPERATURES = (0.5, 0.1)  # SimCLR's for small images, and for ImageNet
@@ -24,8 +27,8 @@ def study(
     epochs: PositiveInt = 30,
     seeds: PositiveInt = 5,
     batch_size: PositiveInt = 64,
-    learning_rate: PositiveFloat = 0.06,
-    consistency_temperature: PositiveFloat = 0.05,
+    learning_rate: PositiveFinite = 0.06,
+    consistency_temperature: Temperature = 0.05,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:
@@ -47,6 +50,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "simclr.json", "directory")
     settings = {"learning_rate": learning_rate, "consistency_temperature": consistency_temperature}
     variants = {
         name_of(temperature, weight): Variant(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from sklearn.neighbors import KernelDensity
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from ..files import writable
 from ..methods import ConIC, Method
+from ..parsing import NonNegativeFinite, PositiveFinite, PositiveLossWeight
 from .common import Run, Runs, SharedViews, Variant, compare, differences, keep, table
 
 IMAGES, VIEWS = 8, 20
@@ -106,10 +109,10 @@ def picture(directions: np.ndarray, axis: np.ndarray) -> np.ndarray:
 def study(
     epochs: PositiveInt = 200,
     seeds: PositiveInt = 20,
-    learning_rate: PositiveFloat = 1e-4,
-    weight_decay: NonNegativeFloat = 1e-6,
-    consistency_weight: PositiveFloat = 0.1,
-    larger_weight: PositiveFloat = 2.5,
+    learning_rate: PositiveFinite = 1e-4,
+    weight_decay: NonNegativeFinite = 1e-6,
+    consistency_weight: PositiveLossWeight = 0.1,
+    larger_weight: PositiveLossWeight = 2.5,
     quick: bool = False,
     directory: str = "runs/studies",
 ) -> dict[str, Any]:
@@ -133,6 +136,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
+    writable(Path(directory) / "toy.json", "directory")
     settings = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     weights = {f"α = {weight:g}": weight for weight in (0.0, consistency_weight, larger_weight)}
     variants = {
