@@ -56,15 +56,15 @@ class LastCheckpoint(Checkpoint):
     Args:
         every_n_epochs: how often it is written at the end of an epoch; the end of training always is.
         every_n_steps: how often it is written besides, in steps of the optimizer; null: not within epochs.
-        keep: of the checkpoints that were written, this many can be gone back to: with 2 and more, they are
-            ``step_<number>.ckpt`` as well, the newest as another name of ``last.ckpt``.
+        keep: how many checkpoints can be gone back to; with 2 and more, each is ``step_<number>.ckpt`` too.
     """
 
     def __init__(
         self, every_n_epochs: PositiveInt = 1, every_n_steps: PositiveInt | None = None, keep: PositiveInt = 1
     ) -> None:
         self.every_n_epochs, self.every_n_steps, self.keep = every_n_epochs, every_n_steps, keep
-        self.saved_step: int | None = None
+        self.path: Path | None = None
+        self.saved_step: int | None = None  # of which there is a checkpoint, or no need of one
         self.saving = self.stop = self.told = False
         self.random_state: Tensor | None = None  # of the checkpoint that was read
 
@@ -75,6 +75,7 @@ class LastCheckpoint(Checkpoint):
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)
         self.tells = trainer.is_global_zero
+        self.saved_step = trainer.global_step
         self.handlers = {
             number: signal.signal(number, self._request_stop)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -102,7 +103,7 @@ class LastCheckpoint(Checkpoint):
         # Other processes, if there are any, may not have failed, and would not take part in saving.
         if isinstance(exception, Exception) and trainer.world_size == 1 and self._between_steps(trainer):
             self._save(trainer)
-        if trainer.is_global_zero and self.saved_step is not None:
+        if trainer.is_global_zero and self.path is not None and self.path.exists():
             self.tell_how_to_go_on()
 
     def tell_how_to_go_on(self) -> None:
@@ -151,8 +152,9 @@ class LastCheckpoint(Checkpoint):
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         begun, done = batches.ready, batches.completed
         whole = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
-        new = self.saved_step != trainer.global_step
-        return trainer.state.fn == "fit" and begun == done > 0 and whole and new and not self.saving
+        return (
+            begun == done and whole and self.saved_step not in (None, trainer.global_step) and not self.saving
+        )
 
     def _save(self, trainer: Trainer) -> None:
         self.saving = True

@@ -269,7 +269,8 @@ def folder_to_resume(command: str, checkpoint: str, resume: str, directory: Path
     if not path.exists():
         raise UsageError(f"resume: there is no {path}; it takes last, or the folder of a run of {command}")
     depth = 4  # of a checkpoint of one of several trainings
-    folder = next((each for each in [path, *path.parents][: depth + 1] if (each / CONFIG_FILE).is_file()), path)
+    folders = [path, *path.parents][: depth + 1]
+    folder = next((each for each in folders if (each / CONFIG_FILE).is_file()), path)
     read_config(folder, command)
     if (folder / f"{command}.json").exists():
         raise UsageError(f"resume: {folder} is finished, with its figures in {command}.json")

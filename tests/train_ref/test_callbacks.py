@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 
-from train_ref import callbacks
+from train_ref import callbacks, files
 from train_ref.callbacks import Evaluation, Record
 from train_ref.checkpoints import LastCheckpoint
 from train_ref.errors import UsageError, named_file
@@ -166,7 +166,8 @@ def test_a_training_that_diverges_stops(make_moco, make_views, make_trainer):
 
 
 @pytest.mark.parametrize("name", ["steps.csv", "evaluation.json", "overview.png"])
-def test_an_error_of_the_disk_names_the_file(make_moco, make_views, make_trainer, tmp_path, name):
+def test_an_error_of_the_disk_names_the_file(make_moco, make_views, make_trainer, monkeypatch, name):
+    monkeypatch.setattr(files, "_nameless", lambda folder: None)
     trainer = make_trainer(callbacks=[Record(), Evaluation(seeds=1, label_fractions=[])], max_steps=1)
     run = Path(trainer.log_dir)
     run.mkdir(parents=True)

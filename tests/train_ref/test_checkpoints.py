@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import os
+import resource
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
+from train_ref import files
+from train_ref.backbones import read_checkpoint
 from train_ref.callbacks import Record
 from train_ref.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from train_ref.data import DrawnViews
+from train_ref.errors import UsageError
+from train_ref.files import recorded, verify
 
 
 @pytest.fixture
@@ -68,7 +77,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(fit, monkeypatch, m
         save(checkpoint, file)
         if len(times) == 2:
             if moment == "writing":
-                file.truncate(1000)
+                file.file.truncate(1000)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted_save)
@@ -100,4 +109,164 @@ def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path, monkeypatch
     monkeypatch.undo()
     checkpoints.save_checkpoint({"step": 3}, path)
     assert checkpoints.load_checkpoint(path) == {"step": 3}
-    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+    assert {file.name for file in path.parent.iterdir()} == {"last.ckpt", "last.ckpt.sha256"}
+
+
+@pytest.fixture(params=["without a name", "beside"])
+def way(request, monkeypatch):
+    """How a file is written: not all file systems have files without a name."""
+    if request.param == "beside":
+        monkeypatch.setattr(files, "_nameless", lambda folder: None)
+    return request.param
+
+
+def kill_within(code: str, folder: Path) -> None:
+    """Run some lines in a process that kills itself."""
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(folder)
+        exec(
+            code,
+            {
+                "files": files,
+                "os": os,
+                "torch": torch,
+                "Path": Path,
+                "AtomicCheckpointIO": AtomicCheckpointIO,
+            },
+        )
+        os._exit(1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+WITHIN = "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
+AFTER = """
+rename = os.replace
+def replace(*names):
+    rename(*names)
+    if str(names[1]) == NAME:
+        os.kill(os.getpid(), 9)
+os.replace = replace
+"""
+SAVE = "AtomicCheckpointIO().save_checkpoint({'step': 2}, 'last.ckpt')\n"
+
+
+@pytest.mark.parametrize("moment", ["checkpoint", "sum", "before the name", "name"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_is_whole(tmp_path, way, moment):
+    path, checkpoints = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    checkpoints.save_checkpoint({"step": 1}, path)
+    code = {
+        "checkpoint": "torch.save = lambda *arguments: os.kill(os.getpid(), 9)\n",
+        "sum": WITHIN,
+        "before the name": AFTER.replace("NAME", "'last.ckpt.sha256'"),
+        "name": AFTER.replace("NAME", "'last.ckpt'"),
+    }[moment]
+    kill_within(code + SAVE, tmp_path)
+    verify(path)
+    assert checkpoints.load_checkpoint(path) == {"step": 2 if moment == "name" else 1}
+    left = {file.name for file in tmp_path.iterdir()} - {"last.ckpt", "last.ckpt.sha256"}
+    assert way == "beside" or not left
+    checkpoints.save_checkpoint({"step": 3}, path)
+    verify(path)
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "last.ckpt.sha256"}
+    assert len(recorded(path)) == 1
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.arange(20.0)}, path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(
+            UsageError, match=r"last\.ckpt is damaged: its SHA-256 is not that in last\.ckpt\.sha"
+        ):
+            read_checkpoint(path)
+    path.write_bytes(whole)
+    assert subprocess.run(["sha256sum", "--check", "last.ckpt.sha256"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("size", [0, 500, 20_000])
+def test_a_disk_that_is_full_is_told_with_the_checkpoint_s_name(tmp_path, way, size):
+    path, checkpoints = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    checkpoints.save_checkpoint({"step": 1}, path)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            checkpoints.save_checkpoint({"step": torch.zeros(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert raised.value.filename == str(path)
+    verify(path)
+    assert checkpoints.load_checkpoint(path) == {"step": 1}
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "last.ckpt.sha256"}
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_the_last_checkpoints_are_kept_on_request(make_moco, make_views, make_trainer, monkeypatch, linked):
+    if not linked:
+        link = os.link
+        monkeypatch.setattr(
+            os, "link", lambda *names, **how: link(*names, **how) if how else os.readv(-1, [])
+        )  # an OSError
+
+    def run(ckpt_path=None):
+        callbacks = [LastCheckpoint(every_n_steps=1, keep=3)]
+        trainer = make_trainer(
+            max_epochs=3, enable_checkpointing=True, plugins=[AtomicCheckpointIO()], callbacks=callbacks
+        )
+        trainer.fit(make_moco(), make_views(), ckpt_path=ckpt_path)
+        return Path(trainer.log_dir)
+
+    directory = run()
+    kept = sorted(directory.glob("step_*.ckpt"))
+    assert [path.name for path in kept] == [f"step_0000000{step}.ckpt" for step in (4, 5, 6)]
+    assert {path.name for path in directory.glob("*.sha256")} == {
+        f"{path.name}.sha256" for path in [*kept, directory / "last.ckpt"]
+    }
+    assert [read_checkpoint(path)["global_step"] for path in kept] == [4, 5, 6]
+    assert kept[-1].samefile(directory / "last.ckpt") == linked
+    rest = run(kept[0])
+    assert [path.name for path in sorted(rest.glob("step_*.ckpt"))] == [path.name for path in kept[1:]]
+
+
+def test_rows_on_disk_are_kept_for_every_checkpoint_that_is(make_method, make_views, make_trainer, tmp_path):
+    def run(ckpt_path=None, epochs=4):
+        callbacks = [LastCheckpoint(every_n_steps=1, keep=6)]
+        trainer = make_trainer(
+            max_epochs=epochs,
+            limit_train_batches=2,
+            enable_checkpointing=True,
+            plugins=[AtomicCheckpointIO()],
+            callbacks=callbacks,
+        )
+        method = make_method("conic", active=32, storage="disk", path=str(tmp_path / "rows"))
+        trainer.fit(method, make_views(dataset="digits", augmentation="digits_v1"), ckpt_path=ckpt_path)
+        method.classifier.close()
+        return Path(trainer.log_dir)
+
+    kept = sorted(run().glob("step_*.ckpt"))
+    assert len(kept) == 6
+    run(kept[0])  # of which the rows are six generations old
+
+
+def test_a_failure_between_two_steps_is_saved(fit, make_views, monkeypatch):
+    draw, directory = DrawnViews.__getitem__, []
+
+    def fails(views, item):
+        if item[0] == 1:
+            raise UsageError("data.root: it.png cannot be read as an image")
+        return draw(views, item)
+
+    class Directory(Callback):
+        def on_train_start(self, trainer, module):
+            directory.append(Path(trainer.log_dir))
+
+    monkeypatch.setattr(DrawnViews, "__getitem__", fails)
+    with pytest.raises(UsageError):
+        fit(epochs=3, every_n_epochs=100, callbacks=[Directory()])
+    monkeypatch.undo()
+    resumed, _ = fit(epochs=3, ckpt_path=directory[0] / "last.ckpt")
+    assert resumed.trainer.global_step == 6
