@@ -51,7 +51,7 @@ class LastCheckpoint(Checkpoint):
 
     A run that goes on from it computes what one that was never stopped would, bit for bit on a CPU. An
     interrupt or a request to terminate lets the step end, saves, and stops; a second one stops at once. A
-    failure between two steps, such as of an image that cannot be read, saves too.
+    batch that cannot be loaded saves too, as an image that cannot be read or a loader's process that died.
 
     Args:
         every_n_epochs: how often it is written at the end of an epoch; the end of training always is.
@@ -65,7 +65,8 @@ class LastCheckpoint(Checkpoint):
         self.every_n_epochs, self.every_n_steps, self.keep = every_n_epochs, every_n_steps, keep
         self.path: Path | None = None
         self.saved_step: int | None = None  # of which there is a checkpoint, or no need of one
-        self.saving = self.stop = self.told = False
+        self.fetching = False  # a batch: the last step is whole, and the next one has not begun
+        self.stop = self.told = False
         self.random_state: Tensor | None = None  # of the checkpoint that was read
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
@@ -82,6 +83,14 @@ class LastCheckpoint(Checkpoint):
             if threading.current_thread() is threading.main_thread()
         }
 
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.fetching = True
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.fetching = False
+
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -89,6 +98,7 @@ class LastCheckpoint(Checkpoint):
         # done at the epoch's end.
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
             self._save_or_stop(trainer, due=False)
+            self.fetching = True
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save_or_stop(trainer, due=(trainer.current_epoch + 1) % self.every_n_epochs == 0)
@@ -101,7 +111,13 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
         # Other processes, if there are any, may not have failed, and would not take part in saving.
-        if isinstance(exception, Exception) and trainer.world_size == 1 and self._between_steps(trainer):
+        alone = trainer.world_size == 1
+        if (
+            isinstance(exception, Exception)
+            and alone
+            and self.fetching
+            and self.saved_step != trainer.global_step
+        ):
             self._save(trainer)
         if trainer.is_global_zero and self.path is not None and self.path.exists():
             self.tell_how_to_go_on()
@@ -147,23 +163,12 @@ class LastCheckpoint(Checkpoint):
             self._tell()  # it may be another process that was asked
             raise KeyboardInterrupt
 
-    def _between_steps(self, trainer: Trainer) -> bool:
-        """All that the last step does is done, the next one has not begun, and it is in no checkpoint."""
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current
-        begun, done = batches.ready, batches.completed
-        whole = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
-        return (
-            begun == done and whole and self.saved_step not in (None, trainer.global_step) and not self.saving
-        )
-
     def _save(self, trainer: Trainer) -> None:
-        self.saving = True
         trainer.save_checkpoint(self.path)
         trainer.lightning_module.on_checkpoint_saved()
         self.saved_step = trainer.global_step
         if self.keep > 1 and trainer.is_global_zero:
             self._keep(trainer.global_step)
-        self.saving = False
 
     def _keep(self, step: int) -> None:
         """Give the checkpoint a name of its own, and remove the oldest."""

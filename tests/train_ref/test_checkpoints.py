@@ -270,3 +270,18 @@ def test_a_failure_between_two_steps_is_saved(fit, make_views, monkeypatch):
     monkeypatch.undo()
     resumed, _ = fit(epochs=3, ckpt_path=directory[0] / "last.ckpt")
     assert resumed.trainer.global_step == 6
+
+
+def test_a_training_that_diverged_leaves_the_checkpoint_before_it(fit):
+    class Diverges(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.directory = Path(trainer.log_dir)
+            if trainer.global_step == 3:
+                next(module.parameters()).data.fill_(float("nan"))
+
+    diverges = Diverges()
+    with pytest.raises(UsageError, match="diverged"):
+        fit(epochs=3, callbacks=[diverges])
+    saved = read_checkpoint(diverges.directory / "last.ckpt")
+    assert saved["global_step"] == 2
+    assert saved["state_dict"]["encoder.0.0.weight"].isfinite().all()
