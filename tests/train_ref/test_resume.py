@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 
 from .conftest import RECIPES, values_of
 
@@ -29,9 +28,6 @@ checkpoint: {{every_n_steps: 4}}
 """
 METHODS = {
     "moco": "queue_size: 300, consistency_weight: 0.3",
-    "moco_in_groups": "queue_size: 300, norm_groups: 4",
-    "simclr": "consistency_weight: 0.5",
-    "instdisc": "seed: 1",
     "conic": "active: 128",
     "conic_on_disk": "active: 128, storage: disk, path: {name}_rows",
 }
@@ -49,14 +45,15 @@ def state_of(directory: Path) -> dict:
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def start(*args: str, cwd: Path) -> subprocess.Popen:
+def start(*args: str, cwd: Path, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "train_ref", *args],
+        [sys.executable, *args],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(RECIPES.parents[1])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        **options,
     )
 
 
@@ -85,7 +82,7 @@ def check_that_it_goes_on(train_ref, tmp_path: Path, which: str, expected: Path,
 @pytest.mark.parametrize("which", ["moco", "conic_on_disk"])
 def test_killed_at_a_random_step(train_ref, tmp_path, which):
     train_ref("fit", "--config", recipe_of(which, "whole", tmp_path))
-    process = start("fit", "--config", recipe_of(which, "killed", tmp_path), cwd=tmp_path)
+    process = start("-m", "train_ref", "fit", "--config", recipe_of(which, "killed", tmp_path), cwd=tmp_path)
     moment = random.Random()  # another one every time
     wait_for_batches(process, tmp_path / "killed" / "version_0", moment.randint(5, 38))
     time.sleep(moment.uniform(0, 0.03))  # somewhere in a step or in a save
@@ -94,44 +91,38 @@ def test_killed_at_a_random_step(train_ref, tmp_path, which):
     check_that_it_goes_on(train_ref, tmp_path, which, tmp_path / "whole" / "version_0", "killed")
 
 
+MAIN = """
+import multiprocessing, sys
+from train_ref.__main__ import main
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv.pop(1))
+    main()
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_after_the_step_and_stops(train_ref, tmp_path, number):
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [("fork", signal.SIGTERM), ("spawn", signal.SIGINT), ("forkserver", signal.SIGTERM)],
+)
+def test_a_signal_to_all_processes_saves_after_the_step_and_stops(train_ref, tmp_path, method, number):
+    """A terminal sends its interrupts to a group of processes, and schedulers ask it to terminate."""
     train_ref("fit", "--config", recipe_of("conic", "whole", tmp_path))
+    (tmp_path / "main.py").write_text(MAIN)
     process = start(
-        "fit", "--config", recipe_of("conic", "stopped", tmp_path), "--checkpoint.every_n_steps=null",
-        cwd=tmp_path,
+        "main.py", method, "fit", "--config", recipe_of("conic", "stopped", tmp_path),
+        "--checkpoint.every_n_steps=null", "--data.num_workers=2",
+        cwd=tmp_path, start_new_session=True,
     )  # fmt: skip
     wait_for_batches(process, tmp_path / "stopped" / "version_0", 19)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "Stopping after this step." in output
+    assert process.returncode == 1, output
+    assert output.count("Stopping") == 1
     assert "--ckpt_path stopped/version_0/last.ckpt" in output
     assert "Traceback" not in output
     done = len(values_of(tmp_path / "stopped" / "version_0"))
     saved = torch.load(tmp_path / "stopped" / "version_0" / "last.ckpt", weights_only=True)
     assert saved["global_step"] in (done, done + 1)  # that step's values may not be written any more
     check_that_it_goes_on(train_ref, tmp_path, "conic", tmp_path / "whole" / "version_0", "stopped")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["simclr", "instdisc", "conic", "moco_in_groups"])
-def test_goes_on_in_the_middle_of_an_epoch(train_ref, tmp_path, which):
-    train_ref("fit", "--config", recipe_of(which, "whole", tmp_path))
-    train_ref(
-        "fit", "--config", recipe_of(which, "stopped", tmp_path),
-        "--trainer.callbacks+=tests.train_ref.test_resume.Leave",
-    )  # fmt: skip
-    check_that_it_goes_on(train_ref, tmp_path, which, tmp_path / "whole" / "version_0", "stopped")
-
-
-class Leave(Callback):
-    """Ends the process's training after 22 steps, without a word."""
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == 22:
-            trainer.callbacks = []
-            trainer.should_stop = True
-            return -1
-        return None

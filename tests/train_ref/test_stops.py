@@ -22,6 +22,8 @@ METHODS = {
     "moco in groups": {"queue_size": 20, "norm_groups": 2},
     "conic": {"active": 32},
     "conic on disk": {"active": 32, "storage": "disk"},
+    "simclr": {"consistency_weight": 0.5},
+    "instdisc": {},
 }
 
 
@@ -147,6 +149,8 @@ def test_from_every_step_training_goes_on_as_if_it_had_not_stopped(train, which)
         ("moco", "ModelCheckpoint"),
         ("moco in groups", signal.SIGTERM),
         ("conic", signal.SIGTERM),
+        ("simclr", signal.SIGTERM),
+        ("instdisc", signal.SIGINT),
         ("conic on disk", signal.SIGINT),
     ],
 )
