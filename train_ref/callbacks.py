@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
@@ -17,13 +18,14 @@ from torch import nn
 from .distributed import world_size
 from .errors import UsageError
 from .evaluation import evaluate, extract_features, format_table
-from .files import naming, write_text
+from .files import naming, replacing, write_text
 from .methods import Method
 from .parsing import Fraction, PositiveFinite
 from .pictures import Gallery, gallery, overview
 from .runs import run_directory
 from .timing import LossClock
 
+STEPS = "steps.csv"
 WHEN = ("batch", "epoch", "learning_rate")  # what is no value of a step, in a row of them
 
 
@@ -36,22 +38,38 @@ class Record(Callback):
     """Writes the values of every batch to ``steps.csv``, and how fast it went; keeps each epoch's means, in
     checkpoints too.
 
-    The values come to the file as often as to the logger. A run that is resumed has a file of its own, which
-    begins where it goes on.
+    The values come to the file as often as to the logger, and before a checkpoint is written. A run that is
+    resumed in another directory has a file of its own, which begins where it goes on. In the same one it goes
+    on with the same file, without the steps after the checkpoint, which are taken again.
     """
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self.sums: dict[str, float] = {}  # of the epoch so far
         self.batches = 0
+        self.pending: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, module: Method, stage: str) -> None:
         self.directory = run_directory(trainer)
 
     def on_train_start(self, trainer: Trainer, module: Method) -> None:
-        self.pending: list[dict[str, Any]] = []
         self.clock = LossClock(module.criterion, module.device)
         self.since = time.perf_counter()
+        if trainer.is_global_zero:
+            self._forget_from(trainer.fit_loop.total_batch_idx + 1)
+
+    def _forget_from(self, batch: int) -> None:
+        """Leave the rows of earlier batches in the file, if there is one."""
+        path = self.directory / STEPS
+        if not path.is_file():
+            return
+        lines = path.read_bytes().splitlines(keepends=True)
+        rows = [row for row in lines[1:] if row.endswith(b"\n") and int(row.split(b",")[0]) < batch]
+        if rows:
+            with replacing(path) as file:
+                file.writelines([lines[0], *rows])
+        else:
+            path.unlink()
 
     def on_train_batch_start(self, trainer: Trainer, module: Method, batch: Any, batch_idx: int) -> None:
         self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
@@ -88,7 +106,7 @@ class Record(Callback):
         }
         self.since = now
         if trainer.is_global_zero:
-            path = self.directory / "steps.csv"
+            path = self.directory / STEPS
             with naming(path), path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, [*self.pending[0], *speed])
                 if file.tell() == 0:
@@ -103,8 +121,7 @@ class Record(Callback):
                 sums[name] = sums.get(name, 0.0) + float(row[name])
 
     def on_train_epoch_end(self, trainer: Trainer, module: Method) -> None:
-        if self.pending:
-            self.write(trainer, self.images)
+        self._write_pending(trainer)
         means = {name: total / self.batches for name, total in self.sums.items()}
         self.epochs.append({"epoch": trainer.current_epoch + 1, **means})
         self.sums, self.batches = {}, 0
@@ -119,7 +136,16 @@ class Record(Callback):
     def on_train_end(self, trainer: Trainer, module: Method) -> None:
         self.clock.remove()
 
+    def on_save_checkpoint(self, trainer: Trainer, module: Method, checkpoint: dict[str, Any]) -> None:
+        self._write_pending(trainer)
+
+    def _write_pending(self, trainer: Trainer) -> None:
+        if self.pending:
+            self.write(trainer, self.images)
+
     def on_exception(self, trainer: Trainer, module: Method, exception: BaseException) -> None:
+        with suppress(Exception):  # it may be what has failed already
+            self._write_pending(trainer)
         # Loggers write in threads of their own, whose errors do not name the file.
         if isinstance(exception, OSError) and exception.filename is None:
             exception.filename = str(trainer.log_dir or trainer.default_root_dir)

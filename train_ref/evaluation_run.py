@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -112,7 +111,7 @@ class Run:
             checkpoint = None
         return {
             "logger": FolderLogger(lambda: self.begin() / name),
-            "callbacks": [ContinuedRecord(), RunCheckpoint(self, every_n_epochs)],
+            "callbacks": [Record(), RunCheckpoint(self, every_n_epochs)],
             "enable_checkpointing": True,
             "ckpt_path": checkpoint,
         }
@@ -163,34 +162,6 @@ class FolderLogger(TensorBoardLogger):
     @property
     def root_dir(self) -> str:
         return self.log_dir
-
-
-class ContinuedRecord(Record):
-    """A record that a resumed run goes on with, in the same file: as if it had never been stopped."""
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        super().on_train_start(trainer, module)
-        path = self.directory / "steps.csv"
-        if not (trainer.is_global_zero and path.exists()):
-            return
-        if trainer.global_step == 0:
-            path.unlink()
-            return
-        lines = path.read_bytes().splitlines(keepends=True)[: 1 + trainer.global_step]
-        with replacing(path) as file:  # without the steps after the checkpoint, which are taken again
-            file.writelines(lines)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._write_pending(trainer)
-
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._write_pending(trainer)
-
-    def _write_pending(self, trainer: Trainer) -> None:
-        if getattr(self, "pending", None):
-            self.write(trainer, self.images)
 
 
 class RunCheckpoint(LastCheckpoint):

@@ -40,6 +40,7 @@ def train(which: str, devices: int, folder: Path, *options: str, name: str = "")
     environment = {**os.environ, "PYTHONPATH": str(RECIPES.parents[1]), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert [path.name for path in (folder / name).iterdir()] == ["version_0"]
     return folder / name / "version_0"
 
 
