@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from .augmentations import plain, supervised
-from .data import DrawnViews, Order, Transform, Views
+from .data import DrawnViews, Order, Transform, Views, evenly_spaced, labels_of
 from .distributed import rank, world_size
 from .errors import UsageError
 from .evaluation import Features
@@ -62,7 +63,8 @@ class LabelledImages(Views):
         **views: arguments of `Views`.
 
     Raises:
-        UsageError: there are none, of a single class, or of other classes in the test than in the training.
+        UsageError: there are none, of a single class, or of other classes in the test than in the training;
+            or a test image cannot be read.
     """
 
     def __init__(self, max_images: int | None = None, **views: Any) -> None:
@@ -70,15 +72,14 @@ class LabelledImages(Views):
         self.sets = {train: self._dataset(train) for train in (True, False)}
         if len({tuple(getattr(images, "classes", ())) for images in self.sets.values()}) > 1:
             raise UsageError("data.root must hold the same classes under train/ and val/")
-        self.indices = {
-            train: np.linspace(0, len(images) - 1, min(max_images or len(images), len(images)), dtype=int)
-            for train, images in self.sets.items()
-        }
-        labels = self._training_labels()
+        self.indices = {train: evenly_spaced(len(images), max_images) for train, images in self.sets.items()}
+        labels = labels_of(self.sets[True])
         self.classes = int(labels.max()) + 1
         if self.classes == 1:
             raise UsageError("data.root holds a single class, and there is nothing to classify")
         self.labels = labels[torch.from_numpy(self.indices[True])]  # (N,) of the training images
+        # Before hours of work, and once, whatever the number of processes.
+        rank_zero_only(self.read_test_images)(max_images)
 
     def plain(self, train: bool) -> LabelledViews:
         """Images without augmentation."""
@@ -103,13 +104,6 @@ class LabelledImages(Views):
         order = Order(len(dataset), batch_size - batch_size % world_size(), seed)
         workers = self.hparams.num_workers > 0
         return DataLoader(dataset, batch_sampler=order, persistent_workers=workers, **self._loading())
-
-    def _training_labels(self) -> Tensor:
-        """The labels of all training images, none of which is read for it."""
-        images = self.sets[True]
-        if self.hparams.dataset == "synthetic":
-            return torch.arange(len(images)) % 4
-        return torch.as_tensor(images.targets if self.hparams.dataset == "folder" else images.labels)
 
 
 class Batches(LightningDataModule):

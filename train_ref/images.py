@@ -61,7 +61,7 @@ def naming(path: str | Path, what: str) -> Iterator[None]:
     except UsageError:
         raise
     except UnidentifiedImageError as error:  # its own text names an object in memory
-        raise UsageError(f"data.root: {path} {what}: Pillow knows no such format, or not its pixels") from error
+        raise UsageError(f"data.root: {path} {what}: Pillow knows no such format or pixels") from error
     except OSError as error:
         raise UsageError(f"data.root: {path} {what}: {error.strerror or error}") from error
     except Exception as error:
@@ -101,7 +101,8 @@ def eight_bit_rgb(image: Image.Image, file: BinaryIO) -> Image.Image:
         return image.convert("RGB")
     if image.mode == "LAB":
         lab, rgb = (ImageCms.createProfile(space) for space in ("LAB", "sRGB"))
-        return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+        # As exact as eight bits are: what it optimizes by default is up to two levels off.
+        return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB", flags=ImageCms.Flags.NOOPTIMIZE)
     raise UnknownRange(f"{RANGE_UNKNOWN} in {image.format}: 8-bit gray or RGB, or 16-bit PNG is wanted")
 
 

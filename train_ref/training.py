@@ -23,6 +23,7 @@ from .errors import UsageError
 from .methods import ALIASES, METHODS, method_name, settings_of
 from .parsing import Help
 from .progress import Plan, lines_in_place_of_a_bar
+from .resuming import of_checkpoint, of_data, of_model, refuse_changes
 
 CONFIG = ("--config", "-c")
 RECIPES = Path(__file__).with_name("recipes")
@@ -104,12 +105,16 @@ class ReferenceCLI(LightningCLI):
         if settings.ckpt_path is None:
             return
         try:
-            kind = read_checkpoint(Path(settings.ckpt_path))["method"]
+            checkpoint = read_checkpoint(Path(settings.ckpt_path))
         except UsageError as error:
             raise UsageError(f"ckpt_path: {error}") from error
-        wanted = METHODS[self.method].kind.name
+        kind, wanted = checkpoint["method"], METHODS[self.method].kind.name
         if kind != wanted:
             raise UsageError(f"ckpt_path: {settings.ckpt_path} is a checkpoint of {kind}, not of {wanted}")
+        came = {**of_model(settings.model.as_dict()), **of_data(settings.data.as_dict())}
+        if not isinstance(settings.seed_everything, bool):  # which draws one
+            came["seed_everything"] = settings.seed_everything
+        refuse_changes(came, of_checkpoint(checkpoint))
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         trainer = super().instantiate_trainer(

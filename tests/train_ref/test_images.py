@@ -4,7 +4,6 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +30,13 @@ def opaque(mode: str) -> Image.Image:
     """The ramp with another alpha in every pixel but black's, which is left without."""
     bands = 1 if mode == "LA" else 3
     return Image.fromarray(np.dstack([RAMP] * bands + [RAMP[::-1]]), mode)
+
+
+def premultiplied(colours: int) -> np.ndarray:
+    """The ramp, multiplied by an alpha of 255 and, in the lower half, of 254."""
+    alpha = np.where(RAMP < 128, 255, 254)
+    colour = np.round(RAMP * (alpha / 255))
+    return np.dstack([colour] * colours + [alpha]).astype(np.uint8)
 
 
 def palette(transparency: int | bytes | None = None) -> Image.Image:
@@ -106,14 +112,17 @@ def pgm(white: int, magic: bytes = b"P5", channels: int = 1) -> bytes:
     return head + values.astype(np.uint8 if white < 256 else ">u2").tobytes()
 
 
-def jpeg2000(bits: int, mode: str = "I;16", kind: str = "jp2") -> bytes:
-    """A ramp of so many bits. Pillow writes 8 and 16 of them, without loss: in the others' file the values are
-    so small that the bits above them are never used, and the header says so."""
-    values = np.round(RAMP * (((1 << bits) - 1) / 255))
-    image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.uint8))
-    if mode in ("RGB", "RGBA", "LA"):
-        image = image.convert(mode)
-    return encoded(image, "JPEG2000", no_jp2=kind == "j2k")
+def jpeg2000(bits: int, dtype: type = np.uint16, mode: str = "", sign: int = 0) -> bytes:
+    """A codestream whose channels have so many bits, or claim to. Pillow writes 8 and 16 of them. Half of the
+    range is subtracted before values are encoded, and added after: values of fewer bits are written with the
+    difference of the halves."""
+    full = 8 * np.dtype(dtype).itemsize
+    values = np.round(RAMP * (((1 << bits) - 1) / 255)).astype(int) + (1 << full - 1) - (1 << bits - 1)
+    image = Image.fromarray(values.astype(dtype))
+    data = bytearray(encoded(image.convert(mode) if mode else image, "JPEG2000", no_jp2=True))
+    for channel in range(data[41]):
+        data[42 + 3 * channel] = sign | bits - 1
+    return bytes(data)
 
 
 CASES: dict[str, Callable[[], bytes]] = {
@@ -140,6 +149,9 @@ CASES: dict[str, Callable[[], bytes]] = {
         )
         for kind in ("PNG", "TIFF", "WEBP", "BMP", "JPEG2000")
     },
+    "La in TIFF": lambda: tiff(premultiplied(1), (8, 8), extra=1),
+    "RGBA in TIFF, premultiplied": lambda: tiff(premultiplied(3), (8,) * 4, 2, extra=1),
+    "PA in TIFF": lambda: encoded(Image.merge("LA", (gray(), gray())).convert("PA"), "TIFF"),
     "RGBX in TIFF": lambda: encoded(opaque("RGBX"), "TIFF"),
     "P in PNG": lambda: encoded(palette(), "PNG"),
     "P in PNG, one entry transparent": lambda: encoded(palette(7), "PNG"),
@@ -167,8 +179,8 @@ CASES: dict[str, Callable[[], bytes]] = {
     "RGB of 16 bits in TIFF": lambda: tiff(np.dstack([DEEP] * 3), (16,) * 3, 2),
     "RGB of 16 bits in TIFF, big-endian": lambda: tiff(np.dstack([DEEP] * 3), (16,) * 3, 2, big=True),
     "RGBA of 16 bits in TIFF": lambda: tiff(np.dstack([DEEP] * 4), (16,) * 4, 2, extra=2),
-    "I;16 in JPEG 2000": lambda: jpeg2000(16),
-    "I;16 in JPEG 2000's codestream": lambda: jpeg2000(16, kind="j2k"),
+    "I;16 in JPEG 2000": lambda: encoded(Image.fromarray(DEEP), "JPEG2000"),
+    **{f"{bits} bits in JPEG 2000": lambda bits=bits: jpeg2000(bits) for bits in (10, 12, 16)},
     **{f"PGM to {white}": lambda white=white: pgm(white) for white in (255, 256, 1000, 4095, 65534, 65535)},
     **{f"PGM as text to {white}": lambda white=white: pgm(white, b"P2") for white in (255, 1000, 65535)},
     **{f"PPM to {white}": lambda white=white: pgm(white, b"P6", 3) for white in (255, 1000, 65535)},
@@ -182,3 +194,133 @@ def test_black_stays_black_and_white_is_255(tmp_path, case):
     image = open_image(tmp_path / "ramp")
     assert (image.mode, image.size) == ("RGB", (16, 16))
     assert np.abs(np.asarray(image).astype(int) - RAMP[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG 2000"])
+def test_few_bits_reach_white_too(tmp_path, bits, kind):
+    white = (1 << bits) - 1
+    values = np.round(RAMP / 255 * white).astype(np.uint8)
+    unpacked = (values[..., None] >> np.arange(bits - 1, -1, -1)) & 1
+    packed = np.packbits(unpacked.reshape(16, -1), axis=1).tobytes()
+    write = {"PNG": lambda: png(packed, bits, 0), "TIFF": lambda: tiff(packed, bits)}
+    (tmp_path / "ramp").write_bytes(write.get(kind, lambda: jpeg2000(bits, np.uint8))())
+    image = np.asarray(open_image(tmp_path / "ramp"))
+    np.testing.assert_array_equal(image[..., 0], np.round(values * (255 / white)))
+
+
+def test_lab_becomes_the_colours_that_it_means(tmp_path):
+    lab = np.zeros((16, 16, 3), np.uint8)  # L from 0 to 255 for 0 to 100; a and b of no colour
+    lab[..., 0] = RAMP
+    (tmp_path / "ramp").write_bytes(tiff(lab, (8, 8, 8), 8))
+    image = np.asarray(open_image(tmp_path / "ramp")).astype(int)
+    y = RAMP / 255 * 100
+    y = np.where(y > 8, ((y + 16) / 116) ** 3, y / 903.3)  # CIE's lightness to luminance
+    srgb = 255 * np.where(y > 0.0031308, 1.055 * y ** (1 / 2.4) - 0.055, 12.92 * y)
+    assert np.abs(image - srgb[..., None]).max() <= 1.01
+    lab[..., 0], lab[..., 1] = 136, 80  # sRGB's red has L = 53, a = 80, b = 67 or 70, by the white
+    lab[..., 2] = 68
+    (tmp_path / "red").write_bytes(tiff(lab, (8, 8, 8), 8))
+    red, green, blue = np.asarray(open_image(tmp_path / "red"))[0, 0]
+    assert red > 245
+    assert max(green, blue) < 25
+
+
+def test_more_colours_than_gray_keep_their_places(tmp_path):
+    """Channels of 16 bits, of which each has another ramp."""
+    ramps = np.dstack([RAMP, RAMP[::-1], RAMP.T])
+    deep = ramps.astype(np.uint16) * 257
+    for name, data in {
+        "png": png(deep.astype(">u2").tobytes(), 16, 2),
+        "tiff": tiff(deep, (16,) * 3, 2),
+        "ppm": b"P6 16 16 65535\n" + deep.astype(">u2").tobytes(),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        assert np.abs(np.asarray(open_image(tmp_path / name)).astype(int) - ramps).max() <= 1
+
+
+def fits() -> bytes:
+    """The ramp as astronomers keep it: values of 16 bits with a sign."""
+    cards = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": 16, "NAXIS2": 16}
+    head = "".join(f"{name:8}= {value:>20}".ljust(80) for name, value in cards.items()) + "END".ljust(80)
+    return head.ljust(2880).encode() + DEEP.astype(">u2").tobytes()
+
+
+SIGNED = DEEP.astype(np.int32)
+REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "F in TIFF": (
+        lambda: tiff(RAMP.astype(np.float32), 32, sample_format=3),
+        "mode F, whose range is unknown",
+    ),
+    "F in PFM": (lambda: b"Pf 16 16 -1.0\n" + RAMP.astype("<f4").tobytes(), "mode F, whose range is unknown"),
+    "signed 8 bits in TIFF": (lambda: tiff(RAMP, 8, sample_format=2), "mode L, whose range is unknown"),
+    "signed 16 bits in TIFF": (lambda: tiff(DEEP, 16, sample_format=2), "mode I, whose range is unknown"),
+    "signed 32 bits in TIFF": (lambda: tiff(SIGNED, 32, sample_format=2), "mode I, whose range is unknown"),
+    "32 bits in TIFF": (lambda: tiff(SIGNED, 32), "mode I, whose range is unknown in TIFF"),
+    "I;16 in FITS": (fits, "mode I;16, whose range is unknown in FITS"),
+    "RGB of 12 bits in JPEG 2000": (
+        lambda: jpeg2000(12, np.uint8, "RGB"),
+        "mode RGB, which JPEG 2000 has in 12",
+    ),
+    "RGBA of 16 bits in JPEG 2000": (
+        lambda: jpeg2000(16, np.uint8, "RGBA"),
+        "mode RGBA, which JPEG 2000 has",
+    ),
+    "LA of 4 bits in JPEG 2000": (
+        lambda: jpeg2000(4, np.uint8, "LA"),
+        "mode LA, which JPEG 2000 has in 4 bits",
+    ),
+    "signed in JPEG 2000": (lambda: jpeg2000(16, sign=0x80), "mode I;16, whose range is unknown: JPEG 2000"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_pixels_whose_range_is_unknown_are_refused_by_name(tmp_path, case):
+    write, message = REFUSED[case]
+    path = tmp_path / "image.png"
+    path.write_bytes(write())
+    with pytest.raises(UsageError) as raised:
+        open_image(path)
+    assert f"data.root: {path} has pixels of {message}" in str(raised.value)
+
+
+def bomb() -> bytes:
+    """A PNG's head that promises a hundred thousand pixels to each side."""
+    head = png(RAMP.tobytes(), 8, 0)
+    size = struct.pack(">IIBBBBB", 10**5, 10**5, 8, 0, 0, 0, 0)
+    return head[:16] + size + struct.pack(">I", zlib.crc32(b"IHDR" + size)) + head[33:]
+
+
+def text_png() -> bytes:
+    """A PNG with more text than Pillow takes."""
+    text = b"comment\0\0" + zlib.compress(bytes(2 * 2**20))
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    whole = png(RAMP.tobytes(), 8, 0)
+    return whole[:33] + chunk + whole[33:]
+
+
+DAMAGED: dict[str, tuple[Callable[[], bytes] | None, str]] = {
+    "missing": (None, "No such file or directory"),
+    "empty": (lambda: b"", "Pillow knows no such format"),
+    "no image": (lambda: b"It is a text.", "Pillow knows no such format"),
+    "half a PNG": (lambda: png(np.random.default_rng(0).bytes(256), 8, 0)[:150], "truncated"),
+    "half a JPEG": (lambda: encoded(gray(), "JPEG", quality=100)[:-100], "runcated"),
+    "half a PGM": (lambda: pgm(1000)[:100], "ValueError: not enough image data"),
+    "half a TIFF": (lambda: tiff(DEEP, 16)[:300], "truncated"),
+    "half of JPEG 2000": (lambda: jpeg2000(16)[:60], ""),
+    "a PNG with much text": (text_png, "ValueError: Decompressed data too large"),
+    "a bomb": (bomb, "DecompressionBombError: Image size (10000000000 pixels) exceeds limit"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_whatever_fails_is_told_of_the_file(tmp_path, case):
+    write, message = DAMAGED[case]
+    path = tmp_path / "image.png"
+    if write:
+        path.write_bytes(write())
+    with pytest.raises(UsageError) as raised:
+        open_image(path)
+    assert str(raised.value).startswith(f"data.root: {path} cannot be read as an image: ")
+    assert message in str(raised.value)
+    assert " at 0x" not in str(raised.value)

@@ -107,6 +107,7 @@ class ConIC(Method):
             self.classifier.confirm({"_extra_state": self.saved})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint["state_dict"]["classifier._extra_state"]
         if storages := checkpoint.get("storages"):
             if len(storages) != world_size():

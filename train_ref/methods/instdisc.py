@@ -53,6 +53,7 @@ class InstDisc(Method):
         self.bank = MemoryBank(num_instances, settings.dim, settings.bank_momentum, settings.seed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         if self.bank is None:  # loaded without a trainer, so without the images
             self._make_bank(len(checkpoint["state_dict"]["bank.rows"]))
 

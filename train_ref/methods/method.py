@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..errors import UsageError
 from ..networks import FEATURES, Architecture, Head, Stem, network, normalize_in_groups, projection_head
+from ..resuming import of_model, refuse_changes
 
 # ([views (B, 3, H, W), other views (B, 3, H, W)], labels (B,), instances (B,)): B of this process. Nothing
 # here looks at the labels.
@@ -121,6 +122,10 @@ class Method(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["method"] = self.name
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:  # a run goes on; else the settings are the caller's affair
+            refuse_changes(of_model(self.hparams), of_model(checkpoint["hyper_parameters"]))
 
     def on_checkpoint_saved(self) -> None:
         """The checkpoint that was taken last is a file now, whatever happens."""
