@@ -162,7 +162,7 @@ class Evaluation(Callback):
         if len(labels.unique()) == 1:
             of = "" if self.max_images is None else f", of which evaluation.max_images leaves {len(labels)},"
             raise UsageError(
-                f"data.dataset is {views.hparams.dataset}, whose training images{of} are all of one class, and "
+                f"data.dataset is {views.hparams.dataset}, whose training images{of} are all of one class: "
                 "nothing can be measured; --evaluation.enabled false leaves the evaluation out"
             )
         mistake = None

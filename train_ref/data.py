@@ -25,6 +25,7 @@ from .images import naming, open_image
 from .resuming import of_data, refuse_changes
 
 Transform = Callable[[Any], Any]
+SMALLEST = 2  # pixels: torch does not resize tensors of bytes to a single one
 MANY = 2000  # images: to read them takes long enough for it to be told
 
 
@@ -267,6 +268,8 @@ class Views(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if image_size < SMALLEST:
+            raise UsageError(f"data.image_size is {image_size}, and must be {SMALLEST} at least")
         self.resume_from: dict[str, Any] | None = None  # of a loader, from a checkpoint
 
     def setup(self, stage: str | None = None) -> None:

@@ -40,6 +40,7 @@ class InstDisc(Method):
         **network: Any,
     ) -> None:
         super().__init__(head=head, **network)
+        self.views_at_once = min(views, 2)
         self.bank: MemoryBank | None = None  # as soon as the number of images is known
         self.criterion = ConICLoss(temperature=temperature, consistency_weight=0.0, return_metrics=True)
 

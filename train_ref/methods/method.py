@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, ClassVar, Literal
 
@@ -44,6 +45,7 @@ class Method(LightningModule):
 
     name: ClassVar[str]
     criterion: nn.Module
+    views_at_once = 2  # of an image, in a batch of the encoder
 
     def __init__(
         self,
@@ -77,7 +79,22 @@ class Method(LightningModule):
                 f"model.norm_groups is {groups}: it must be 1, or divide data.batch_size, {batch}, and be a "
                 f"multiple of the number of processes, {processes}"
             )
+        size = self.trainer.datamodule.hparams.image_size
+        if batch * self.views_at_once // groups == 1 and not self._trains_on_one(size):
+            raise UsageError(
+                f"data.batch_size is {batch} and model.norm_groups {groups}: batch norm would take its "
+                f"statistics from a single image of {size} pixels, which leaves a single value of a channel"
+            )
         normalize_in_groups(self.encoder, groups)
+
+    def _trains_on_one(self, size: int) -> bool:
+        """Whether all channels of a single image of that size have several values wherever there is a norm."""
+        image = torch.zeros(1, 3, size, size).to(next(self.encoder.parameters()))
+        try:
+            copy.deepcopy(self.encoder).train()(image)
+        except ValueError:
+            return False
+        return True
 
     def report(self, loss: Tensor, metrics: Any) -> None:
         """Keep a step's values, means over all processes, as `values`, and log them. Metrics' fields that end

@@ -36,6 +36,7 @@ class MoCo(Method):
     """
 
     name = "moco"
+    views_at_once = 1
 
     def __init__(
         self,
