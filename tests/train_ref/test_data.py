@@ -143,10 +143,10 @@ def test_a_loader_of_other_batches_refuses_the_state(make_views, changed, messag
     next(iter(stopped))
     with pytest.raises(UsageError, match=f"^{message}"):
         loader_of(make_views, **settings | changed).load_state_dict(stopped.state_dict())
+    views = make_views(**settings | changed)
+    views.setup()
+    views.load_state_dict(stopped.state_dict())
     with pytest.raises(UsageError, match=f"^{message}"):
-        views = make_views(**settings | changed)
-        views.setup()
-        views.load_state_dict(stopped.state_dict())
         views.train_dataloader()
 
 
@@ -222,24 +222,25 @@ def test_an_image_that_cannot_be_read_is_named(make_views, folder, workers):
 @pytest.mark.parametrize("evaluated", [False, True])
 @pytest.mark.parametrize("fault", ["missing", "bomb", "transform"])
 def test_whatever_fails_with_an_image_names_it(make_views, folder, monkeypatch, workers, evaluated, fault):
+    path = next((folder / "train" / "cat").iterdir())
+    size = Image.open(path).size
+
+    def transform(image):
+        return torch.zeros(3, 8, 8 // (image.size != size))
+
+    what = "cannot be read as an image: "
+    if fault == "transform":
+        what = "cannot be transformed: ZeroDivisionError: "
+        monkeypatch.setattr(data, "augmentation", lambda *_: transform)
+        monkeypatch.setattr(data, "plain", lambda *_, crop: transform)
     views = make_views(dataset="folder", root=str(folder), num_workers=workers, batch_size=12)
     views.setup()
-    path = next((folder / "train" / "cat").iterdir())
-    what = "cannot be read as an image: "
+    loader = views.evaluation_dataloaders()[0] if evaluated else views.train_dataloader()
     if fault == "missing":
         path.unlink()
     elif fault == "bomb":
         Image.new("1", (400, 400)).save(path)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    else:
-        size = Image.open(path).size
-        what = "cannot be transformed: ZeroDivisionError: "
-        for name in ("augmentation", "plain"):
-            whole = getattr(data, name)(8, **({"crop": True} if name == "plain" else {"name": "small"}))
-            monkeypatch.setattr(
-                data, name, lambda *a, whole=whole, **k: lambda x: whole(x) if x.size != size else 1 // 0
-            )
-    loader = views.evaluation_dataloaders()[0] if evaluated else views.train_dataloader()
     with pytest.raises(UsageError) as raised:
         list(loader)
     line = one_line(raised.value)

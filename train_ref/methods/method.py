@@ -88,7 +88,7 @@ class Method(LightningModule):
         normalize_in_groups(self.encoder, groups)
 
     def _trains_on_one(self, size: int) -> bool:
-        """Whether all channels of a single image of that size have several values wherever there is a norm."""
+        """Whether a single image of that size has several values of a channel wherever there is a norm."""
         image = torch.zeros(1, 3, size, size).to(next(self.encoder.parameters()))
         try:
             copy.deepcopy(self.encoder).train()(image)
