@@ -21,6 +21,16 @@ _TO_NORMALIZED_TENSOR = (
 )
 
 
+# Pixels that a blur takes its means over: 3 σ and more to each side.
+BLUR = {"moco_v2": 13, "simclr": 13, "conic": 13, "digits_v2": 3}
+
+
+def smallest_image(name: Augmentation) -> int:
+    """Height and width that an augmentation's views must have: a blur mirrors half of its pixels at the edge,
+    and there must be so many beside it."""
+    return BLUR.get(name, 1) // 2 + 1
+
+
 def augmentation(name: Augmentation, size: int) -> v2.Transform:
     """The random transform of that name, from an image to a normalised (3, size, size) tensor."""
     steps = {
@@ -36,9 +46,7 @@ def augmentation(name: Augmentation, size: int) -> v2.Transform:
             v2.RandomResizedCrop(size, scale=(0.2, 1.0)),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             v2.RandomGrayscale(p=0.2),
-            v2.RandomApply(
-                [v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5
-            ),  # 13 pixels: 3 σ and more
+            _blur("moco_v2", strongest=2.0),
             v2.RandomHorizontalFlip(),
         ),
         # SimCLR's colours and blur, in the order of ConIC's section 4, which gives no strengths.
@@ -47,14 +55,14 @@ def augmentation(name: Augmentation, size: int) -> v2.Transform:
             v2.RandomHorizontalFlip(),
             v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
             v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+            _blur("conic", strongest=2.0),
         ),
         "simclr": (
             v2.RandomResizedCrop(size, scale=(0.08, 1.0)),
             v2.RandomHorizontalFlip(),
             v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
             v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+            _blur("simclr", strongest=2.0),
         ),
         # For a few dozen pixels: MoCo v2's without blur, as SimCLR goes without it on CIFAR.
         "small": (
@@ -69,10 +77,15 @@ def augmentation(name: Augmentation, size: int) -> v2.Transform:
         "digits_v2": (
             *_handwriting(size),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4)], p=0.8),
-            v2.RandomApply([v2.GaussianBlur(kernel_size=3, sigma=(0.1, 1.0))], p=0.5),
+            _blur("digits_v2", strongest=1.0),
         ),
     }
     return v2.Compose([*steps[name], *_TO_NORMALIZED_TENSOR])
+
+
+def _blur(name: Augmentation, strongest: float) -> v2.Transform:
+    """Blurs every other view, with a σ from 0.1 pixels to the strongest."""
+    return v2.RandomApply([v2.GaussianBlur(kernel_size=BLUR[name], sigma=(0.1, strongest))], p=0.5)
 
 
 def _handwriting(size: int) -> tuple[v2.Transform, ...]:

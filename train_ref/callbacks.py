@@ -15,8 +15,9 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
-from .distributed import world_size
-from .errors import UsageError
+from .data import Views
+from .distributed import gather_objects, rank, world_size
+from .errors import UsageError, one_line
 from .evaluation import evaluate, extract_features, format_table
 from .files import naming, replacing, write_text
 from .methods import Method
@@ -162,6 +163,8 @@ class Record(Callback):
 class Evaluation(Callback):
     """When training ends, evaluates its frozen features beside those of the same network untrained.
 
+    Images that cannot be evaluated end the run before the training.
+
     Prints a table, writes its numbers to ``evaluation.json``, and draws ``overview.png``: the curves, and
     test images with what they are nearest to, before and after the training.
 
@@ -190,7 +193,28 @@ class Evaluation(Callback):
 
     def setup(self, trainer: Trainer, module: Method, stage: str) -> None:
         self.directory = run_directory(trainer)
+        if self.enabled:
+            self._check(trainer.datamodule)
         self.untrained = copy.deepcopy(module.backbone)  # before a checkpoint is read, if the run resumes one
+
+    def _check(self, views: Views) -> None:
+        """Raise a UsageError, in all processes, where the evaluation would fail after the training."""
+        labels = views.evaluation_labels(self.max_images)
+        if len(labels.unique()) == 1:
+            of = "" if self.max_images is None else f", of which evaluation.max_images leaves {len(labels)},"
+            raise UsageError(
+                f"data.dataset is {views.hparams.dataset}, whose training images{of} are all of one class: "
+                "nothing can be measured; --evaluation.enabled false leaves the evaluation out"
+            )
+        mistake = None
+        if rank() == 0:
+            try:
+                views.read_test_images(self.max_images)
+            except UsageError as error:
+                mistake = f"{one_line(error)}; --evaluation.enabled false leaves the evaluation out"
+        mistake, *_ = gather_objects(mistake)
+        if mistake is not None:
+            raise UsageError(mistake)
 
     def on_fit_end(self, trainer: Trainer, module: Method) -> None:
         if not trainer.is_global_zero:
@@ -215,21 +239,16 @@ class Evaluation(Callback):
         if self.pixels:
             pixels = tuple(extract_features(nn.Flatten(), loader, module.device) for loader in loaders)
             features = {"pixels": pixels, **compared}
-        train, test = compared["trained"]
-        rows = []
-        if len(train.labels.unique()) > 1:
-            rows = evaluate(
-                features,
-                k=self.k,
-                temperature=self.temperature,
-                label_fractions=self.label_fractions,
-                seeds=self.seeds,
-            )
+        _, test = compared["trained"]
+        rows = evaluate(
+            features,
+            k=self.k,
+            temperature=self.temperature,
+            label_fractions=self.label_fractions,
+            seeds=self.seeds,
+        )
         write_text(self.directory / "evaluation.json", json.dumps(rows, indent=2) + "\n")
-        if rows:
-            print(f"\nAccuracy on {len(test.labels)} test images, in percent:\n")
-            print(format_table(rows))
-        else:
-            print("All images have the same label: there is nothing to measure.")
+        print(f"\nAccuracy on {len(test.labels)} test images, in percent:\n")
+        print(format_table(rows))
         train_images, test_images = (loader.dataset for loader in loaders)
         return gallery((train_images, test_images), compared, rows)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 from torch.utils.data import DataLoader, Dataset
@@ -17,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from .augmentations import plain, supervised
 from .checkpoints import AtomicCheckpointIO
-from .data import DrawnViews, Order, ResumableData, TrainingLoader, Transform, Views
+from .data import DrawnViews, Order, ResumableData, TrainingLoader, Transform, Views, evenly_spaced, labels_of
 from .distributed import mean, rank, world_size
 from .errors import UsageError
 from .evaluation import Features
@@ -64,7 +65,8 @@ class LabelledImages(Views):
         **views: arguments of `Views`.
 
     Raises:
-        UsageError: there are none, of a single class, or of other classes in the test than in the training.
+        UsageError: there are none, of a single class, or of other classes in the test than in the training;
+            or a test image cannot be read.
     """
 
     def __init__(self, max_images: int | None = None, **views: Any) -> None:
@@ -72,15 +74,14 @@ class LabelledImages(Views):
         self.sets = {train: self._dataset(train) for train in (True, False)}
         if len({tuple(getattr(images, "classes", ())) for images in self.sets.values()}) > 1:
             raise UsageError("data.root must hold the same classes under train/ and val/")
-        self.indices = {
-            train: np.linspace(0, len(images) - 1, min(max_images or len(images), len(images)), dtype=int)
-            for train, images in self.sets.items()
-        }
-        labels = self._training_labels()
+        self.indices = {train: evenly_spaced(len(images), max_images) for train, images in self.sets.items()}
+        labels = labels_of(self.sets[True])
         self.classes = int(labels.max()) + 1
         if self.classes == 1:
             raise UsageError("data.root holds a single class, and there is nothing to classify")
         self.labels = labels[torch.from_numpy(self.indices[True])]  # (N,) of the training images
+        # Before hours of work, and once, whatever the number of processes.
+        rank_zero_only(self.read_test_images)(max_images)
 
     def plain(self, train: bool) -> LabelledViews:
         """Images without augmentation."""
@@ -118,13 +119,6 @@ class LabelledImages(Views):
                     digest.update(f"{label} {Path(path).relative_to(images.root)}\n".encode())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
-
-    def _training_labels(self) -> Tensor:
-        """The labels of all training images, none of which is read for it."""
-        images = self.sets[True]
-        if self.hparams.dataset == "synthetic":
-            return torch.arange(len(images)) % 4
-        return torch.as_tensor(images.targets if self.hparams.dataset == "folder" else images.labels)
 
 
 class Batches(ResumableData):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.datasets import ImageFolder
 
-from .augmentations import Augmentation, TwoViews, augmentation, plain
+from .augmentations import Augmentation, TwoViews, augmentation, plain, smallest_image
 from .distributed import rank, world_size
 from .errors import UsageError
+from .images import naming, open_image
+from .resuming import of_data, refuse_changes
 from .workers import context
 
 Transform = Callable[[Any], Any]
+SMALLEST = 2  # pixels: torch does not resize tensors of bytes to a single one
+MANY = 2000  # images: to read them takes long enough for it to be told
 
 
 def unchanged(image: Any) -> Any:
@@ -89,6 +95,43 @@ class SyntheticImages(Dataset):
         return torch.from_numpy(image.clip(0, 255).astype(np.uint8))
 
 
+class Folder(ImageFolder):
+    """The images ``<class>/<image>`` of a folder, as 8-bit RGB. Whatever fails with one names its file."""
+
+    def __init__(self, root: str, transform: Transform | None = None) -> None:
+        super().__init__(root, transform, loader=open_image)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        with transforming(self, index):
+            return super().__getitem__(index)
+
+    def digest(self) -> str:
+        """Of the images' paths within the folder, in their order: their classes are the first part."""
+        start, paths = len(str(self.root)), hashlib.blake2b(digest_size=6)
+        for path, _ in self.samples:
+            paths.update(path[start:].encode(errors="surrogateescape") + b"\0")
+        return paths.hexdigest()
+
+
+def transforming(images: Dataset, index: int) -> AbstractContextManager[None]:
+    """Within this, whatever fails with an image names its file, if it is of a folder."""
+    if isinstance(images, Folder):
+        return naming(images.samples[index][0], "cannot be transformed")
+    return nullcontext()
+
+
+def labels_of(images: Dataset) -> Tensor:
+    """The labels (N,) of a set, none of whose images is read for it."""
+    if isinstance(images, SyntheticImages):
+        return torch.arange(len(images)) % 4
+    return torch.as_tensor(images.targets if isinstance(images, Folder) else images.labels)
+
+
+def evenly_spaced(count: int, most: int | None) -> np.ndarray:
+    """Indices of so many things, or of no more than some of them, which are then evenly spaced."""
+    return np.linspace(0, count - 1, min(count if most is None else most, count), dtype=int)
+
+
 class DrawnViews(Dataset):
     """Two random views of an image, its label, and which instance it is: item (epoch, index).
 
@@ -101,16 +144,13 @@ class DrawnViews(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Any, ...]:
         epoch, index = item
-        try:
-            image, label = self.images[index]
-        except (OSError, SyntaxError) as error:  # as Pillow's are, for some formats
-            path = self.images.samples[index][0]
-            raise UsageError(f"data.root: {path} cannot be read as an image: {error}") from error
+        image, label = self.images[index]
         state = torch.get_rng_state()
         (seed,) = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
         try:
             torch.default_generator.manual_seed(int(seed >> np.uint64(1)))
-            return self.transform(image), label, index
+            with transforming(self.images, index):
+                return self.transform(image), label, index
         finally:
             torch.set_rng_state(state)
 
@@ -157,12 +197,23 @@ class Order(Sampler[list[tuple[int, int]]]):
 
 
 class TrainingLoader(DataLoader):
-    """A loader that can be resumed in the middle of an epoch; Lightning keeps its state in checkpoints."""
+    """A loader that can be resumed in the middle of an epoch; Lightning keeps its state in checkpoints.
+
+    Args:
+        views: items (epoch, index).
+        order: of the items.
+        source: what else an epoch's batches are a function of, by names in `FIXED`: a loader of others
+            refuses the state.
+        **options: arguments of `DataLoader`.
+    """
 
     batch_sampler: Order
 
-    def __init__(self, views: DrawnViews, order: Order, **options: Any) -> None:
+    def __init__(
+        self, views: DrawnViews, order: Order, source: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         super().__init__(views, batch_sampler=order, **options)
+        self.source = {"data.batch_size": order.batch_size, **(source or {})}
         self.given = (
             order.epoch,
             order.start,
@@ -175,11 +226,17 @@ class TrainingLoader(DataLoader):
             self.given = (epoch, number)
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         epoch, batches = self.given
-        return {"epoch": epoch, "batches": batches, "seed": self.dataset.seed}
+        return {"epoch": epoch, "batches": batches, "seed": self.dataset.seed, **self.source}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another loader was.
+
+        Raises:
+            UsageError: its batches were others than this one's.
+        """
+        refuse_changes(self.source, state)
         order = self.batch_sampler
         order.epoch, order.start = state["epoch"], state["batches"]
         if order.start == len(order):
@@ -244,13 +301,22 @@ class Views(ResumableData):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if image_size < SMALLEST:
+            raise UsageError(f"data.image_size is {image_size}, and must be {SMALLEST} at least")
 
     def setup(self, stage: str | None = None) -> None:
         """Open the training images, and the test images too: a mistake is better known before the training.
 
         Raises:
-            UsageError: there is no such folder, its classes differ, or it holds fewer images than a batch.
+            UsageError: there is no such folder, its classes differ, it holds fewer images than a batch, or
+                views are too small for their augmentation.
         """
+        name, size = self.hparams.augmentation, self.hparams.image_size
+        if size < smallest_image(name):
+            raise UsageError(
+                f"data.image_size is {size}, but data.augmentation {name} needs {smallest_image(name)} at "
+                "least: its blur takes in as many pixels to each side"
+            )
         self.train_images = self._dataset(train=True)
         test_images = self._dataset(train=False)
         if getattr(self.train_images, "classes", None) != getattr(test_images, "classes", None):
@@ -281,7 +347,9 @@ class Views(ResumableData):
         order = Order(len(self.train_images), self.hparams.batch_size, None if endless else self.seed)
         views = DrawnViews(self.train_images, transform, self.seed)
         workers = self.hparams.num_workers > 0
-        return self.resumed(TrainingLoader(views, order, persistent_workers=workers, **self._loading()))
+        return self.resumed(
+            TrainingLoader(views, order, self._source(), persistent_workers=workers, **self._loading())
+        )
 
     def evaluation_dataloaders(self, max_images: int | None = None) -> tuple[DataLoader, DataLoader]:
         """Training and test images without augmentation, as batches of (images (B, 3, H, W), labels (B,)).
@@ -289,17 +357,50 @@ class Views(ResumableData):
         Args:
             max_images: take no more of each than this many, evenly spaced over the classes.
         """
-        transform = plain(self.hparams.image_size, crop=self.hparams.dataset == "folder")
-        datasets = [self._dataset(train, transform) for train in (True, False)]
-        if max_images is not None:
-            datasets = [
-                Subset(images, np.linspace(0, len(images) - 1, min(max_images, len(images)), dtype=int))
-                for images in datasets
-            ]
         train, test = (
-            DataLoader(images, batch_size=self.hparams.batch_size, **self._loading()) for images in datasets
+            DataLoader(images, batch_size=self.hparams.batch_size, **self._loading())
+            for images in (self._evaluated(part, max_images) for part in (True, False))
         )
         return train, test
+
+    def evaluation_labels(self, max_images: int | None = None) -> Tensor:
+        """Those of the training images that `evaluation_dataloaders` takes; none is read for it."""
+        labels = labels_of(self.train_images)
+        return labels[torch.from_numpy(evenly_spaced(len(labels), max_images))]
+
+    def read_test_images(self, max_images: int | None = None) -> None:
+        """Read every test image that an evaluation takes: a damaged one is better known before the training.
+
+        Args:
+            max_images: as for `evaluation_dataloaders`.
+
+        Raises:
+            UsageError: an image cannot be read; it is named.
+        """
+        if self.hparams.dataset != "folder":
+            return  # the others' images are in memory, or made
+        images = self._evaluated(False, max_images)
+        if len(images) >= MANY:
+            print(f"Reading {len(images):,} test images once, in case one of them is damaged ...", flush=True)
+        # Of a batch, its length alone comes from the processes that read it.
+        for _ in DataLoader(images, self.hparams.batch_size, collate_fn=len, **self._loading()):
+            pass
+
+    def _evaluated(self, train: bool, max_images: int | None) -> Dataset:
+        transform = plain(self.hparams.image_size, crop=self.hparams.dataset == "folder")
+        images = self._dataset(train, transform)
+        return Subset(images, evenly_spaced(len(images), max_images)) if max_images else images
+
+    def _source(self) -> dict[str, Any]:
+        """What an epoch's batches are a function of, and how they make steps."""
+        source = of_data(self.hparams)
+        if isinstance(self.train_images, Folder):
+            count, digest = len(self.train_images), self.train_images.digest()
+            source["data.root"] = f"a folder of {count} training images (digest {digest})"
+        if self.trainer is not None:
+            for name in ("limit_train_batches", "accumulate_grad_batches"):
+                source[f"trainer.{name}"] = getattr(self.trainer, name)
+        return source
 
     def _dataset(self, train: bool, transform: Transform | None = None) -> Dataset:
         if self.hparams.dataset == "digits":
@@ -316,7 +417,7 @@ class Views(ResumableData):
                 f"data.root has no folder {folder}: it must hold train/<class>/<image> and val/…"
             )
         try:
-            return ImageFolder(str(folder), transform)
+            return Folder(str(folder), transform)
         except FileNotFoundError as error:  # no class, or a class without images
             raise UsageError(f"data.root holds a folder without images: {error}") from None
 

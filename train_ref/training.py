@@ -32,6 +32,7 @@ from .limits import check_settings, check_trainer
 from .methods import ALIASES, METHODS, method_name, settings_of
 from .parsing import Help
 from .progress import Plan, lines_in_place_of_a_bar
+from .resuming import of_checkpoint, of_data, of_model, refuse_changes
 from .runs import CONFIG_FILE, latest_checkpoint, own_directory, run_directory
 
 CONFIG = ("--config", "-c")
@@ -154,12 +155,20 @@ class ReferenceCLI(LightningCLI):
     def _check_checkpoint(self, path: str) -> None:
         """Raise UsageError where a training of this method cannot go on from it."""
         try:
-            kind = read_checkpoint(Path(path))["method"]
+            checkpoint = read_checkpoint(Path(path))
         except UsageError as error:
             raise UsageError(f"ckpt_path: {error}") from error
-        wanted = METHODS[self.method].kind.name
+        kind, wanted = checkpoint["method"], METHODS[self.method].kind.name
         if kind != wanted:
             raise UsageError(f"ckpt_path: {path} is a checkpoint of {kind}, not of {wanted}")
+        settings = self.config.fit
+        came = {**of_model(settings.model.as_dict()), **of_data(settings.data.as_dict())}
+        if not isinstance(settings.seed_everything, bool):  # which draws one
+            came["seed_everything"] = settings.seed_everything
+        refuse_changes(came, of_checkpoint(checkpoint))
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's would let the checkpoint's settings outrank what the options say, without a word."""
 
     def instantiate_classes(self) -> None:
         # Lightning's parser checks types. What their constructors refuse is a mistake in the options as well.

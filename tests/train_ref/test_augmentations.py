@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from train_ref.augmentations import TwoViews, augmentation, plain
+from train_ref.augmentations import TwoViews, augmentation, plain, smallest_image
 
 NAMES = ("moco_v1", "moco_v2", "simclr", "conic", "small", "digits_v1", "digits_v2")
 
@@ -24,6 +24,19 @@ def test_a_view_is_a_normalised_tensor_of_the_size_asked_for(name, image):
     assert view.shape == (3, 16, 16)
     assert view.dtype == torch.float32
     assert -2.2 < view.min() < view.max() < 2.7
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_smallest_views_can_be_drawn_and_smaller_ones_cannot(name):
+    def draw(size: int) -> None:
+        for seed in range(8):  # every other view is blurred
+            torch.manual_seed(seed)
+            augmentation(name, size)(picture())
+
+    draw(smallest_image(name))
+    if smallest_image(name) > 1:
+        with pytest.raises(RuntimeError, match="Padding size"):
+            draw(smallest_image(name) - 1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from PIL import Image
 
 from train_ref import callbacks, files
 from train_ref.callbacks import Evaluation, Record
@@ -133,6 +135,68 @@ def test_features_are_compared_with_those_before_any_training(make_moco, make_vi
         evaluation.untrained.parameters(), make_moco().backbone.parameters(), strict=True
     ):
         assert torch.equal(before, initial)
+
+
+@pytest.fixture
+def small_folder(tmp_path):
+    """Two images of each of two classes to train on, and as many to test."""
+    for part in ("train", "val"):
+        for index in range(4):
+            path = tmp_path / part / ("dark", "light")[index // 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (9, 9), 60 * index).save(path)
+    return tmp_path
+
+
+def damage(folder: Path, how: str) -> None:
+    if how == "test image":
+        (folder / "val" / "light" / "2.png").write_bytes(b"\x89PNG")
+    elif how == "single class":
+        for part in ("train", "val"):
+            shutil.rmtree(folder / part / "light")
+
+
+@pytest.mark.parametrize(
+    ("how", "most", "message"),
+    [
+        (
+            "test image",
+            None,
+            r"data.root: .*/val/light/2.png cannot be read as an image: .*; --evaluation.enabled f",
+        ),
+        (
+            "single class",
+            None,
+            "data.dataset is folder, whose training images are all of one class: .*enabled false",
+        ),
+        ("none", 1, "images, of which evaluation.max_images leaves 1, are all of one class: .*enabled false"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_before_the_training(
+    make_moco, make_views, make_trainer, small_folder, how, most, message
+):
+    damage(small_folder, how)
+    views = {"dataset": "folder", "root": str(small_folder), "augmentation": "small", "batch_size": 2}
+    trainer = make_trainer(callbacks=[Evaluation(max_images=most)])
+    with pytest.raises(UsageError, match=message):
+        trainer.fit(make_moco(), make_views(**views))
+    assert trainer.global_step == 0
+    trainer = make_trainer(callbacks=[Evaluation(max_images=most, enabled=False)])
+    trainer.fit(make_moco(), make_views(**views))
+    assert trainer.global_step > 0
+
+
+def test_one_process_reads_the_test_images_and_all_stop(make_views, small_folder, monkeypatch):
+    damage(small_folder, "test image")
+    views = make_views(dataset="folder", root=str(small_folder), batch_size=2)
+    views.setup()
+    read = []
+    monkeypatch.setattr(views, "read_test_images", read.append)
+    monkeypatch.setattr(callbacks, "rank", lambda: 1)
+    monkeypatch.setattr(callbacks, "gather_objects", lambda mine: ["what the first has found", mine])
+    with pytest.raises(UsageError, match="what the first has found"):
+        Evaluation()._check(views)
+    assert not read
 
 
 def test_pixels_are_features_of_their_own(make_moco, make_views, make_trainer):

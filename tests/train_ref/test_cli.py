@@ -124,6 +124,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
         (["report", "--document=results.md"], "document: there is no results.md"),
         (["validate", "--backend=cuda"], "cuda cannot serve here"),
         (["validate", "--step=3"], "step"),
+        (["validate", "--image_size=1"], "image_size is 1, and must be 2 at least"),
+        (["validate", "--augmentation=moco_v2", "--image_size=6"], "augmentation moco_v2 needs 7 at least"),
+        (["fit", *SYNTHETIC, "--data.image_size=1"], "image_size is 1, and must be 2 at least"),
+        (["fit", *SYNTHETIC, "--data.image_size=6"], "augmentation moco_v2 needs 7 at least"),
         (["validate", "--methods=[]"], "methods must name one at least"),
         (["validate", "--output=/proc/nowhere"], "cannot be written"),
         (["finetune", "last.ckpt", "--fractions=[]"], "and one at least, not none"),
@@ -341,11 +345,23 @@ def test_a_checkpoint_goes_on_with_any_method_of_its_kind(train_ref, monkeypatch
     train_ref("fit", *SYNTHETIC, *SMALL, "--evaluation.enabled=false", "--model.arch=convnet")
     checkpoint = next(tmp_path.rglob("last.ckpt"))
     assert torch.load(checkpoint, weights_only=True)["method"] == "moco"
-    go_on = ["--config=synthetic", f"--ckpt_path={checkpoint}", "--model.arch=convnet"]
+    go_on = ["--config=synthetic", f"--ckpt_path={checkpoint}", "--model.arch=convnet", *SMALL]
     assert type(model_of(train_ref, monkeypatch, *go_on, "--method=moco_v1")) is MoCo
     (tmp_path / "simclr.yaml").write_text("{method: simclr_co2}")
     with pytest.raises(SystemExit, match="is a checkpoint of moco, not of simclr"):
         train_ref("fit", "--config=simclr.yaml", f"--ckpt_path={checkpoint}")
+    for option, kept in {
+        "model.learning_rate=0.5": "0.03",
+        "model.weight_decay=0": "0.0001",
+        "data.batch_size=4": "8",
+        "data.synthetic_seed=1": "0",
+        "seed_everything=7": "0",
+    }.items():
+        name, _, value = option.partition("=")
+        with pytest.raises(SystemExit, match=rf"error: {name} is {value}\S*, but the run of .* has {kept}: "):
+            train_ref("fit", *go_on, f"--{option}")
+    assert len(list(tmp_path.rglob("config.yaml"))) == 1  # nothing was begun
+    model_of(train_ref, monkeypatch, *go_on, "--seed_everything=true", "--trainer.max_epochs=9")
 
 
 @pytest.mark.parametrize(

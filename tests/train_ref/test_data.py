@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from train_ref import data
 from train_ref.data import Digits, Order, SyntheticImages, unchanged
 from train_ref.errors import UsageError, one_line
 
@@ -118,6 +120,61 @@ def test_a_loader_goes_on_where_another_stopped(make_views, workers, given):
     torch.testing.assert_close(rest, expected[5 + given :], rtol=0, atol=0)
 
 
+def loader_of(make_views, **settings):
+    views = make_views(**settings)
+    views.setup()
+    return views.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 6}, "data.batch_size is 6, but the run of the checkpoint has 4: "),
+        ({"batch_size": 2}, "data.batch_size is 2, but the run of the checkpoint has 4: "),
+        ({"synthetic_size": 20}, "data.synthetic_size is 20, but the run of the checkpoint has 24: "),
+        ({"synthetic_seed": 5}, "data.synthetic_seed is 5, but the run of the checkpoint has 0: "),
+        ({"image_size": 9}, "data.image_size is 9, but the run of the checkpoint has 8: "),
+        ({"dataset": "digits"}, "data.dataset is digits, but the run of the checkpoint has synthetic: "),
+    ],
+)
+def test_a_loader_of_other_batches_refuses_the_state(make_views, changed, message):
+    settings = {"synthetic_size": 24, "batch_size": 4, "augmentation": "small"}
+    stopped = loader_of(make_views, **settings)
+    next(iter(stopped))
+    with pytest.raises(UsageError, match=f"^{message}"):
+        loader_of(make_views, **settings | changed).load_state_dict(stopped.state_dict())
+    views = make_views(**settings | changed)
+    views.setup()
+    views.load_state_dict(stopped.state_dict())
+    with pytest.raises(UsageError, match=f"^{message}"):
+        views.train_dataloader()
+
+
+def test_a_state_goes_on_wherever_the_folder_lies_and_in_whatever_size(make_views, folder):
+    settings = {"dataset": "folder", "batch_size": 4, "augmentation": "small"}
+    state = loader_of(make_views, **settings, root=f"{folder}/").state_dict()
+    moved = folder.parent / "moved"
+    folder.rename(moved)
+    loader_of(make_views, **settings, root=str(moved), image_size=12, num_workers=1).load_state_dict(state)
+    old = {name: state[name] for name in ("epoch", "batches", "seed")}  # as it was once
+    loader_of(make_views, **settings, root=str(moved)).load_state_dict(old)
+
+
+@pytest.mark.parametrize("change", ["one more", "another name", "another class"])
+def test_a_folder_of_other_images_refuses_the_state(make_views, folder, change):
+    settings = {"dataset": "folder", "batch_size": 4, "augmentation": "small", "root": str(folder)}
+    state = loader_of(make_views, **settings).state_dict()
+    image = next((folder / "train" / "cat").iterdir())
+    if change == "one more":
+        shutil.copy(image, image.with_name("more.png"))
+    else:
+        image.rename(image.with_name("z.png") if change == "another name" else folder / "train/dog/a.png")
+    with pytest.raises(
+        UsageError, match=r"^data.root is a folder of 1[23] training images \(digest .* has a folder"
+    ):
+        loader_of(make_views, **settings).load_state_dict(state)
+
+
 def test_a_view_depends_on_seed_epoch_and_instance_alone(make_views):
     def views(seed: int, before: int):
         torch.manual_seed(seed)
@@ -159,6 +216,50 @@ def test_an_image_that_cannot_be_read_is_named(make_views, folder, workers):
     line = one_line(raised.value)
     assert line.startswith(f"data.root: {path} cannot be read as an image: ")
     assert "Traceback" not in line
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("fault", ["missing", "bomb", "transform"])
+def test_whatever_fails_with_an_image_names_it(make_views, folder, monkeypatch, workers, evaluated, fault):
+    path = next((folder / "train" / "cat").iterdir())
+    size = Image.open(path).size
+
+    def transform(image):
+        return torch.zeros(3, 8, 8 // (image.size != size))
+
+    what = "cannot be read as an image: "
+    if fault == "transform":
+        what = "cannot be transformed: ZeroDivisionError: "
+        monkeypatch.setattr(data, "augmentation", lambda *_: transform)
+        monkeypatch.setattr(data, "plain", lambda *_, crop: transform)
+    views = make_views(dataset="folder", root=str(folder), num_workers=workers, batch_size=12)
+    views.setup()
+    loader = views.evaluation_dataloaders()[0] if evaluated else views.train_dataloader()
+    if fault == "missing":
+        path.unlink()
+    elif fault == "bomb":
+        Image.new("1", (400, 400)).save(path)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(UsageError) as raised:
+        list(loader)
+    line = one_line(raised.value)
+    assert line.startswith(f"data.root: {path} {what}")
+    assert "Traceback" not in line
+
+
+def test_test_images_are_read_once_as_far_as_they_are_evaluated(make_views, folder, monkeypatch, capsys):
+    views = make_views(dataset="folder", root=str(folder), batch_size=4)
+    views.setup()
+    monkeypatch.setattr(data, "MANY", 12)
+    views.read_test_images()
+    assert capsys.readouterr().out.startswith("Reading 12 test images once")
+    paths = [path for path, _ in views._dataset(train=False).samples]
+    Path(paths[5]).write_bytes(b"")
+    views.read_test_images(max_images=2)  # the first and the last
+    assert not capsys.readouterr().out
+    with pytest.raises(UsageError, match=f"data.root: {paths[5]} cannot be read as an image"):
+        views.read_test_images()
 
 
 @pytest.mark.parametrize(("dataset", "count"), [("digits", 1437), ("synthetic", 16), ("folder", 12)])
@@ -214,6 +315,8 @@ def test_an_incomplete_batch_is_dropped(make_views):
     [
         ({"synthetic_size": 7}, "batch_size is 8, but there are only 7"),
         ({"dataset": "folder"}, "data.root must name the folder"),
+        ({"image_size": 1}, "data.image_size is 1, and must be 2 at least"),
+        ({"image_size": 6}, "data.image_size is 6, but data.augmentation moco_v2 needs 7 at least"),
         ({"dataset": "folder", "root": "nowhere"}, "data.root has no folder nowhere/train"),
     ],
 )

@@ -88,6 +88,67 @@ def test_a_checkpoint_of_another_network_is_told_in_a_sentence(make_method, make
         make_trainer().fit(make_method("simclr", dim=8), digits(), ckpt_path=path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "limit", "message"),
+    [
+        (
+            {"learning_rate": 0.5},
+            2,
+            "model.learning_rate is 0.5, but the run of the checkpoint has 0.03: the opt",
+        ),
+        ({"weight_decay": 0.0}, 2, "model.weight_decay is 0.0, but the run of the checkpoint has 0.0001: "),
+        ({"seed": 3}, 2, "model.seed is 3, but the run of the checkpoint has 0: "),
+        ({}, 3, "trainer.limit_train_batches is 3, but the run of the checkpoint has 2: "),
+    ],
+)
+@pytest.mark.parametrize("name", ["simclr", "instdisc"])
+def test_settings_that_a_checkpoint_brings_are_not_ignored(
+    make_method, make_trainer, tmp_path, name, changed, limit, message
+):
+    trainer = make_trainer(limit_train_batches=2)
+    trainer.fit(make_method(name), digits())
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    trainer = make_trainer(limit_train_batches=limit, max_epochs=2)
+    method = make_method(name, **changed)
+    with pytest.raises(UsageError, match=f"^{message}"):
+        trainer.fit(method, digits(), ckpt_path=tmp_path / "some.ckpt")
+    assert trainer.global_step in (0, 2)
+
+
+def test_what_takes_effect_may_change(make_method, make_trainer, tmp_path):
+    trainer = make_trainer(limit_train_batches=2)
+    trainer.fit(make_method("simclr"), digits())
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    trainer = make_trainer(limit_train_batches=2, max_epochs=3)
+    changed = {"temperature": 0.5, "schedule": "step", "consistency_weight": 1.0}
+    trainer.fit(make_method("simclr", **changed), digits(), ckpt_path=tmp_path / "some.ckpt")
+    assert trainer.global_step == 6
+    loaded = KINDS["simclr"].load_from_checkpoint(tmp_path / "some.ckpt", learning_rate=0.5)
+    assert loaded.hparams.learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "size", "works"),
+    [
+        ("moco", {"queue_size": 20}, 8, True),
+        ("moco", {"queue_size": 20}, 4, False),  # the last convolution leaves a single pixel
+        ("moco", {"queue_size": 20, "head": "mlp_bn"}, 8, False),
+        ("instdisc", {}, 4, False),
+        ("instdisc", {"views": 2}, 4, True),
+        ("simclr", {}, 4, True),
+        ("conic", {"active": 8}, 4, True),
+    ],
+)
+def test_statistics_of_a_single_value_are_refused(make_method, make_trainer, name, settings, size, works):
+    views = Views(augmentation="small", image_size=size, batch_size=1)
+    method, trainer = make_method(name, **settings), make_trainer(max_steps=1)
+    if works:
+        trainer.fit(method, views)
+    else:
+        with pytest.raises(UsageError, match=r"data.batch_size is 1 and model.norm_groups 1: batch norm"):
+            trainer.fit(method, views)
+
+
 @pytest.mark.parametrize("groups", [3, 5])
 def test_groups_must_share_the_batch_evenly(make_method, make_trainer, groups):
     with pytest.raises(UsageError, match=f"model.norm_groups is {groups}"):

@@ -13,8 +13,8 @@ from train_ref.backbones import read_checkpoint
 from .conftest import RECIPES, values_of
 
 TINY = [
-    "--config", str(RECIPES / "synthetic.yaml"), "--model.arch=convnet", "--data.image_size=8", "--data.batch_size=8",
-    "--data.synthetic_size=16", "--trainer.accelerator=cpu", "--evaluation.enabled=false",
+    "--config", str(RECIPES / "synthetic.yaml"), "--model.arch=convnet", "--data.image_size=8",
+    "--data.batch_size=8", "--data.synthetic_size=16", "--trainer.accelerator=cpu", "--evaluation.enabled=false",
 ]  # fmt: skip
 NO_LOGGER = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
 
@@ -142,3 +142,12 @@ def test_a_run_that_is_over_is_only_evaluated(train_ref, tmp_path):
     again = tmp_path / "runs" / "synthetic" / "version_1"
     assert {"evaluation.json", "overview.png"} <= files_in(again)
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
+
+
+def test_a_run_that_goes_on_for_longer_has_its_own_schedule(train_ref, tmp_path):
+    train_ref("fit", *TINY, "--trainer.max_epochs=1")
+    checkpoint = tmp_path / "runs" / "synthetic" / "version_0" / "last.ckpt"
+    train_ref("fit", *TINY, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
+    train_ref("fit", *TINY, "--trainer.max_epochs=2")
+    longer, whole = (values_of(tmp_path / "runs" / "synthetic" / f"version_{i}") for i in (1, 2))
+    assert [row["learning_rate"] for row in longer.values()] == [whole[i]["learning_rate"] for i in (2, 3)]

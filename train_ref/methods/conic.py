@@ -116,6 +116,7 @@ class ConIC(Method):
             self.classifier.confirm({"_extra_state": self.saved})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint["state_dict"]["classifier._extra_state"]
         if storages := checkpoint.get("storages"):
             if len(storages) != world_size():
@@ -134,6 +135,7 @@ class ConIC(Method):
             raise UsageError(f"ckpt_path: {error}") from error
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         try:  # of more rows than are active, one is read from where they are stored
             self.classifier.read(
                 torch.arange(min(len(self.classifier.weight) + 1, self.classifier.num_instances))

@@ -42,6 +42,7 @@ class InstDisc(Method):
         **network: Any,
     ) -> None:
         super().__init__(head=head, **network)
+        self.views_at_once = min(views, 2)
         self.bank: MemoryBank | None = None  # as soon as the number of images is known
         self.criterion = ConICLoss(temperature=temperature, consistency_weight=0.0, return_metrics=True)
 
@@ -55,6 +56,7 @@ class InstDisc(Method):
         self.bank = MemoryBank(num_instances, settings.dim, settings.bank_momentum, settings.seed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         if self.bank is None:  # loaded without a trainer, so without the images
             self._make_bank(len(checkpoint["state_dict"]["bank.rows"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from .. import distributed
 from ..errors import UsageError
 from ..networks import FEATURES, Architecture, Head, Stem, network, normalize_in_groups, projection_head
 from ..parsing import NonNegativeFinite, PositiveFinite, Seed
+from ..resuming import of_model, refuse_changes
 
 # ([views (B, 3, H, W), other views (B, 3, H, W)], labels (B,), instances (B,)): B of this process. Nothing
 # here looks at the labels.
@@ -47,6 +49,7 @@ class Method(LightningModule):
     name: ClassVar[str]
     metrics: ClassVar[Any] = LossMetrics  # the criterion's, a named tuple
     criterion: nn.Module
+    views_at_once = 2  # of an image, in a batch of the encoder
 
     def __init__(
         self,
@@ -80,12 +83,27 @@ class Method(LightningModule):
                 f"model.norm_groups is {groups}: it must be 1, or divide data.batch_size, {batch}, and be a "
                 f"multiple of the number of processes, {processes}"
             )
+        size = self.trainer.datamodule.hparams.image_size
+        if batch * self.views_at_once // groups == 1 and not self._trains_on_one(size):
+            raise UsageError(
+                f"data.batch_size is {batch} and model.norm_groups {groups}: batch norm would take its "
+                f"statistics from a single image of {size} pixels, which leaves a single value of a channel"
+            )
         normalize_in_groups(self.encoder, groups)
 
     @classmethod
     def value_names(cls) -> list[str]:
         """The names of a step's values, as `report` keeps them."""
         return ["loss", *(field for field in cls.metrics._fields if field.endswith("loss")), "top1", "top5"]
+
+    def _trains_on_one(self, size: int) -> bool:
+        """Whether a single image of that size has several values of a channel wherever there is a norm."""
+        image = torch.zeros(1, 3, size, size).to(next(self.encoder.parameters()))
+        try:
+            copy.deepcopy(self.encoder).train()(image)
+        except ValueError:
+            return False
+        return True
 
     def report(self, loss: Tensor, metrics: Any) -> None:
         """Keep a step's values, means over all processes, as `values`, and log them. Metrics' fields that end
@@ -129,8 +147,21 @@ class Method(LightningModule):
 
         return factor
 
+    def on_train_start(self) -> None:
+        """A run that goes on for longer than its checkpoint's was to begins with its own schedule's rate."""
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            for group, rate, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * factor(scheduler.last_epoch)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["method"] = self.name
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:  # a run goes on; else the settings are the caller's affair
+            refuse_changes(of_model(self.hparams), of_model(checkpoint["hyper_parameters"]))
 
     def on_checkpoint_saved(self) -> None:
         """The checkpoint that was taken last is a file now, whatever happens."""

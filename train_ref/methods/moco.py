@@ -37,6 +37,7 @@ class MoCo(Method):
     """
 
     name = "moco"
+    views_at_once = 1
 
     def __init__(
         self,
