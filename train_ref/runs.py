@@ -66,7 +66,7 @@ def own_directory(trainer: Trainer, goes_on_from: Path | None = None) -> Iterato
     try:
         yield
     except BaseException:
-        if new and not goes_on:
+        if new:
             remove_unless_begun(directory)
         raise
 
