@@ -4,10 +4,8 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 from types import SimpleNamespace
 
@@ -71,29 +69,6 @@ def test_runs_leave_the_same_picture_whatever_the_order_of_sets(tmp_path):
     assert one == other
     one, other = ((run / "steps.csv").read_text().splitlines()[0] for run in runs)
     assert one == other
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(train_ref, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train_ref", "fit", *SYNTHETIC, *SMALL, "--trainer.max_epochs=1000"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(RECIPES.parents[1]), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    checkpoint = tmp_path / "runs" / "synthetic" / "version_0" / "last.ckpt"
-    deadline = time.monotonic() + 60
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)  # somewhere in a step or in a save
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-    epochs = torch.load(checkpoint, weights_only=True)["epoch"] + 1
-    train_ref("fit", *SYNTHETIC, *SMALL, f"--ckpt_path={checkpoint}", f"--trainer.max_epochs={epochs + 1}")
-    resumed = torch.load(tmp_path / "runs" / "synthetic" / "version_1" / "last.ckpt", weights_only=True)
-    assert resumed["global_step"] == 2 * (epochs + 1)
-    assert resumed["state_dict"]["queue.pointer"] == 16 * (epochs + 1) % 256
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from .conftest import RECIPES, values_of
 
 TINY = [
     "--config", str(RECIPES / "synthetic.yaml"), "--model.arch=convnet", "--data.image_size=8",
-    "--data.batch_size=8", "--data.synthetic_size=16", "--trainer.accelerator=cpu", "--evaluation.enabled=false",
+    "--data.batch_size=8", "--data.synthetic_size=16", "--trainer.accelerator=cpu",
+    "--evaluation.enabled=false",
 ]  # fmt: skip
 NO_LOGGER = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
 
