@@ -413,11 +413,14 @@ def test_an_absent_gpu_is_told_so(checkpoint):
         evaluate.knn(checkpoint, accelerator="cuda")
 
 
-def test_an_unreadable_image_is_named(checkpoint, image_folder):
+@pytest.mark.parametrize("command", ["knn", "linear", "finetune"])
+def test_an_unreadable_test_image_is_named_before_any_work(checkpoint, image_folder, monkeypatch, command):
     broken = image_folder / "val" / "dark" / "3.png"
     broken.write_bytes(b"no image")
-    with pytest.raises(UsageError, match=str(broken)):
-        evaluate.knn(checkpoint, dataset="folder", root=str(image_folder))
+    for work in ("extract_features", "fit"):
+        monkeypatch.setattr(evaluate, work, lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(UsageError, match=f"data.root: {broken} cannot be read as an image"):
+        getattr(evaluate, command)(checkpoint, dataset="folder", root=str(image_folder))
 
 
 @pytest.mark.parametrize("command", ["knn", "linear", "finetune"])
