@@ -445,11 +445,14 @@ def test_an_absent_gpu_is_told_so(checkpoint):
         evaluate.knn(checkpoint, accelerator="cuda")
 
 
-def test_an_unreadable_image_is_named(checkpoint, folder):
+@pytest.mark.parametrize("command", ["knn", "linear", "finetune"])
+def test_an_unreadable_test_image_is_named_before_any_work(checkpoint, folder, monkeypatch, command):
     broken = folder / "val" / "dark" / "3.png"
     broken.write_bytes(b"no image")
-    with pytest.raises(UsageError, match=str(broken)):
-        evaluate.knn(checkpoint, dataset="folder", root=str(folder))
+    for work in ("extract_features", "fit"):
+        monkeypatch.setattr(evaluate, work, lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(UsageError, match=f"data.root: {broken} cannot be read as an image"):
+        getattr(evaluate, command)(checkpoint, dataset="folder", root=str(folder))
 
 
 @pytest.mark.parametrize("command", ["knn", "linear", "finetune"])
