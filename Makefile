@@ -15,9 +15,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# With every place that is interrupted, every fault of the disk, 300 power cuts and 10,000 calls of the operators.
+# With every place that is interrupted, every fault of the disk, 300 power cuts, 10,000 calls of the operators, more
+# kills, longer trainings, and more examples in Triton's interpreter.
 test-all: $(VENV)/.installed
-	INTERRUPTS_EVERY=1 DISK_POWER_CUTS=300 DISK_FAULTS=1 CONTRASTIVE_OPS_FUZZ_CALLS=10000 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	INTERRUPTS_EVERY=1 DISK_POWER_CUTS=300 DISK_FAULTS=1 CONTRASTIVE_OPS_FUZZ_CALLS=10000 KILLS=8 LONG_STEPS=1 \
+		INTERPRETED_PROFILE=few $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # What takes seconds, with few examples each.
 quick: $(VENV)/.installed

