@@ -107,6 +107,9 @@ class LastCheckpoint(Checkpoint):
         if self.saved_step != trainer.global_step:
             self._save(trainer)
         self._restore_handlers()
+        if threading.current_thread() is threading.main_thread():
+            # Lightning's handler waits for a step, and there is none: an evaluation may take hours.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()

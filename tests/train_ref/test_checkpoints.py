@@ -285,3 +285,16 @@ def test_a_training_that_diverged_leaves_the_checkpoint_before_it(fit):
     saved = read_checkpoint(diverges.directory / "last.ckpt")
     assert saved["global_step"] == 2
     assert saved["state_dict"]["encoder.0.0.weight"].isfinite().all()
+
+
+def test_a_request_to_terminate_ends_the_evaluation_at_once(fit):
+    """Lightning's own handler waits for the end of a step."""
+
+    class Handler(Callback):
+        def on_fit_end(self, trainer, module):
+            self.seen = signal.getsignal(signal.SIGTERM)
+
+    handler, before = Handler(), signal.getsignal(signal.SIGTERM)
+    fit(callbacks=[handler])
+    assert handler.seen is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
