@@ -45,6 +45,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             record(path, [hashed.sha256.hexdigest(), *recorded(path)])
         record(path, [hashed.sha256.hexdigest()])
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        super().remove_checkpoint(path)
+        checksums_of(Path(path)).unlink(missing_ok=True)
+
 
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` in the run's directory: as training was after some step, or at the end of an epoch.

@@ -110,6 +110,8 @@ def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path, monkeypatch
     checkpoints.save_checkpoint({"step": 3}, path)
     assert checkpoints.load_checkpoint(path) == {"step": 3}
     assert {file.name for file in path.parent.iterdir()} == {"last.ckpt", "last.ckpt.sha256"}
+    checkpoints.remove_checkpoint(path)
+    assert not list(path.parent.iterdir())
 
 
 @pytest.fixture(params=["without a name", "beside"])
