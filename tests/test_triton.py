@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import pytest
@@ -151,9 +154,43 @@ def test_a_target_outside_makes_its_loss_nan(row: int) -> None:
 # What each architecture multiplies matrices with.
 TENSOR_CORES = {(8, 0): "mma.sync", (8, 9): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
 HALF: dict[str, Any] = {"dtype": torch.float16}
-VARIANTS: list[dict[str, Any]] = [{"columns": True, **HALF}, {"keys": 65535}]
-COMPILED = [
-    (capability, name, precision, dim)
+
+
+class Call(NamedTuple):
+    """Of `resources.compile_kernel`, with its keyword arguments by name."""
+
+    capability: tuple[int, int]
+    name: str
+    precision: str
+    dim: int
+    others: tuple[tuple[str, Any], ...] = ()
+
+    def made(self) -> resources.Resources:
+        return resources.compile_kernel(
+            self.name, self.capability, self.precision, self.dim, **dict(self.others)
+        )
+
+    def __str__(self) -> str:
+        others = (f"{name}={value}" for name, value in self.others)
+        return "-".join(["{}.{}".format(*self.capability), self.name, self.precision, str(self.dim), *others])
+
+
+@pytest.fixture(scope="module")
+def made(request: pytest.FixtureRequest) -> Iterator[Callable[[Call], resources.Resources]]:
+    """What the compiler makes of a call. It is given those of all tests at once, in a process a core: a kernel
+    takes it a second or two, and there are hundreds."""
+    params = (
+        getattr(item, "callspec", None) for item in request.session.items if item.module is request.module
+    )
+    calls = dict.fromkeys(param.params["call"] for param in params if param and "call" in param.params)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        futures = {call: pool.submit(call.made) for call in calls}
+        yield lambda call: futures[call].result()
+        pool.shutdown(cancel_futures=True)
+
+
+TILES = [
+    Call(capability, name, precision, dim)
     for capability in TENSOR_CORES
     for name in resources.WALKING
     for precision, dim in resources.entries(name.split(".")[0], capability)
@@ -162,54 +199,70 @@ COMPILED = [
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
-@pytest.mark.parametrize(("capability", "name", "precision", "dim"), COMPILED)
-def test_the_table_of_tiles(capability: tuple[int, int], name: str, precision: str, dim: int) -> None:
+@pytest.mark.parametrize("call", TILES, ids=str)
+def test_the_table_of_tiles(made: Callable[[Call], resources.Resources], call: Call) -> None:
     """Every entry multiplies on tensor cores, spills no register, fits in shared memory, and lets a
     multiprocessor hold as many programs as the grid is made for."""
-    made = resources.compile_kernel(name, capability, precision, dim)
-    tiles = resources.tiles_of(name, capability, precision, dim)
-    assert TENSOR_CORES[capability] in made.ptx
-    assert made.spilled_bytes <= SPILLED_BYTES
-    assert made.shared_bytes <= resources.SHARED_KIB[capability] * 1024
-    assert made.programs(tiles, resources.SHARED_KIB[capability]) >= tiles.programs
+    kernel, shared_kib = made(call), resources.SHARED_KIB[call.capability]
+    tiles = resources.tiles_of(call.name, call.capability, call.precision, call.dim)
+    assert TENSOR_CORES[call.capability] in kernel.ptx
+    assert kernel.spilled_bytes <= SPILLED_BYTES
+    assert kernel.shared_bytes <= shared_kib * 1024
+    assert kernel.programs(tiles, shared_kib) >= tiles.programs
+
+
+VARIANTS: list[dict[str, Any]] = [{"columns": True, **HALF}, {"keys": 65535}]
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    *((name, variant) for name in resources.WALKING if "nt_xent" not in name for variant in VARIANTS),
+    *((f"co2.{name}", {"consistency": False}) for name in ("statistics", "gradient")),
+    *((f"co2.{name}", {"precision": "wide", **HALF}) for name in ("statistics", "gradient")),
+    *((f"conic.{name}", {"weight_dtype": torch.bfloat16}) for name in ("statistics", "weight", "views")),
+    ("conic.weight", {"step": False}),
+    ("nt_xent.statistics", {"consistency": False}),
+    *((f"nt_xent.{name}", HALF) for name in ("statistics", "gradient", "plain")),
+    *((f"nt_xent.{name}", {"relative": True, **HALF}) for name in ("gradient", "plain")),
+]
+OTHER_CALLS = [
+    Call(
+        capability,
+        name,
+        variant.get("precision", "half"),
+        128,
+        tuple((k, v) for k, v in variant.items() if k != "precision"),
+    )
+    for name, variant in OTHERS
+    for capability in TENSOR_CORES
+]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
-@pytest.mark.parametrize("capability", TENSOR_CORES)
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [
-        *((name, variant) for name in resources.WALKING if "nt_xent" not in name for variant in VARIANTS),
-        *((f"co2.{name}", {"consistency": False}) for name in ("statistics", "gradient")),
-        *((f"co2.{name}", {"precision": "wide", **HALF}) for name in ("statistics", "gradient")),
-        *((f"conic.{name}", {"weight_dtype": torch.bfloat16}) for name in ("statistics", "weight", "views")),
-        ("conic.weight", {"step": False}),
-        ("nt_xent.statistics", {"consistency": False}),
-        *((f"nt_xent.{name}", HALF) for name in ("statistics", "gradient", "plain")),
-        *((f"nt_xent.{name}", {"relative": True, **HALF}) for name in ("gradient", "plain")),
-    ],
-)
+@pytest.mark.parametrize("call", OTHER_CALLS, ids=str)
 def test_other_calls_spill_nothing_in_the_loop(
-    capability: tuple[int, int], name: str, variant: dict[str, Any]
+    made: Callable[[Call], resources.Resources], call: Call
 ) -> None:
     """The (D, K) order of keys, a ragged number of them, InfoNCE alone, float16 with a float32 queue, a
     classifier in half precision, a backward that only stores its gradient, float16, and views that are not
     normalised, on the same matrix instructions."""
-    made = resources.compile_kernel(name, capability, **{"precision": "half", "dim": 128, **variant})
-    assert TENSOR_CORES[capability] in made.ptx
+    kernel = made(call)
+    assert TENSOR_CORES[call.capability] in kernel.ptx
     if TUNED_FOR_THIS_COMPILER:
-        assert not {"LDL", "STL"} & made.loop.keys()
+        assert not {"LDL", "STL"} & kernel.loop.keys()
+
+
+SMALL_CALLS = [
+    Call(capability, name, "half", dim, others)
+    for dim in (128, 1024)
+    for name in resources.SMALL
+    for others in ((), (("step", False),))[: 1 + name.endswith("prepare")]  # of both passes
+    for capability in TENSOR_CORES
+]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
-@pytest.mark.parametrize("capability", TENSOR_CORES)
-@pytest.mark.parametrize("name", resources.SMALL)
-@pytest.mark.parametrize("dim", [128, 1024])
-def test_the_small_kernels_spill_nothing(capability: tuple[int, int], name: str, dim: int) -> None:
-    assert resources.compile_kernel(name, capability, "half", dim).spilled_bytes <= SPILLED_BYTES
-    if name.endswith("prepare"):  # of the other pass
-        assert resources.compile_kernel(name, capability, "half", dim, step=False).spilled_bytes == 0
+@pytest.mark.parametrize("call", SMALL_CALLS, ids=str)
+def test_the_small_kernels_spill_nothing(made: Callable[[Call], resources.Resources], call: Call) -> None:
+    assert made(call).spilled_bytes <= (0 if call.others else SPILLED_BYTES)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
