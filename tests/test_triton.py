@@ -177,7 +177,7 @@ class Call(NamedTuple):
 
 @pytest.fixture(scope="module")
 def made(request: pytest.FixtureRequest) -> Iterator[Callable[[Call], resources.Resources]]:
-    """What the compiler makes of a call. It is given those of all tests at once, in a process a core: a kernel
+    """What the compiler makes of a call. It is given all tests' calls at once, in a process a core: a kernel
     takes it a second or two, and there are hundreds."""
     params = (
         getattr(item, "callspec", None) for item in request.session.items if item.module is request.module
