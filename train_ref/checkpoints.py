@@ -19,6 +19,7 @@ from torch import Tensor
 from . import distributed
 from .files import Hashed, checksums_of, record, recorded, replacing
 from .runs import LAST, run_directory
+from .workers import STOPS
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -83,7 +84,7 @@ class LastCheckpoint(Checkpoint):
         self.saved_step = trainer.global_step
         self.handlers = {
             number: signal.signal(number, self._request_stop)
-            for number in (signal.SIGINT, signal.SIGTERM)
+            for number in STOPS
             if threading.current_thread() is threading.main_thread()
         }
 
@@ -117,14 +118,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
+        failed = self.fetching and isinstance(exception, Exception)
         # Other processes, if there are any, may not have failed, and would not take part in saving.
-        alone = trainer.world_size == 1
-        if (
-            isinstance(exception, Exception)
-            and alone
-            and self.fetching
-            and self.saved_step != trainer.global_step
-        ):
+        if failed and trainer.world_size == 1 and self.saved_step != trainer.global_step:
             self._save(trainer)
         if trainer.is_global_zero and self.path is not None and self.path.exists():
             self.tell_how_to_go_on()

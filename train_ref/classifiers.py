@@ -18,7 +18,17 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from .augmentations import plain, supervised
 from .checkpoints import AtomicCheckpointIO
-from .data import DrawnViews, Order, ResumableData, TrainingLoader, Transform, Views, evenly_spaced, labels_of
+from .data import (
+    DrawnViews,
+    Folder,
+    Order,
+    ResumableData,
+    TrainingLoader,
+    Transform,
+    Views,
+    evenly_spaced,
+    labels_of,
+)
 from .distributed import mean, rank, world_size
 from .errors import UsageError
 from .evaluation import Features
@@ -112,11 +122,8 @@ class LabelledImages(Views):
         digest = hashlib.sha256()
         for train, images in self.sets.items():
             chosen = self.indices[train]
-            digest.update(f"{len(images)} {len(chosen)}\n".encode())
-            if self.hparams.dataset == "folder":
-                for i in chosen:
-                    path, label = images.samples[i]
-                    digest.update(f"{label} {Path(path).relative_to(images.root)}\n".encode())
+            names = images.digest(chosen) if isinstance(images, Folder) else ""
+            digest.update(f"{len(images)} {len(chosen)} {names}\n".encode())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 

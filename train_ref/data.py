@@ -23,6 +23,7 @@ from .augmentations import Augmentation, TwoViews, augmentation, plain, smallest
 from .distributed import rank, world_size
 from .errors import UsageError
 from .images import naming, open_image
+from .parsing import Seed
 from .resuming import of_data, refuse_changes
 from .workers import context
 
@@ -105,10 +106,10 @@ class Folder(ImageFolder):
         with transforming(self, index):
             return super().__getitem__(index)
 
-    def digest(self) -> str:
-        """Of the images' paths within the folder, in their order: their classes are the first part."""
+    def digest(self, indices: np.ndarray | None = None) -> str:
+        """Of the paths of all images, or of these, in the folder, in their order: classes come first."""
         start, paths = len(str(self.root)), hashlib.blake2b(digest_size=6)
-        for path, _ in self.samples:
+        for path, _ in self.samples if indices is None else (self.samples[i] for i in indices):
             paths.update(path[start:].encode(errors="surrogateescape") + b"\0")
         return paths.hexdigest()
 
@@ -297,7 +298,7 @@ class Views(ResumableData):
         batch_size: PositiveInt = 256,
         num_workers: NonNegativeInt = 0,
         synthetic_size: PositiveInt = 4096,
-        synthetic_seed: NonNegativeInt = 0,
+        synthetic_seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

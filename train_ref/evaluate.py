@@ -21,7 +21,7 @@ from typing import Any, Literal
 import lightning
 import torch
 import torchvision
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
@@ -32,8 +32,9 @@ from .data import Views
 from .errors import UsageError
 from .evaluation import Features, Score, extract_features, format_table, knn_accuracies, labelled_subset
 from .evaluation_run import Run, directory_of, options_of, plain, resumable, say
-from .files import sha256, writable, write_text
+from .files import verified_sha256, writable, write_text
 from .networks import FEATURES, network
+from .parsing import PositiveFinite, Seed
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Rows = list[dict[str, Any]]
@@ -47,7 +48,7 @@ RECIPES = {
 def knn(
     checkpoint: str,
     k: Sequence[PositiveInt] = (200, 20),
-    temperature: Sequence[PositiveFloat] = (0.07, 0.1),
+    temperature: Sequence[PositiveFinite] = (0.07, 0.1),
     memory: PositiveInt = 1024,
     **options: Any,
 ) -> Rows:
@@ -94,11 +95,11 @@ def knn(
 def linear(
     checkpoint: str,
     recipe: Literal["moco", "conic"] = "moco",
-    learning_rate: PositiveFloat | None = None,
+    learning_rate: PositiveFinite | None = None,
     epochs: PositiveInt = 100,
     batch_size: PositiveInt = 256,
     augment: bool = True,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
     devices: PositiveInt = 1,
     precision: Precision = "32-true",
     every_n_steps: PositiveInt | None = None,
@@ -183,11 +184,11 @@ def finetune(
     seeds: PositiveInt = 5,
     epochs: PositiveInt = 20,
     min_steps: NonNegativeInt = 200,
-    backbone_learning_rate: PositiveFloat = 0.002,
-    learning_rate: PositiveFloat = 0.5,
+    backbone_learning_rate: PositiveFinite = 0.002,
+    learning_rate: PositiveFinite = 0.5,
     batch_size: PositiveInt = 256,
     from_scratch: bool = True,
-    scratch_learning_rate: PositiveFloat = 0.1,
+    scratch_learning_rate: PositiveFinite = 0.1,
     devices: PositiveInt = 1,
     precision: Precision = "32-true",
     every_n_steps: PositiveInt | None = None,
@@ -356,7 +357,7 @@ class Evaluator:
         self.device = torch.device("cuda" if on_gpu else "cpu")
         self.command = command
         before = modified(checkpoint)
-        self.backbone, self.sha256 = load_backbone(checkpoint), sha256(Path(checkpoint))
+        self.backbone, self.sha256 = load_backbone(checkpoint), verified_sha256(Path(checkpoint))
         if modified(checkpoint) != before:  # a training that still runs has replaced it
             raise UsageError(f"{checkpoint} was replaced while it was read: begin again, or copy it first")
         self.output = None if output is None else writable(output)

@@ -22,9 +22,9 @@ from .backbones import load_tensors
 from .callbacks import Record
 from .checkpoints import LastCheckpoint
 from .errors import UsageError
-from .files import replacing
+from .files import write_text
 from .parsing import parser_of
-from .runs import CONFIG_FILE, LAST, remove_unless_begun
+from .runs import CONFIG_FILE, LAST, LATEST, remove_unless_begun
 
 DONE = "accuracies.json"  # of one training of several
 
@@ -96,8 +96,8 @@ class Run:
         """The folder: a new run's is made now. Other processes than the first get none."""
         if self.folder is None and rank_zero_only.rank == 0:
             self.folder = claim_version(self.directory)
-            with replacing(self.folder / CONFIG_FILE) as file:
-                file.write(yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True).encode())
+            config = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+            write_text(self.folder / CONFIG_FILE, config)
             self._lock()
         return self.folder or self.directory
 
@@ -130,8 +130,7 @@ class Run:
     def finish(self, name: str, accuracies: Mapping[str, float]) -> None:
         """Record that a training is done. Its checkpoint, as large as the network, has no more use."""
         folder = self.begin() / name
-        with replacing(folder / DONE) as file:
-            file.write((json.dumps(accuracies) + "\n").encode())
+        write_text(folder / DONE, json.dumps(accuracies) + "\n")
         for path in folder.glob(f"{LAST}*"):
             path.unlink()
 
@@ -229,7 +228,7 @@ def folder_to_resume(command: str, checkpoint: str, resume: str, directory: Path
         resume: "last", the folder of a run, or a checkpoint in it.
         directory: where "last" looks.
     """
-    if resume == "last":
+    if resume == LATEST:
         for _, folder in reversed(versions(directory)):
             if not (folder / CONFIG_FILE).exists() or (folder / f"{command}.json").exists():
                 continue
@@ -264,7 +263,7 @@ def resumable(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(**said)
         name, checkpoint = command.__name__, str(said["checkpoint"])
         directory = said.pop("directory", None)
-        if directory is not None and said["resume"] != "last":
+        if directory is not None and said["resume"] != LATEST:
             raise UsageError(f"directory is for new runs and --resume last; {said['resume']} is where it is")
         directory = directory_of(name, checkpoint, directory)
         folder = folder_to_resume(name, checkpoint, str(said["resume"]), directory)

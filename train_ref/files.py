@@ -131,6 +131,12 @@ def verify(path: Path) -> None:
         )
 
 
+def verified_sha256(path: Path) -> str:
+    """Of a file that `verify` has passed: where one sum is recorded it is that, and is not computed again."""
+    sums = recorded(path)
+    return sums[0] if len(sums) == 1 else sha256(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file, in UTF-8 whatever the locale, that is whole or the old one."""
     with replacing(path) as file:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from .errors import UsageError
 
 LAST = "last.ckpt"
+LATEST = "last"  # what asks for the latest run, in place of a path
 CONFIG_FILE = "config.yaml"
 # What is there before the first step, and worth nothing without one.
 PREPARED = (CONFIG_FILE, "hparams.yaml", "events.out.tfevents.*", "metrics.csv")
@@ -54,10 +55,9 @@ def own_directory(trainer: Trainer, goes_on_from: Path | None = None) -> Iterato
         yield
         return
     directory = _first_process_directory(trainer)
-    new, goes_on = not directory.exists(), goes_on_from is not None
-    if (directory / CONFIG_FILE).exists() and not (
-        goes_on and goes_on_from.resolve().parent == directory.resolve()
-    ):
+    new = not directory.exists()
+    own = goes_on_from is not None and goes_on_from.resolve().parent == directory.resolve()
+    if (directory / CONFIG_FILE).exists() and not own:
         option = "trainer.logger" if trainer.loggers else "trainer.default_root_dir"
         raise UsageError(
             f"{option}: {directory} holds a run already; choose another folder, or go on with that run: "

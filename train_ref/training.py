@@ -33,10 +33,9 @@ from .methods import ALIASES, METHODS, method_name, settings_of
 from .parsing import Help
 from .progress import Plan, lines_in_place_of_a_bar
 from .resuming import of_checkpoint, of_data, of_model, refuse_changes
-from .runs import CONFIG_FILE, latest_checkpoint, own_directory, run_directory
+from .runs import CONFIG_FILE, LATEST, latest_checkpoint, own_directory, run_directory
 
 CONFIG = ("--config", "-c")
-LATEST = "last"
 RECIPES = Path(__file__).with_name("recipes")
 GROUPS = ("trainer", "model", "data", "evaluation", "checkpoint")
 # What constructors raise that do not like their arguments.

@@ -7,7 +7,7 @@ import signal
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 
-STOPS = {signal.SIGINT, signal.SIGTERM}
+STOPS = (signal.SIGINT, signal.SIGTERM)  # a training
 
 
 class _OutOfReach:

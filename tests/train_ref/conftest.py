@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,15 @@ from train_ref.data import Views
 from train_ref.methods import KINDS, Method, MoCo
 
 RECIPES = Path(command_line.__file__).parent / "recipes"
+
+
+@pytest.fixture
+def signals():
+    """What they do before a test they do after it: Lightning ignores interrupts once it has seen one."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

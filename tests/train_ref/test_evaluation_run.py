@@ -42,13 +42,12 @@ FINETUNE = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_its_signals():
-    """More threads cost more than they gain here. A stopped training leaves interrupts ignored: it exits."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+def one_thread(signals):
+    """More cost more than they gain here."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

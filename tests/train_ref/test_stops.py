@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from train_ref.callbacks import Record
 from train_ref.checkpoints import AtomicCheckpointIO, LastCheckpoint
 
+pytestmark = pytest.mark.usefixtures("signals")
+
 BATCHES, EPOCHS = 3, 2  # of an epoch, and of a training
 METHODS = {
     "moco": {"queue_size": 20, "consistency_weight": 0.3},
@@ -39,15 +41,6 @@ class Asked(Callback):
                 trainer.should_stop = True
             else:
                 os.kill(os.getpid(), self.number)
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """Lightning ignores interrupts once it has seen one."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

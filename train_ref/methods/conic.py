@@ -101,7 +101,7 @@ class ConIC(Method):
     def _generations(self) -> int:
         """How many checkpoints have their rows on disk: all that are kept, and one that is being written."""
         callbacks = self._trainer.callbacks if self._trainer else ()
-        return max(3, *(each.keep + 1 for each in callbacks if isinstance(each, LastCheckpoint)), 0)
+        return max([3, *(each.keep + 1 for each in callbacks if isinstance(each, LastCheckpoint))])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
-from ..files import writable
 from ..methods import ConIC, SimCLR
 from ..parsing import PositiveFinite, Temperature
-from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
+from .common import MEASURES, Variant, compare, differences, dots, keep, over, result_file, table
 
 SIZES = (16, 32, 64, 128)
 METHODS = {"ConIC": ConIC, "SimCLR": SimCLR}
@@ -45,7 +43,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
-    writable(Path(directory) / "batch_size.json", "directory")
+    result_file("batch_size", directory)
     settings = {
         "ConIC": {"learning_rate": conic_learning_rate},
         "SimCLR": {"learning_rate": simclr_learning_rate, "temperature": simclr_temperature},

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from matplotlib.figure import Figure
 
-from ..files import writable
 from ..methods import MOCO_V1, MOCO_V2, MoCo
 from ..parsing import PositiveFinite
-from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
+from .common import MEASURES, Variant, compare, differences, dots, keep, over, result_file, table
 
 # Name: label in the figure, version, α. The paper's α are 10 for v1 and 0.3 for v2; the recipe's for digits
 # is 1 for v1.
@@ -58,7 +56,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
-    writable(Path(directory) / "co2.json", "directory")
+    result_file("co2", directory)
     settings = {"learning_rate": learning_rate, "queue_size": queue_size, "momentum": momentum}
     variants = {
         name: Variant(MoCo, {**version, **settings, "consistency_weight": weight}, batch_size)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import DrawnViews, Views
 from ..errors import UsageError
 from ..evaluation import Score, extract_features, format_table, knn_accuracy, probe_score
-from ..files import replacing, write_text
+from ..files import replacing, writable, write_text
 from ..methods import Method
 
 UNTRAINED = "untrained"
@@ -330,6 +330,11 @@ def over(seeds: int) -> str:
     return f"mean and standard deviation over {seeds} seeds, a pale line a seed"
 
 
+def result_file(name: str, directory: str) -> Path:
+    """Where `keep` writes a study's numbers: asked for at its start, where that they cannot be is told."""
+    return writable(Path(directory) / f"{name}.json", "directory")
+
+
 def keep(
     name: str,
     settings: Mapping[str, Any],
@@ -350,12 +355,11 @@ def keep(
         "tables": dict(tables),
         "runs": runs,
     }
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    with replacing(folder / f"{name}.png") as file:
+    path = result_file(name, directory)
+    write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    with replacing(path.with_suffix(".png")) as file:
         figure.savefig(file, format="png", dpi=110)
     for title, rows in tables.items():
         print(f"\n{title}:\n\n{format_table(texts(rows))}")
-    print(f"\nFigure and numbers are kept in {folder}", flush=True)
+    print(f"\nFigure and numbers are kept in {path.parent}", flush=True)
     return result

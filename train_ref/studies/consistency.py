@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
-from ..files import writable
 from ..methods import ConIC
 from ..parsing import PositiveFinite
-from .common import MEASURES, Run, Variant, compare, differences, dots, keep, over, table
+from .common import MEASURES, Run, Variant, compare, differences, dots, keep, over, result_file, table
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.5, 5.0)  # the paper chooses 2.5
 LABELS = {f"α = {weight:g}": f"{weight:g}" for weight in WEIGHTS}
@@ -55,7 +53,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
-    writable(Path(directory) / "consistency.json", "directory")
+    result_file("consistency", directory)
     variants = {
         name: Variant(ConIC, {"learning_rate": learning_rate, "consistency_weight": weight}, batch_size)
         for name, weight in zip(LABELS, WEIGHTS, strict=True)

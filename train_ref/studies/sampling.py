@@ -7,7 +7,6 @@ one more quantity: the classification loss over all N rows, caught up, on views 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,21 @@ from contrastive_ops import conic_loss
 
 from ..data import Digits
 from ..errors import UsageError
-from ..files import writable
 from ..methods import ConIC
 from ..parsing import LossWeight, PositiveFinite
-from .common import MEASURES, Row, Run, Runs, SharedViews, Variant, compare, differences, keep, score
+from .common import (
+    MEASURES,
+    Row,
+    Run,
+    Runs,
+    SharedViews,
+    Variant,
+    compare,
+    differences,
+    keep,
+    result_file,
+    score,
+)
 
 FULL = "full softmax"
 COMPENSATED, PLAIN = "sampled, compensated", "sampled, not compensated"
@@ -95,7 +105,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
-    writable(Path(directory) / "sampling.json", "directory")
+    result_file("sampling", directory)
     count = len(Digits(train=True))
     if active >= count:
         raise UsageError(f"active is {active}: all {count} rows are, and nothing is sampled")

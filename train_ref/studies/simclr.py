@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
-from ..files import writable
 from ..methods import SimCLR
 from ..parsing import PositiveFinite, Temperature
-from .common import MEASURES, Variant, compare, differences, dots, keep, over, table
+from .common import MEASURES, Variant, compare, differences, dots, keep, over, result_file, table
 
 TEMPERATURES = (0.5, 0.1)  # SimCLR's for small images, and for ImageNet
 # The paper's text gives no α for SimCLR. 0.3 is its α for MoCo v2, 1 is there to see a larger one.
@@ -50,7 +48,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
-    writable(Path(directory) / "simclr.json", "directory")
+    result_file("simclr", directory)
     settings = {"learning_rate": learning_rate, "consistency_temperature": consistency_temperature}
     variants = {
         name_of(temperature, weight): Variant(

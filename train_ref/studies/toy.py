@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,9 @@ from sklearn.neighbors import KernelDensity
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..files import writable
 from ..methods import ConIC, Method
 from ..parsing import NonNegativeFinite, PositiveFinite, PositiveLossWeight
-from .common import Run, Runs, SharedViews, Variant, compare, differences, keep, table
+from .common import Run, Runs, SharedViews, Variant, compare, differences, keep, result_file, table
 
 IMAGES, VIEWS = 8, 20
 BANDWIDTH = 0.04  # the kernel's standard deviation; features have norm 1
@@ -136,7 +134,7 @@ def study(
     """
     if quick:
         epochs, seeds = 2, 2
-    writable(Path(directory) / "toy.json", "directory")
+    result_file("toy", directory)
     settings = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     weights = {f"α = {weight:g}": weight for weight in (0.0, consistency_weight, larger_weight)}
     variants = {
