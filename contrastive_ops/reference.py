@@ -80,7 +80,7 @@ def co2_statistics(query: Tensor, key: Tensor, queue: Tensor, settings: CO2Setti
     """The `CO2Partial` (1, B, 8) of a part of the queue, and as much of each `CO2Row` (B, 11) as is known."""
     tau, tau_c = settings.temperature, settings.consistency_temperature
     unit_query, norm_query = _rows(query, settings.normalize)
-    unit_key, norm_key = _rows(key, settings.normalize)
+    unit_key, norm_key = _rows(key.to(unit_query.dtype), settings.normalize)
     s, y = _similarities(unit_query, queue), _similarities(unit_key, queue)
     rank = (s > (unit_query * unit_key).sum(1, keepdim=True)).sum(1)
     max_s, max_y = s.amax(1, keepdim=True), y.amax(1, keepdim=True)
@@ -106,8 +106,9 @@ def co2_merge(partial: Tensor, rows: Tensor, settings: CO2Settings) -> Losses:
     moved_s, moved_y = parts.max_s - max_s, parts.max_y - max_y
     shift = moved_s - moved_y  # of every d of a part
     from_s, from_y = (moved_s / tau_c).exp(), (moved_y / tau_c).exp()
-    zero = torch.zeros_like(positive)
-    instance = consistency = grad_positive = mean = weight_instance = weight_query = weight_key = zero
+    zero = positive.new_zeros(len(positive))
+    instance, consistency = zero.clone(), zero.clone()
+    grad_positive = mean = weight_instance = weight_query = weight_key = zero
 
     if settings.instance_weight:
         z_instance = (parts.z_instance * (moved_s / tau).exp()).sum(0)
@@ -148,7 +149,7 @@ def co2_merge(partial: Tensor, rows: Tensor, settings: CO2Settings) -> Losses:
 def co2_gradient(query: Tensor, key: Tensor, queue: Tensor, rows: Tensor, settings: CO2Settings) -> Tensor:
     """d loss / d query (B, D), as far as it comes from a part of the queue, and from the positive."""
     unit_query, norm = _rows(query, settings.normalize)
-    unit_key, _ = _rows(key, settings.normalize)
+    unit_key, _ = _rows(key.to(unit_query.dtype), settings.normalize)
     row = CO2Row(*rows[:, None].unbind(-1))  # (B, 1) each
     a = _similarities(unit_query, queue) - row.max_s
     grad = torch.zeros_like(a)  # ∂L/∂s
