@@ -27,8 +27,8 @@ import torch
 from bench import ceilings
 from bench.files import replace_in_readme, result_file
 from contrastive_ops import DelayedSGD, InstanceClassifier, _ops, conic_loss
-from contrastive_ops._history import History
-from contrastive_ops._storage import Storage
+from contrastive_ops.classifier.history import History
+from contrastive_ops.classifier.storage import Storage
 from train_ref.machine import describe
 from train_ref.markdown import table
 

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from tests import power
 
 if os.environ.get("CONTRASTIVE_OPS_TEST_WITHOUT_EXTENSION") == "1":
-    pytest.importorskip("contrastive_ops._rows")
+    pytest.importorskip("contrastive_ops._store")
 pytest.importorskip("rocksdict")
-disk, folder = (importlib.import_module(f"contrastive_ops.{name}") for name in ("_disk", "_folder"))
+disk, folder = (importlib.import_module(f"contrastive_ops.classifier.{name}") for name in ("disk", "folder"))
 
 COUNT, DIM, SEED = 40, 3, 5
 State = tuple[np.ndarray, np.ndarray]  # records and steps of all rows
@@ -38,7 +38,7 @@ def _small_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_rows(path: Path, count: int = COUNT, dim: int = DIM, **arguments: Any) -> Any:
-    return disk.DiskRows(path, count, dim, torch.float32, SEED, **arguments)
+    return disk.DiskStore(path, count, dim, torch.float32, SEED, **arguments)
 
 
 def initial(count: int = COUNT, dim: int = DIM) -> State:
@@ -469,7 +469,7 @@ def test_other_rows_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     asked = {"num_instances": COUNT, "dim": DIM, "dtype": "float32", "seed": SEED} | {name: value}
     open_rows(tmp_path).close()
     with pytest.raises(ValueError, match=rf"{tmp_path} holds .*{name}=.* but {name}={value!r} was asked"):
-        disk.DiskRows(
+        disk.DiskStore(
             tmp_path, asked["num_instances"], asked["dim"], getattr(torch, asked["dtype"]), asked["seed"]
         )
 
@@ -486,7 +486,7 @@ def test_other_formats_are_refused(tmp_path: Path, name: str, value: Any) -> Non
 
 
 def test_the_former_format_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "meta.json").write_text(json.dumps({"format": "contrastive_ops.DiskRows", "version": 1}))
+    (tmp_path / "meta.json").write_text(json.dumps({"format": "contrastive_ops.DiskStore", "version": 1}))
     (tmp_path / "rows.00000").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"format of an earlier version \(meta.json\)"):
         open_rows(tmp_path)

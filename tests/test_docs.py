@@ -11,7 +11,20 @@ import pytest
 from bench.files import README, newest_result
 from train_ref.markdown import parts
 
-MODULES = ("functional", "modules", "queue", "instances", "_backends", "_history")
+MODULES = (
+    "functional", "modules", "queue", "_backends", "classifier.classifier", "classifier.optimizer",
+    "classifier.memory_bank", "classifier.history",
+)  # fmt: skip
+    "functional",
+    "modules",
+    "queue",
+    "classifier",
+    "classifier.classifier",
+    "classifier.optimizer",
+    "classifier.memory_bank",
+    "_backends",
+    "classifier.history",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

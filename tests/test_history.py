@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contrastive_ops._history import History
+from contrastive_ops.classifier.history import History
 
 Step = tuple[float, float, float, bool]  # lr, momentum, weight_decay, nesterov
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from contrastive_ops import ConICLoss, DelayedSGD, InstanceClassifier, MemoryBank, conic_loss
-from contrastive_ops._disk import _Working
+from contrastive_ops.classifier.disk import _Working
 
 STORAGES = ("device", "host", "disk")
 EVERY = torch.arange(50)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import contrastive_ops
-from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss, instances
+from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss
+from contrastive_ops.classifier import classifier
 
 PACKAGE = str(Path(contrastive_ops.__file__).parent)
 COUNT, DIM, ACTIVE, BATCH = 40, 5, 12, 4
@@ -188,7 +189,7 @@ def test_where_a_gpu_leaves_it_open_a_checkpoint_is_asked_for(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU was told is not known when the call is interrupted that tells it; at other places it is."""
-    monkeypatch.setattr(instances, "_runs_ahead", lambda tensor: True)
+    monkeypatch.setattr(classifier, "_runs_ahead", lambda tensor: True)
     expected = Training()
     expected.run(0, 8)
     asked = 0

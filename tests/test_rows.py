@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("CONTRASTIVE_OPS_TEST_WITHOUT_EXTENSION") == "1":
-    pytest.importorskip("contrastive_ops._rows")
-rows = importlib.import_module("contrastive_ops._rows")
+    pytest.importorskip("contrastive_ops._store")
+rows = importlib.import_module("contrastive_ops._store")
 
 # From Random123's kat_vectors: counter, key, output.
 PHILOX = [

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._state import tensor
+from .._state import tensor
 
 Array = NDArray[np.float64]
 
@@ -92,7 +92,7 @@ class History:
 
     Example:
         >>> import numpy as np
-        >>> from contrastive_ops._history import History
+        >>> from contrastive_ops.classifier.history import History
         >>> history = History()
         >>> for lr in (0.1, 0.2):
         ...     history.append(lr, momentum=0.9, weight_decay=0.01, nesterov=False)

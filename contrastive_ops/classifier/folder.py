@@ -1,6 +1,6 @@
 """The folder of rows on disk: what it is of, who has it open, and its generations, whole or not there at all.
 
-See `_disk.py` for what is in it. Everything that counts is written under another name, brought to the disk,
+See `disk.py` for what is in it. Everything that counts is written under another name, brought to the disk,
 and renamed; symbolic links are followed nowhere; whatever is read was written by anybody, until its checksum
 and each of its fields say otherwise.
 """

@@ -1,10 +1,9 @@
-"""Classifiers with a row for every instance, and the optimiser that updates untouched rows late."""
+"""The classifier with a row for every instance."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import os
 import threading
 import weakref
@@ -15,59 +14,28 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from . import _ops
-from ._eager import eager
-from ._history import History, check_step
-from ._state import entry, tensor
-from .functional import (
-    SGDStep,
-    check_flag,
-    check_floating,
-    check_floating_dtype,
-    check_integer,
-    check_number,
-)
+from .. import _ops
+from .._checks import check_floating, check_integer
+from .._contract import SGDSettings
+from .._eager import eager
+from .._state import entry, tensor
+from ..functional import SGDStep
+from .history import History
+from .indices import STATEFUL, Indices, checked_instances
+from .late import updated_late
 
 try:
-    from . import _rows
-    from ._disk import DiskRows
-    from ._folder import verify
-    from ._storage import MemoryRows, Storage
-except ImportError as error:  # the extension was not built: the losses work without it
+    from .. import _store
+except ImportError as error:  # it was not built: the losses work without it
     _missing: ImportError | None = error
 else:
+    from .storage import MemoryStore, Storage
+
     _missing = None
-
-
-_Indices = NDArray[np.int64]
-_Settings = tuple[float, float, float, bool]  # of a step: learning rate, momentum, weight decay, nesterov
-_STATEFUL = "it changes what is kept on the host, which compiled code would do once, when it is traced"
-
-
-def checked_instances(name: str, indices: Any, num_instances: int) -> _Indices:
-    """The numbers of instances that a tensor (B,) holds, on the host.
-
-    Raises:
-        TypeError, ValueError: it is not (B,) int64 in [0, N), or has no values.
-    """
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(indices).__name__}")
-    if indices.dtype != torch.int64:
-        raise TypeError(f"{name} must be of dtype int64, got {indices.dtype}")
-    if indices.ndim != 1:
-        raise ValueError(f"{name} must be (B,), got shape {tuple(indices.shape)}")
-    if indices.is_meta:
-        raise ValueError(f"{name} must have values, got a tensor on the meta device")
-    array = indices.detach().cpu().contiguous().numpy()
-    for wrong in np.nonzero((array < 0) | (array >= num_instances))[0]:
-        raise ValueError(f"{name} must be in [0, {num_instances}), got {array[wrong]} at position {wrong}")
-    return array
 
 
 class InstanceClassifier(nn.Module):
@@ -148,7 +116,7 @@ class InstanceClassifier(nn.Module):
         super().__init__()
         if _missing is not None:
             raise RuntimeError(
-                f"InstanceClassifier needs the C++ extension contrastive_ops._rows ({_missing}); "
+                f"InstanceClassifier needs the C++ extension contrastive_ops._store ({_missing}); "
                 "install again from source with a C++20 compiler"
             )
         num_instances = check_integer("num_instances", num_instances, 1)
@@ -163,17 +131,19 @@ class InstanceClassifier(nn.Module):
         active = min(active, num_instances)
         self.num_instances, self.dim, self.seed, self.storage = num_instances, dim, seed, storage
         self.history = History()
-        self._active = _rows.ActiveSet(num_instances, active, seed)
+        self._active = _store.ActiveSet(num_instances, active, seed)
         device = torch.empty(0, device=device).device
         self._storage: Storage
         if path is not None:
-            self._storage = DiskRows(path, num_instances, dim, dtype, seed, generations)
+            from .disk import DiskStore  # not everywhere is there a lock of files, as it needs
+
+            self._storage = DiskStore(path, num_instances, dim, dtype, seed, generations)
         else:
             stored = num_instances if active < num_instances else 0
-            self._storage = MemoryRows(stored, dim, dtype, seed, on_host=storage == "host")
+            self._storage = MemoryStore(stored, dim, dtype, seed, on_host=storage == "host")
 
         rows = torch.empty(active, dim, dtype=dtype, device="cpu")
-        _rows.initial_rows(seed, self._active.instances, rows.numpy())
+        _store.initial_rows(seed, self._active.instances, rows.numpy())
         self.weight = nn.Parameter(rows)
         self.register_buffer("momentum", torch.zeros_like(rows))
         self.register_parameter("carried", None)
@@ -188,10 +158,10 @@ class InstanceClassifier(nn.Module):
         self._launching = False  # whether an operator was called that has not returned
         self._torn = ""  # why there is no going on without a checkpoint
         self._lock = threading.RLock()
-        self._guard()
+        self._mark()
         self.to(device)
 
-    @eager(_STATEFUL)
+    @eager(STATEFUL)
     def activate(self, indices: Tensor) -> Tensor:
         """Make the instances `indices` (B,) active, caught up to now, and return the rows of `weight` that
         they own: (B,) int64 on its device.
@@ -224,7 +194,7 @@ class InstanceClassifier(nn.Module):
             self._unfinished = None
             return self._to_device(plan.target)
 
-    @eager(_STATEFUL)
+    @eager(STATEFUL)
     def prefetch(self, next_indices: Tensor) -> None:
         """Start to bring the rows of the next batch near, while the current step computes.
 
@@ -235,7 +205,7 @@ class InstanceClassifier(nn.Module):
             indices = np.unique(checked_instances("next_indices", next_indices, self.num_instances))
             self._storage.prefetch(indices[self._active.find(indices) < 0])
 
-    @eager(_STATEFUL)
+    @eager(STATEFUL)
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and momentum of any instances (n,), caught up to now, without activating them: two (n, D)
         tensors on the weight's device."""
@@ -250,7 +220,7 @@ class InstanceClassifier(nn.Module):
                 weight[at], momentum[at] = self._caught_up(instances[late])
             return weight, momentum
 
-    @eager(_STATEFUL)
+    @eager(STATEFUL)
     def write(self, indices: Tensor, weight: Tensor, momentum: Tensor | None = None) -> None:
         """Overwrite the rows of any instances, as of now: what `read` then says of them.
 
@@ -315,6 +285,8 @@ class InstanceClassifier(nn.Module):
     @staticmethod
     def verify_folder(path: str | os.PathLike[str]) -> list[str]:
         """The same of a folder that no classifier has open."""
+        from .folder import verify
+
         return verify(path)
 
     def close(self) -> None:
@@ -344,14 +316,14 @@ class InstanceClassifier(nn.Module):
         if self._in_backward is not None:
             self._in_backward.lock = self._lock
         self._publish(None)
-        self._active = _rows.ActiveSet(self.num_instances, len(self.weight), self.seed)
+        self._active = _store.ActiveSet(self.num_instances, len(self.weight), self.seed)
         self._active.load(state["_active"])
-        self._guard()
+        self._mark()
 
-    def _guard(self) -> None:
-        """Have optimisers that cannot be late refuse the weight."""
-        _classifiers.add(self)
-        _watch_optimizers()
+    def _mark(self) -> None:
+        """Have the weight refused by optimisers that would leave out the rows that are not active."""
+        if len(self.weight) < self.num_instances:
+            updated_late(self.weight, by="DelayedSGD")
 
     def get_extra_state(self) -> dict[str, Any]:
         return {
@@ -407,7 +379,7 @@ class InstanceClassifier(nn.Module):
             self._active, self.history = active, history
             self._torn = ""
 
-    def _checked(self, state: Mapping[str, Any]) -> tuple[_rows.ActiveSet, History]:
+    def _checked(self, state: Mapping[str, Any]) -> tuple[_store.ActiveSet, History]:
         """The active set and the history of a state that can be loaded.
 
         Raises:
@@ -418,7 +390,7 @@ class InstanceClassifier(nn.Module):
             if entry(state, name, of) != here:
                 raise ValueError(f"the checkpoint's {name} is {state[name]}, the classifier's {here}")
         history = History.from_state(entry(state, "history", of))
-        active = _rows.ActiveSet(self.num_instances, len(self.weight), self.seed)
+        active = _store.ActiveSet(self.num_instances, len(self.weight), self.seed)
         parts = entry(state, "active", of)
         sizes = {"instances": len(self.weight), "order": len(self.weight), "protected": 1}
         tensors = {
@@ -449,6 +421,7 @@ class InstanceClassifier(nn.Module):
         super()._apply(fn, recurse)
         if self.weight is not weight:  # as PyTorch may be set to have it
             self._trained[0], self._hook = self.weight, None
+        self._mark()
         self._storage.move(probe.device, fn)
         return self
 
@@ -520,7 +493,7 @@ class InstanceClassifier(nn.Module):
         """Of momentum and weight. An operator moves them on when it has written both, the weight's last."""
         return self.momentum._version, self.weight._version
 
-    def _bring_in(self, plan: _rows.Plan) -> None:
+    def _bring_in(self, plan: _store.Plan) -> None:
         """Exchange rows, and their gradients; `_unfinished` undoes it until the plan is committed."""
         incoming, coming, steps = self._storage.fetch(plan.incoming)
         coefficients = self.history.coefficients(steps)
@@ -594,7 +567,7 @@ class InstanceClassifier(nn.Module):
         assert carried is not None
         return carried.parameter.grad is not None and (not carried.spent or self._is_spent(whole))
 
-    def _take_step_on_gradient(self, settings: _Settings) -> None:
+    def _take_step_on_gradient(self, settings: SGDSettings) -> None:
         """A step with the gradients of active rows, and those of evicted ones."""
         grad = self.weight.grad
         assert grad is not None
@@ -628,7 +601,7 @@ class InstanceClassifier(nn.Module):
         else:
             self._stepping = None
 
-    def _record(self, length: int, settings: _Settings) -> None:
+    def _record(self, length: int, settings: SGDSettings) -> None:
         """The step after the first `length` was taken, by the active rows; the others will. Once."""
         if len(self.history) == length:
             self._release()
@@ -638,7 +611,7 @@ class InstanceClassifier(nn.Module):
         """The active rows have taken a step; the others will."""
         self._record(len(self.history), (lr, momentum, weight_decay, nesterov))
 
-    def _caught_up(self, instances: _Indices) -> tuple[Tensor, Tensor]:
+    def _caught_up(self, instances: Indices) -> tuple[Tensor, Tensor]:
         """Weight and momentum (n, D) of instances that are not active."""
         records, steps = self._storage.peek(instances)
         records = records.to(self.weight.device)
@@ -648,7 +621,7 @@ class InstanceClassifier(nn.Module):
         self._exchange(weight, momentum, every, records, every, coefficients, room, every)
         return weight, momentum
 
-    def _overwrite(self, instances: _Indices, records: Tensor, step: int) -> None:
+    def _overwrite(self, instances: Indices, records: Tensor, step: int) -> None:
         slots = self._active.find(instances)
         late, active = slots < 0, slots >= 0
         if late.any():
@@ -656,7 +629,7 @@ class InstanceClassifier(nn.Module):
         at = self._to_device(slots[active])
         self.weight.detach()[at], self.momentum[at] = records[self._to_device(active)].unbind(1)
 
-    def _overwrite_stored(self, instances: _Indices, records: Tensor, step: int) -> None:
+    def _overwrite_stored(self, instances: Indices, records: Tensor, step: int) -> None:
         """Overwrite the stored records of instances that are not active."""
         room, rows = self._storage.room(instances)
         room[torch.from_numpy(rows).to(room.device)] = records.to(room.device)
@@ -666,12 +639,12 @@ class InstanceClassifier(nn.Module):
         self,
         weight: Tensor,
         momentum: Tensor,
-        slots: _Indices,
+        slots: Indices,
         incoming: Tensor,
-        incoming_rows: _Indices,
+        incoming_rows: Indices,
         coefficients: NDArray[np.float64],
         outgoing: Tensor,
-        outgoing_rows: _Indices,
+        outgoing_rows: Indices,
     ) -> None:
         """The operator, with arrays of the host."""
         weight = weight.detach()
@@ -721,7 +694,7 @@ class _Carried:
         spent: whether a step has been taken on it, and nothing been added since.
     """
 
-    instances: _Indices
+    instances: Indices
     parameter: nn.Parameter
     part_of: weakref.ref[Tensor]
     spent: bool
@@ -745,9 +718,9 @@ class _Exchange:
         spent: whether a step had been taken on it.
     """
 
-    plan: _rows.Plan
+    plan: _store.Plan
     room: Tensor
-    going: _Indices
+    going: Indices
     versions: tuple[int, int]
     carried: _Carried | None
     slots: Tensor | None = None
@@ -767,267 +740,12 @@ class _Step:
         evicted, records: instances with a gradient that are not active, and their rows (n, 2, D) after it.
     """
 
-    settings: _Settings
+    settings: SGDSettings
     length: int
     versions: tuple[int, int]
     gradient: _Gradient
-    evicted: _Indices = field(default_factory=lambda: np.empty(0, np.int64))
+    evicted: Indices = field(default_factory=lambda: np.empty(0, np.int64))
     records: Tensor | None = None
-
-
-class DelayedSGD(Optimizer):
-    """SGD with momentum and weight decay over all rows of an `InstanceClassifier`, at the cost of the active.
-
-    In the convention of torch.optim.SGD, with g = grad + λ w:
-
-        v ← m v + g        w ← w − η v,  or with `nesterov`  w ← w − η (g + m v)
-
-    Rows that are not active have no gradient, and their steps are taken late and exactly, all at once, when
-    they are activated or read. Learning rate, momentum, weight decay and nesterov may change with every step:
-    schedulers work. A step that a loss scaler skips is none. Without momentum v is g, as the formula says;
-    torch.optim.SGD then leaves its buffer alone, which tells only if momentum comes back later.
-
-    Only an optimiser that moves each row linearly, whatever the others do, can be delayed. That rules out
-    LARS, LAMB, Adam and clipping the weight's norm; clipping gradients is fine.
-
-    Args:
-        classifier: whose `weight` is optimised. The momentum is the classifier's too, and in its checkpoints.
-        lr: η ≥ 0. The defaults are the ConIC paper's.
-        momentum: m in [0, 1).
-        weight_decay: λ ≥ 0.
-        nesterov: as in torch.optim.SGD.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong; also in `step`, of a group's values as they are then.
-
-    Example:
-        >>> import torch
-        >>> from contrastive_ops import DelayedSGD, InstanceClassifier
-        >>> optimizer = DelayedSGD(InstanceClassifier(1000, 8, active=16), lr=0.06)
-        >>> schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
-    """
-
-    def __init__(
-        self,
-        classifier: InstanceClassifier,
-        lr: float = 0.06,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        nesterov: bool = False,
-    ) -> None:
-        if not isinstance(classifier, InstanceClassifier):
-            raise TypeError(f"classifier must be an InstanceClassifier, got {type(classifier).__name__}")
-        self.classifier = classifier
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        _check_settings(**defaults)
-        super().__init__([classifier.weight], defaults)
-        self.param_groups[0]["params"] = classifier._trained
-        self._initialized()
-
-    def _initialized(self) -> None:
-        """It has no state of its own. From one that is empty, torch.distributed.checkpoint concludes that no
-        step was taken yet, and takes one of learning rate 0, which moves the momentum."""
-        self.state.setdefault(self.classifier.weight, {})
-
-    @property
-    def _in_backward(self) -> SGDStep | None:
-        return self.classifier._in_backward
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "classifier": self.classifier}
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of this moment; the momentum is in the classifier's."""
-        state = super().state_dict()
-        (group,) = state["param_groups"]
-        group["params"] = [0]
-        group.update((name, value.clone()) for name, value in group.items() if isinstance(value, Tensor))
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.param_groups[0]["params"] = [self.classifier.weight]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            self.param_groups[0]["params"] = self.classifier._trained
-            self._initialized()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if self.param_groups:
-            raise ValueError("DelayedSGD holds one weight; other parameters want an optimizer of their own")
-        super().add_param_group(param_group)
-
-    @eager(_STATEFUL)
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step with the gradient there is; without one, none, as in torch.optim.
-
-        If it raises, for example because it is interrupted, call it again or go on: the step is taken once.
-        (A `closure` is called again too, and a hook that raises after the step comes too late.)
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        of = self.classifier
-        with of._exclusively():
-            grad, update = of.weight.grad, of._in_backward
-            if update is not None and update.taken:
-                if grad is not None:
-                    raise RuntimeError("weight has a gradient beside the step that backward has taken")
-                of._in_backward = None
-            elif of._stepping is not None and of._stepping.is_still(grad):
-                pass  # the step is taken, by a call that did not return
-            elif grad is not None:
-                of._take_step_on_gradient(self._settings())
-            else:
-                of._release()
-        of._stepping = None
-        return loss
-
-    @eager(_STATEFUL)
-    def in_backward(self) -> SGDStep:
-        """The step to come, for ``conic_loss(…, update=optimizer.in_backward())`` to take in its backward,
-        where the weight's gradient is never stored. `step` then only closes it. One backward a step, of the
-        loss that asked last; not with a loss scaler, nor with clipping.
-
-        Example:
-            >>> import torch
-            >>> from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss
-            >>> classifier = InstanceClassifier(1000, 8, active=16)
-            >>> optimizer = DelayedSGD(classifier)
-            >>> target = classifier.activate(torch.tensor([3, 999]))
-            >>> views = torch.randn(2, 2, 8, requires_grad=True)
-            >>> loss = conic_loss(views, classifier.weight, target, update=optimizer.in_backward())
-            >>> loss.backward(); optimizer.step()
-        """
-        of = self.classifier
-        with of._exclusively():
-            if of._in_backward is not None and of._in_backward.taken:
-                raise RuntimeError(
-                    "backward has taken a step already: call step() before the next in_backward()"
-                )
-            of._withdraw()
-            of._in_backward = SGDStep(of.momentum, *self._settings(), weight=of.weight, lock=of._lock)
-            return of._in_backward
-
-    @eager(_STATEFUL)
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim. Rows whose gradient is thrown away here may be evicted again: a loss scaler that
-        skips many steps does not fill the active set."""
-        of = self.classifier
-        with of._exclusively():
-            super().zero_grad(set_to_none)
-            of._stepping = None
-            of._publish(None)
-            of._release()
-
-    def _settings(self) -> _Settings:
-        (group,) = self.param_groups
-        settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
-        return _check_settings(**settings)
-
-
-class MemoryBank(nn.Module):
-    """The classifier of InstDisc (Wu et al., CVPR 2018): each row the exponential average of past features.
-
-        w_n ← normalise(μ w_n + (1 − μ) x̂)
-
-    Rows get no gradient. Use it as `conic_loss`'s weight, with the instances' numbers as the target.
-
-    Args:
-        num_instances: N.
-        dim: dimension D.
-        momentum: μ in [0, 1].
-        seed: of the rows, random unit vectors at first.
-        dtype: of the rows, floating.
-        device: of the rows.
-
-    Attributes:
-        rows: (N, D) buffer of unit vectors.
-
-    Example:
-        >>> import torch
-        >>> from contrastive_ops import MemoryBank, conic_loss
-        >>> bank, indices = MemoryBank(num_instances=1000, dim=16), torch.tensor([7, 999])
-        >>> features = torch.randn(2, 16, requires_grad=True)
-        >>> loss = conic_loss(features[None], bank.rows, indices, temperature=0.07)
-        >>> loss.backward()
-        >>> bank.update(indices, features)
-    """
-
-    rows: Tensor
-
-    def __init__(
-        self,
-        num_instances: int,
-        dim: int,
-        momentum: float = 0.5,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        num_instances, dim = check_integer("num_instances", num_instances, 1), check_integer("dim", dim, 1)
-        seed = check_integer("seed", seed, 0)
-        check_floating_dtype(dtype)
-        self.momentum = check_number("momentum", momentum, minimum=0)
-        if momentum > 1:
-            raise ValueError(f"momentum must be at most 1, got {momentum}")
-        # The same rows on every device.
-        generator = torch.Generator("cpu").manual_seed(seed)
-        rows = F.normalize(torch.randn(num_instances, dim, generator=generator, device="cpu"), dim=1)
-        self.register_buffer("rows", rows.to(torch.empty(0, device=device).device, dtype))
-
-    @eager(_STATEFUL)
-    @torch.no_grad()
-    def update(self, indices: Tensor, features: Tensor) -> None:
-        """Average the features of instances into their rows; call it after backward.
-
-        Computed in the wider of both dtypes, in float32 at least. A feature that is not finite makes its own
-        instance's row NaN, and no other.
-
-        Args:
-            indices: (B,) int64. The features of an instance that repeats are averaged first. A batch of none
-                changes nothing.
-            features: (B, D), or (V, B, D) of V views, floating, on the rows' device; normalised here.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong; nothing has been changed.
-        """
-        numbers = checked_instances("indices", indices, len(self.rows))
-        check_floating("features", features)
-        wanted = (len(numbers), self.rows.shape[1])
-        if (
-            features.shape[-2:] != wanted
-            or features.ndim not in (2, 3)
-            or (features.ndim == 3 and not len(features))
-        ):
-            raise ValueError(
-                f"features must be {wanted} or (V, {wanted[0]}, {wanted[1]}), got {tuple(features.shape)}"
-            )
-        if features.device != self.rows.device:
-            raise ValueError(
-                f"features must be on the device of the rows, {self.rows.device}, got {features.device}"
-            )
-        if not len(numbers):
-            return
-        dtype = torch.promote_types(torch.promote_types(features.dtype, self.rows.dtype), torch.float32)
-        unit = F.normalize(features.to(dtype), dim=-1)
-        if unit.ndim == 3:
-            unit = unit.mean(0)
-        # Sorted, so that an instance's features are added in a fixed order: equal input gives equal bits.
-        arrays = (np.argsort(numbers, kind="stable"), *np.unique(numbers, return_counts=True))
-        order, instances, lengths = (torch.from_numpy(array).to(unit.device) for array in arrays)
-        mean = torch.segment_reduce(unit[order], "mean", lengths=lengths, unsafe=True)
-        rows = self.momentum * self.rows[instances].to(dtype) + (1 - self.momentum) * mean
-        self.rows[instances] = F.normalize(rows, dim=1).to(self.rows.dtype)
-
-    def extra_repr(self) -> str:
-        count, dim = self.rows.shape
-        return f"num_instances={count}, dim={dim}, momentum={self.momentum}"
-
-
-_classifiers: weakref.WeakSet[InstanceClassifier] = weakref.WeakSet()
 
 
 def _runs_ahead(tensor: Tensor) -> bool:
@@ -1053,36 +771,3 @@ def _has_accumulated(of: weakref.ref[InstanceClassifier], weight: Tensor) -> Non
         return
     carried.spent = False
     classifier._publish(carried)
-
-
-def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
-    """Runs before any optimiser's step, once there is a classifier whose rows are not all active. One that
-    lets `optimizers` of its own take the step is not asked: they are."""
-    if isinstance(optimizer, DelayedSGD) or hasattr(optimizer, "optimizers"):
-        return
-    delayed = {id(c.weight) for c in _classifiers if len(c.weight) < c.num_instances}
-    if any(id(parameter) in delayed for group in optimizer.param_groups for parameter in group["params"]):
-        name = type(optimizer).__name__
-        raise TypeError(
-            f"{name} holds the weight of an InstanceClassifier: what it would do to the rows that are not "
-            "active cannot be done late. Leave that parameter to DelayedSGD"
-        )
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    register_optimizer_step_pre_hook(_refuse_other_optimizers)
-
-
-def _check_settings(lr: Any, momentum: Any, weight_decay: Any, nesterov: Any) -> _Settings:
-    """Of a step, as numbers; a learning rate may be a tensor of one."""
-    lr = float(lr) if isinstance(lr, Tensor) else lr
-    check_number("lr", lr, minimum=0)
-    check_number("momentum", momentum, minimum=0)
-    check_number("weight_decay", weight_decay, minimum=0)
-    check_flag("nesterov", nesterov)
-    if momentum >= 1:
-        raise ValueError(f"momentum must be less than 1, got {momentum}")
-    settings = float(lr), float(momentum), float(weight_decay), nesterov
-    check_step(*settings)
-    return settings

@@ -1,6 +1,6 @@
 """Rows of instance classification on disk: a RocksDB at work, and generations that are checkpoints of it.
 
-What is in the folder (`_folder.py` keeps it):
+What is in the folder (`folder.py` keeps it):
 
     rows.json              what the rows are, and an identity that every checkpoint file bears
     kept.json              the generations that are known to be in a saved checkpoint: confirmed, loaded
@@ -45,9 +45,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._folder import Folder, write
-from ._rows import initial_rows
-from ._storage import Indices, _find
+from .._store import initial_rows
+from .folder import Folder, write
+from .storage import Indices, find
 
 TABLE_BYTES = 32 << 20  # of rows in memory before they are written out; two tables at the most
 CACHE_BYTES = 128 << 20  # of RocksDB's indices, filters and blocks, however many rows there are
@@ -55,7 +55,7 @@ OPEN_FILES = 512
 LEVEL_0_FILES = 24  # more wait for compaction: each costs every read a look into its filter
 
 
-class DiskRows:
+class DiskStore:
     """`Storage` of rows in a folder; see the head of this file.
 
     Args:
@@ -117,7 +117,7 @@ class DiskRows:
         if self._ahead is not None:
             (ahead, future), self._ahead = self._ahead, None
             records, steps = future.result()
-            if (at := _find(ahead, instances)) is not None:  # else others were announced
+            if (at := find(ahead, instances)) is not None:  # else others were announced
                 return records, at, steps[at]
         records, steps = self._read(instances)
         return records, np.arange(len(instances)), steps
@@ -326,7 +326,7 @@ class _Table:
     rows are there before the map tells of them."""
 
     def __init__(self, row: np.dtype, capacity: int) -> None:
-        self._rows = np.empty(capacity, row)
+        self._store = np.empty(capacity, row)
         self._size = 0
         self._where: dict[int, int] = {}
 
@@ -335,11 +335,11 @@ class _Table:
 
     def append(self, instances: Indices, rows: np.ndarray) -> None:
         end = self._size + len(rows)
-        if end > len(self._rows):
-            larger = np.empty(end, self._rows.dtype)
-            larger[: self._size] = self._rows[: self._size]
-            self._rows = larger
-        self._rows[self._size : end] = rows
+        if end > len(self._store):
+            larger = np.empty(end, self._store.dtype)
+            larger[: self._size] = self._store[: self._size]
+            self._store = larger
+        self._store[self._size : end] = rows
         self._where.update(zip(instances.tolist(), range(self._size, end), strict=True))
         self._size = end
 
@@ -348,14 +348,14 @@ class _Table:
         where = self._where.get
         at = np.array([where(instance, -1) for instance in instances[wanted].tolist()], np.int64)
         here = wanted[at >= 0]
-        rows[here], found[here] = self._rows[at[at >= 0]], True
+        rows[here], found[here] = self._store[at[at >= 0]], True
 
     def sorted(self) -> tuple[Indices, np.ndarray, Indices]:
         """Instances in order, and rows of which theirs are those that the third array tells."""
         count = len(self._where)
         instances = np.fromiter(self._where.keys(), np.int64, count)
         order = np.argsort(instances)
-        return instances[order], self._rows, np.fromiter(self._where.values(), np.int64, count)[order]
+        return instances[order], self._store, np.fromiter(self._where.values(), np.int64, count)[order]
 
 
 class _Database:
@@ -565,7 +565,7 @@ def _keys(instances: Indices) -> list[bytes]:
     return instances.astype(">u8").view("V8").tolist()
 
 
-_opened: weakref.WeakSet[DiskRows] = weakref.WeakSet()
+_opened: weakref.WeakSet[DiskStore] = weakref.WeakSet()
 
 
 def _let_go() -> None:

@@ -1,4 +1,4 @@
-"""Where the rows of a classifier live while they are not active: in memory, or on disk (`_disk.py`).
+"""Where the rows of a classifier live while they are not active: in memory, or on disk (`disk.py`).
 
 A record is (2, D): a weight and its momentum. Every tier keeps with it how many steps of the optimiser it has
 taken. A row that was never kept is a random unit vector, a function of seed and instance, without momentum:
@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._rows import initial_rows
-from ._state import tensor
+from .._state import tensor
+from .._store import initial_rows
 
 Indices = NDArray[np.int64]
 
@@ -66,7 +66,7 @@ class Storage(Protocol):
     def close(self) -> None: ...
 
 
-class MemoryRows:
+class MemoryStore:
     """Rows in one tensor: on the classifier's device, or in the host's memory, which a GPU reads through the
     bus. There `prefetch` copies the rows of the next batch to the device, on a stream of its own.
 
@@ -117,7 +117,7 @@ class MemoryRows:
         steps = self._taken[instances].astype(np.int64) - 1
         if self._staged is not None:
             (staged, records, arrived), self._staged = self._staged, None
-            found = _find(staged, instances)
+            found = find(staged, instances)
             if found is not None:
                 torch.cuda.current_stream(self._device).wait_event(arrived)
                 records.record_stream(torch.cuda.current_stream(self._device))
@@ -209,7 +209,7 @@ class MemoryRows:
         pass
 
 
-def _find(announced: Indices, instances: Indices) -> Indices | None:
+def find(announced: Indices, instances: Indices) -> Indices | None:
     """Where the instances are among those announced, which are sorted; None if not all of them are there."""
     at = np.minimum(np.searchsorted(announced, instances), len(announced) - 1)
     return at if np.array_equal(announced[at], instances) else None
