@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from . import _ops
 from ._checks import check_device, check_filled, check_flag, check_number, check_tensor
-from ._contract import CO2Settings, NTXentSettings
+from ._contract import CO2Settings, NTXentSettings, PendingStep
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -374,40 +373,12 @@ class ConICMetrics(NamedTuple):
     positive_rank: Tensor
 
 
-@dataclass
-class SGDStep:
-    """A step of SGD that the backward of `conic_loss` is to take; see `DelayedSGD.in_backward`.
-
-    Attributes:
-        momentum_buffer: (A, D) v, of the weight's dtype; overwritten with the weight.
-        lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
-        taken: whether backward has taken it. It does so once.
-        withdrawn: whether it must not be taken any more.
-        begun: versions of `momentum_buffer` and weight when backward began to take it.
-        recorded: number of the steps before it, once the optimiser knows of it.
-        weight: the only weight that it may be taken on; None for any.
-        lock: held while it is taken.
-    """
-
-    momentum_buffer: Tensor
-    lr: float
-    momentum: float
-    weight_decay: float
-    nesterov: bool
-    taken: bool = False
-    withdrawn: bool = False
-    begun: tuple[int, int] | None = None
-    recorded: int | None = None
-    weight: Tensor | None = None
-    lock: AbstractContextManager[Any] = field(default_factory=nullcontext)
-
-
 class _ConICOptions(TypedDict, total=False):
     num_instances: int | None
     temperature: float
     consistency_weight: float
     reduction: Reduction
-    update: SGDStep | None
+    update: PendingStep | None
     backend: str | None
 
 
@@ -443,7 +414,7 @@ def conic_loss(
     consistency_weight: float = 2.5,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
-    update: SGDStep | None = None,
+    update: PendingStep | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ConICMetrics]:
     """Consistent instance classification, ConIC: every instance a class of its own.
@@ -518,7 +489,7 @@ def conic_loss(
     _check_weight("consistency_weight", consistency_weight)
     _check_settings({"temperature": temperature}, reduction, return_metrics, backend)
     if update is not None:
-        if not isinstance(update, SGDStep):
+        if not isinstance(update, PendingStep):
             raise TypeError(f"update must come from DelayedSGD.in_backward(), got {type(update).__name__}")
         if update.weight is not None and update.weight is not weight:
             raise ValueError(

@@ -15,16 +15,6 @@ MODULES = (
     "functional", "modules", "queue", "_backends", "classifier.classifier", "classifier.optimizer",
     "classifier.memory_bank", "classifier.history",
 )  # fmt: skip
-    "functional",
-    "modules",
-    "queue",
-    "classifier",
-    "classifier.classifier",
-    "classifier.optimizer",
-    "classifier.memory_bank",
-    "_backends",
-    "classifier.history",
-)
 
 
 @pytest.mark.parametrize("name", MODULES)

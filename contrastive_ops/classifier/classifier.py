@@ -5,28 +5,27 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .. import _ops
 from .._checks import check_floating, check_integer
-from .._contract import SGDSettings
+from .._contract import PendingStep, SGDSettings
 from .._eager import eager
 from .._state import entry, tensor
-from ..functional import SGDStep
+from .gradients import GradientExchange, Gradients, GradientVersion
+from .guard import Guard, Versions, versions
 from .history import History
 from .indices import STATEFUL, Indices, checked_instances
 from .late import updated_late
+from .records import Records, exchange_rows
 
 try:
     from .. import _store
@@ -147,17 +146,9 @@ class InstanceClassifier(nn.Module):
         self.weight = nn.Parameter(rows)
         self.register_buffer("momentum", torch.zeros_like(rows))
         self.register_parameter("carried", None)
-        self._carried: _Carried | None = None
-        self._trained: list[nn.Parameter] = [self.weight]  # what optimisers hold: with `carried`, if there is
-        self._in_backward: SGDStep | None = None  # until step() closes it
-        self._unfinished: Callable[[], None] | None = None  # completes or undoes what was cut off
-        self._stepping: _Gradient | None = None  # of a step() that has not returned
-        self._spent: _Gradient | None = None  # that of the last step
-        self._hook: RemovableHandle | None = None
-        self._accumulated = False  # whether a backward has, since rows were last freed
-        self._launching = False  # whether an operator was called that has not returned
-        self._torn = ""  # why there is no going on without a checkpoint
-        self._lock = threading.RLock()
+        self._gradients = Gradients(self._parameters, [self.weight])
+        self._pending: PendingStep | None = None  # that backward is to take, until step() closes it
+        self._guard = Guard()
         self._mark()
         self.to(device)
 
@@ -182,16 +173,13 @@ class InstanceClassifier(nn.Module):
         """
         protect = self.training and self.weight.requires_grad and torch.is_grad_enabled()
         with self._exclusively():
-            self._stepping = None
-            if self._hook is None and self.weight.requires_grad:
-                self._hook = self.weight.register_post_accumulate_grad_hook(
-                    partial(_has_accumulated, weakref.ref(self))
-                )
+            self._gradients.stepping = None
+            self._gradients.watch()
             plan = self._active.plan(checked_instances("indices", indices, self.num_instances))
             if len(plan.slots):
                 self._bring_in(plan)
             self._active.commit(plan, protect)
-            self._unfinished = None
+            self._guard.unfinished = None
             return self._to_device(plan.target)
 
     @eager(STATEFUL)
@@ -252,7 +240,7 @@ class InstanceClassifier(nn.Module):
                 raise ValueError(f"{name} must be {wanted} and have values, got {tuple(rows.shape)}")
         records = torch.stack([weight.detach().to(self.weight), momentum.detach().to(self.weight)], 1)
         with self._exclusively():
-            self._unfinished = partial(self._overwrite, instances, records, len(self.history))
+            self._guard.unfinished = partial(self._overwrite, instances, records, len(self.history))
             self._settle()
 
     def export(self, rows: int = 65536) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -274,12 +262,12 @@ class InstanceClassifier(nn.Module):
         Raises:
             ValueError: the state is not of this classifier, or its generation is gone.
         """
-        with self._lock:
+        with self._guard.lock:
             self._storage.confirm(entry(entry(state, "_extra_state", "state"), "storage", "classifier"))
 
     def verify(self) -> list[str]:
         """Read all that storage="disk" has in its folder, and say what is damaged; [] where all is well."""
-        with self._lock:
+        with self._guard.lock:
             return self._storage.verify()
 
     @staticmethod
@@ -302,20 +290,20 @@ class InstanceClassifier(nn.Module):
         With storage="disk" there are none."""
         with self._exclusively():
             state = {**self.__dict__, "_active": self._active.state()}
-            for name in ("_lock", "_carried", "_hook", "_stepping", "_spent"):
-                del state[name]
-            if self._in_backward is not None:
-                state["_in_backward"] = replace(self._in_backward, lock=contextlib.nullcontext())
+            del state["_guard"]
+            state["_gradients"] = self._gradients.trained, self._gradients.added
+            if self._pending is not None:
+                state["_pending"] = replace(self._pending, lock=contextlib.nullcontext())
             state["_parameters"] = {**state["_parameters"], "carried": None}
             return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._lock = threading.RLock()
-        self._hook = self._stepping = self._spent = None
-        if self._in_backward is not None:
-            self._in_backward.lock = self._lock
-        self._publish(None)
+        self._guard = Guard()
+        if self._pending is not None:
+            self._pending.lock = self._guard.lock
+        self._gradients = Gradients(self._parameters, *state["_gradients"])
+        self._gradients.publish(None)
         self._active = _store.ActiveSet(self.num_instances, len(self.weight), self.seed)
         self._active.load(state["_active"])
         self._mark()
@@ -357,27 +345,27 @@ class InstanceClassifier(nn.Module):
                 raise ValueError(f"the checkpoint must hold the classifier's {prefix}{name} with the others")
         if self.weight.is_meta:
             raise ValueError("the classifier is on the meta device: move it by to_empty() before loading")
-        with self._lock:
+        with self._guard.lock:
             self._checked(state_dict[f"{prefix}_extra_state"])
             for name in ("weight", "momentum"):
                 shape = tuple(self.weight.shape)
                 tensor(state_dict, f"{prefix}{name}", "classifier", self.weight.dtype, shape, finite=False)
-            self._torn = "loading a checkpoint was interrupted"
-            self._publish(None)
+            self._guard.torn = "loading a checkpoint was interrupted"
+            self._gradients.publish(None)
             metadata = {**local_metadata, "assign_to_params_buffers": False}
             super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        with self._lock:
+        with self._guard.lock:
             active, history = self._checked(state)
-            self._torn = "loading a checkpoint was interrupted"
-            self._publish(None)
+            self._guard.torn = "loading a checkpoint was interrupted"
+            self._gradients.publish(None)
             self.weight.grad = None
             self._withdraw()
-            self._unfinished = self._stepping = None
+            self._guard.unfinished = self._gradients.stepping = None
             self._storage.load_state_dict(state["storage"])
             self._active, self.history = active, history
-            self._torn = ""
+            self._guard.torn = ""
 
     def _checked(self, state: Mapping[str, Any]) -> tuple[_store.ActiveSet, History]:
         """The active set and the history of a state that can be loaded.
@@ -420,206 +408,119 @@ class InstanceClassifier(nn.Module):
         weight = self.weight
         super()._apply(fn, recurse)
         if self.weight is not weight:  # as PyTorch may be set to have it
-            self._trained[0], self._hook = self.weight, None
+            self._gradients.replace(self.weight)
         self._mark()
         self._storage.move(probe.device, fn)
         return self
 
-    @contextlib.contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        """Alone, from a settled state to a settled state, whatever comes between.
+    def _exclusively(self) -> AbstractContextManager[None]:
+        """Alone, from a settled state to a settled state.
 
         Tensors are written to detached from autograd, rather than with gradients switched off, which an
         interrupt at the wrong moment would leave off.
         """
-        with self._lock:
-            self._settle()
-            try:
-                yield
-            except BaseException:
-                with contextlib.suppress(Exception):  # it will be tried again, and say so then
-                    self._settle()
-                raise
+        return self._guard.exclusively(self._settle)
 
     def _settle(self) -> None:
         """Complete or undo what an exception has cut off, and record a step that backward has taken.
 
         May be cut off itself, at any place, and be called again.
         """
-        if self._torn:
-            raise RuntimeError(f"{self._torn}: load a checkpoint to go on")
-        if self._unfinished is not None:
-            self._unfinished()
-            self._unfinished = None
-        self._launching = False
-        step = self._in_backward
-        if step is not None and (step.taken or (step.begun and self._was_written(step.begun, launched=True))):
+        self._guard.finish()
+        step = self._pending
+        if step is not None and (
+            step.taken or (step.begun and self._guard.was_written(*self._rows, step.begun, launched=True))
+        ):
             step.taken = True
             if step.recorded is None:
                 step.recorded = len(self.history)
-            self._record(step.recorded, (step.lr, step.momentum, step.weight_decay, step.nesterov))
-        whole = self.weight.grad
-        if whole is None and self._accumulated:
-            self._release()  # it was thrown away, by whoever: as by the optimiser
-        if self._carried is not None:
-            if whole is None or not self._holds_part_of(whole):
-                self._publish(None)
-            else:
-                self._carried.part_of = weakref.ref(whole)
+            self._record(step.recorded, step.settings)
+        if self._gradients.was_dropped:
+            self._release()
+        self._gradients.settle()
 
     def _release(self) -> None:
         """Rows may be evicted: no gradient waits for them to come back to."""
         self._active.release()
-        self._accumulated = False
+        self._gradients.added = False
 
     def _withdraw(self) -> None:
         """No backward takes the step any more that it was told to."""
-        if self._in_backward is not None:
-            self._in_backward.withdrawn = True
-            self._in_backward = None
+        if self._pending is not None:
+            self._pending.withdrawn = True
+            self._pending = None
 
-    def _was_written(self, versions: tuple[int, int], launched: bool) -> bool:
-        """Whether an operator has written weight and momentum since they had these versions; `launched` says
-        that it was called."""
-        momentum, weight = versions
-        if self.weight._version != weight:
-            return True
-        if self.momentum._version != momentum or (launched and _runs_ahead(self.weight)):
-            self._torn = "an interrupt came while rows were being written, and some may be"
-            raise RuntimeError(f"{self._torn}: load a checkpoint to go on")
-        return False
-
-    def _versions(self) -> tuple[int, int]:
-        """Of momentum and weight. An operator moves them on when it has written both, the weight's last."""
-        return self.momentum._version, self.weight._version
+    @property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Weight and momentum of the active instances, as operators write them."""
+        return self.weight.detach(), self.momentum
 
     def _bring_in(self, plan: _store.Plan) -> None:
-        """Exchange rows, and their gradients; `_unfinished` undoes it until the plan is committed."""
-        incoming, coming, steps = self._storage.fetch(plan.incoming)
+        """Exchange rows, and their gradients; the guard undoes it until the plan is committed."""
+        incoming, steps = self._storage.fetch(plan.incoming)
         coefficients = self.history.coefficients(steps)
-        room, going = self._storage.room(plan.evicted)
-        exchange = _Exchange(plan, room, going, self._versions(), self._carried)
-        gradient = self.weight.grad
-        if gradient is not None:
-            exchange.slots = self._to_device(plan.slots)
-            exchange.gradient = gradient.detach()[exchange.slots]
-            exchange.spent = self._is_spent(gradient)
-            carried, arriving = self._carry(exchange, gradient)
-        self._unfinished = partial(self._undo, exchange)
-        rows = self.weight, self.momentum
-        self._exchange(*rows, plan.slots, incoming, coming, coefficients, room, going)
-        if gradient is not None:
-            self._change_gradient(exchange, arriving)
-            self._publish(carried)
-        self._storage.keep(plan.evicted, len(self.history))
+        outgoing = self._storage.reserve(plan.evicted)
+        exchange = _Exchange(plan, outgoing, versions(*self._rows), self._gradients.plan(plan))
+        self._guard.unfinished = partial(self._undo, exchange)
+        self._guard.launch(exchange_rows, self._rows, plan.slots, incoming, coefficients, outgoing)
+        if exchange.gradient is not None:
+            self._gradients.exchange(exchange.gradient)
+        self._storage.commit(plan.evicted, len(self.history))
 
     def _undo(self, exchange: _Exchange) -> None:
-        plan = exchange.plan
-        if not self._active.awaits(plan) or not self._was_written(exchange.versions, self._launching):
+        plan, count = exchange.plan, len(exchange.plan.slots)
+        if not self._active.awaits(plan) or not self._guard.was_written(*self._rows, exchange.versions):
             return  # it was committed, or nothing was written
-        every, unchanged = np.arange(len(plan.slots)), np.tile(np.eye(2), (len(plan.slots), 1, 1))
-        scratch = self.weight.new_empty(len(plan.slots), 2, self.dim)
-        rows, going = (self.weight, self.momentum), exchange.going
-        self._exchange(*rows, plan.slots, exchange.room, going, unchanged, scratch, every)
+        unchanged = np.tile(np.eye(2), (count, 1, 1))
+        scratch = Records(self.weight.new_empty(count, 2, self.dim), np.arange(count))
+        self._guard.launch(exchange_rows, self._rows, plan.slots, exchange.outgoing, unchanged, scratch)
         if exchange.gradient is not None:
-            self._change_gradient(exchange, exchange.gradient)
-        self._publish(exchange.carried)
+            self._gradients.undo(exchange.gradient)
 
-    def _change_gradient(self, exchange: _Exchange, rows: Tensor) -> None:
-        """Give the slots that change hands these rows of gradient. One that was spent stays so."""
-        gradient = self.weight.grad
-        if gradient is not None:
-            gradient.detach()[exchange.slots] = rows
-            self._spent = _Gradient.of(gradient) if exchange.spent else None
-
-    def _carry(self, exchange: _Exchange, whole: Tensor) -> tuple[_Carried, Tensor]:
-        """What is carried after an exchange, and the gradient (n, D) of the rows that come in."""
-        assert exchange.gradient is not None
-        arriving = torch.zeros_like(exchange.gradient)
-        instances, gradients = exchange.plan.evicted, exchange.gradient
-        if self._carried is not None:
-            _, back, of = np.intersect1d(exchange.plan.incoming, self._carried.instances, return_indices=True)
-            arriving[self._to_device(back)] = self._carried.gradient[self._to_device(of)]
-            stay = np.setdiff1d(np.arange(len(self._carried.instances)), of)
-            instances = np.concatenate([self._carried.instances[stay], instances])
-            gradients = torch.cat([self._carried.gradient[self._to_device(stay)], gradients])
-        with torch.inference_mode(False):  # an evaluation between two batches may have switched it on
-            parameter = nn.Parameter(torch.zeros_like(gradients), requires_grad=False)
-            parameter.grad = gradients.clone() if gradients.is_inference() else gradients
-        return _Carried(instances, parameter, weakref.ref(whole), exchange.spent), arriving
-
-    def _publish(self, carried: _Carried | None) -> None:
-        """Where loss scalers, clipping and `zero_grad` look for parameters, until a step has spent it:
-        those who go through parameters then, such as averages of a model, have no use for it."""
-        parameter = None if carried is None or carried.spent else carried.parameter
-        self._parameters["carried"] = parameter
-        self._trained[1:] = [] if parameter is None else [parameter]
-        self._carried = carried  # last: if an interrupt comes before, all of it is done again
-
-    def _is_spent(self, gradient: Tensor) -> bool:
-        """Whether it is as the last step left it."""
-        return self._spent is not None and self._spent.is_still(gradient)
-
-    def _holds_part_of(self, whole: Tensor) -> bool:
-        """Whether the weight's gradient is the one that evicted rows have a part in. If it waits for a step,
-        another tensor in its place is a sum with it; if spent, whatever is written to it begins anew."""
-        carried = self._carried
-        assert carried is not None
-        return carried.parameter.grad is not None and (not carried.spent or self._is_spent(whole))
-
-    def _take_step_on_gradient(self, settings: SGDSettings) -> None:
-        """A step with the gradients of active rows, and those of evicted ones."""
-        grad = self.weight.grad
-        assert grad is not None
-        step = _Step(settings, len(self.history), self._versions(), _Gradient.of(grad))
-        if self._carried is not None:
-            step.evicted = self._carried.instances
+    def _take_step(self, settings: SGDSettings) -> None:
+        """Take a step with the gradients of active rows, and those of evicted ones."""
+        whole, carried = self._gradients.whole, self._gradients.carried
+        assert whole is not None
+        step = _Step(settings, len(self.history), versions(*self._rows), GradientVersion.of(whole))
+        if carried is not None:
+            step.evicted = carried.instances
             weight, momentum = self._caught_up(step.evicted)
-            _ops.sgd_(weight, momentum, self._carried.gradient, *settings, None)
+            _ops.sgd_(weight, momentum, carried.gradient, *settings, None)
             step.records = torch.stack([weight, momentum], 1)
-        self._unfinished = partial(self._finish_interrupted, step)
-        self._stepping = step.gradient
-        self._launching = True
-        _ops.sgd_(self.weight.detach(), self.momentum, grad.detach(), *settings, None)
-        self._launching = False
+        self._guard.unfinished = partial(self._finish_interrupted, step)
+        self._gradients.stepping = step.gradient
+        self._guard.launch(_ops.sgd_, *self._rows, whole.detach(), *settings, None)
         self._finish(step)
-        self._unfinished = None
+        self._guard.unfinished = None
 
     def _finish(self, step: _Step) -> None:
-        """What is left when the active rows have taken a step."""
+        """Do what is left when the active rows have taken a step."""
         if step.records is not None:
             self._overwrite_stored(step.evicted, step.records, step.length + 1)
-        self._spent = step.gradient
-        if self._carried is not None:
-            self._carried.spent = True
-            self._publish(self._carried)
+        self._gradients.spend(step.gradient)
         self._record(step.length, step.settings)
 
     def _finish_interrupted(self, step: _Step) -> None:
-        if self._was_written(step.versions, self._launching):
+        if self._guard.was_written(*self._rows, step.versions):
             self._finish(step)
         else:
-            self._stepping = None
+            self._gradients.stepping = None
 
     def _record(self, length: int, settings: SGDSettings) -> None:
-        """The step after the first `length` was taken, by the active rows; the others will. Once."""
+        """Note once that the active rows have taken the step after the first `length`; others will."""
         if len(self.history) == length:
             self._release()
-            self.history.append(*settings)
-
-    def _take_step(self, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
-        """The active rows have taken a step; the others will."""
-        self._record(len(self.history), (lr, momentum, weight_decay, nesterov))
+            self.history.append(settings)
 
     def _caught_up(self, instances: Indices) -> tuple[Tensor, Tensor]:
         """Weight and momentum (n, D) of instances that are not active."""
-        records, steps = self._storage.peek(instances)
-        records = records.to(self.weight.device)
-        every, room = np.arange(len(instances)), torch.empty_like(records)
-        weight, momentum = records[:, 0].clone(), records[:, 1].clone()
-        coefficients = self.history.coefficients(steps)
-        self._exchange(weight, momentum, every, records, every, coefficients, room, every)
-        return weight, momentum
+        values, steps = self._storage.peek(instances)
+        every = np.arange(len(instances))
+        incoming = Records(values.to(self.weight.device), every)
+        scratch = Records(torch.empty_like(incoming.values), every)
+        rows = incoming.values[:, 0].clone(), incoming.values[:, 1].clone()
+        exchange_rows(rows, every, incoming, self.history.coefficients(steps), scratch)
+        return rows
 
     def _overwrite(self, instances: Indices, records: Tensor, step: int) -> None:
         slots = self._active.find(instances)
@@ -631,29 +532,10 @@ class InstanceClassifier(nn.Module):
 
     def _overwrite_stored(self, instances: Indices, records: Tensor, step: int) -> None:
         """Overwrite the stored records of instances that are not active."""
-        room, rows = self._storage.room(instances)
-        room[torch.from_numpy(rows).to(room.device)] = records.to(room.device)
-        self._storage.keep(instances, step)
-
-    def _exchange(
-        self,
-        weight: Tensor,
-        momentum: Tensor,
-        slots: Indices,
-        incoming: Tensor,
-        incoming_rows: Indices,
-        coefficients: NDArray[np.float64],
-        outgoing: Tensor,
-        outgoing_rows: Indices,
-    ) -> None:
-        """The operator, with arrays of the host."""
-        weight = weight.detach()
-        at, source, matrices, target = map(
-            self._to_device, (slots, incoming_rows, coefficients, outgoing_rows)
-        )
-        self._launching = True
-        _ops.exchange_rows_(weight, momentum, at, incoming, source, matrices, outgoing, target, None)
-        self._launching = False
+        outgoing = self._storage.reserve(instances)
+        at = torch.from_numpy(outgoing.at).to(outgoing.values.device)
+        outgoing.values[at] = records.to(outgoing.values.device)
+        self._storage.commit(instances, step)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.weight.device, non_blocking=True)
@@ -664,68 +546,20 @@ class InstanceClassifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Gradient:
-    """A gradient as it was at a moment, without keeping it alive.
-
-    Attributes:
-        tensor: a weak reference to it.
-        version: how often it had been written.
-    """
-
-    tensor: weakref.ref[Tensor]
-    version: int
-
-    @classmethod
-    def of(cls, gradient: Tensor) -> _Gradient:
-        return cls(weakref.ref(gradient), gradient._version)
-
-    def is_still(self, gradient: Tensor | None) -> bool:
-        return gradient is not None and self.tensor() is gradient and self.version == gradient._version
-
-
-@dataclass
-class _Carried:
-    """Rows that were evicted while they had a gradient.
-
-    Attributes:
-        instances: (n,) whose they are.
-        parameter: (n, D), whose ``grad`` is theirs.
-        part_of: the weight's gradient that it is a part of.
-        spent: whether a step has been taken on it, and nothing been added since.
-    """
-
-    instances: Indices
-    parameter: nn.Parameter
-    part_of: weakref.ref[Tensor]
-    spent: bool
-
-    @property
-    def gradient(self) -> Tensor:
-        assert self.parameter.grad is not None
-        return self.parameter.grad
-
-
-@dataclass
 class _Exchange:
     """An exchange of rows that may have to be undone.
 
     Attributes:
-        plan: what it is for.
-        room, going: the storage's records, and which of them are the evicted rows.
+        plan: which rows.
+        outgoing: the storage's records of the evicted rows.
         versions: of momentum and weight before.
-        carried: what was carried before.
-        slots, gradient: the rows' gradient (n, D) before, if there is one.
-        spent: whether a step had been taken on it.
+        gradient: what happens to the rows' gradient, if there is one.
     """
 
     plan: _store.Plan
-    room: Tensor
-    going: Indices
-    versions: tuple[int, int]
-    carried: _Carried | None
-    slots: Tensor | None = None
-    gradient: Tensor | None = None
-    spent: bool = False
+    outgoing: Records
+    versions: Versions
+    gradient: GradientExchange | None
 
 
 @dataclass
@@ -733,7 +567,7 @@ class _Step:
     """A step on a gradient that may have to be completed.
 
     Attributes:
-        settings: learning rate, momentum, weight decay, nesterov.
+        settings: as it is taken.
         length: of the history before.
         versions: of momentum and weight before.
         gradient: the weight's.
@@ -742,32 +576,7 @@ class _Step:
 
     settings: SGDSettings
     length: int
-    versions: tuple[int, int]
-    gradient: _Gradient
+    versions: Versions
+    gradient: GradientVersion
     evicted: Indices = field(default_factory=lambda: np.empty(0, np.int64))
     records: Tensor | None = None
-
-
-def _runs_ahead(tensor: Tensor) -> bool:
-    """Whether a GPU has it, which is given its work and goes on by itself: an exception out of the call then
-    leaves open whether it had come to that."""
-    return tensor.is_cuda
-
-
-def _has_accumulated(of: weakref.ref[InstanceClassifier], weight: Tensor) -> None:
-    """Runs when a backward has added to the weight's gradient. If that is not what evicted rows have a part
-    in, or was written to since it was spent, then theirs was thrown away in between."""
-    classifier, whole = of(), weight.grad
-    if classifier is None or whole is None:
-        return
-    classifier._accumulated = True
-    carried, spent = classifier._carried, classifier._spent
-    if carried is None:
-        return
-    if torch.is_grad_enabled():  # create_graph=True: the sum is another tensor
-        carried.part_of = weakref.ref(whole)
-    elif carried.part_of() is not whole or (carried.spent and spent and whole._version != spent.version + 1):
-        carried.parameter.grad = None
-        return
-    carried.spent = False
-    classifier._publish(carried)

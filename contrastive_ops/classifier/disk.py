@@ -17,7 +17,7 @@ made anew from, whenever the folder is opened. So there is no log of writes to k
 else it reads (manifest, options) is compared with files.json when a generation is loaded, and `verify`
 compares all of it. Our own JSON files bear their checksums.
 
-**Who waits for what.** `keep` copies its records into a table in memory. A full table is written by another
+**Who waits for what.** `commit` copies its records into a table in memory. A full table is written by another
 thread while the next one fills, and serves its rows until it is on the disk: a write that fails, because the
 disk is full, is done again. RocksDB's own state after such an error is thrown away by opening it anew. What
 `prefetch` announces is read by a third thread.
@@ -47,7 +47,9 @@ from torch import Tensor
 
 from .._store import initial_rows
 from .folder import Folder, write
-from .storage import Indices, find
+from .indices import Indices
+from .records import Records
+from .storage import find
 
 TABLE_BYTES = 32 << 20  # of rows in memory before they are written out; two tables at the most
 CACHE_BYTES = 128 << 20  # of RocksDB's indices, filters and blocks, however many rows there are
@@ -83,7 +85,7 @@ class DiskStore:
         self._dtype, self._seed = dtype, seed
         self._rocksdict, self._process = _import_rocksdict(), _process_of_rocksdb()
         self._device = torch.device("cpu")
-        self._room = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
+        self._reserved = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
         self._folder = Folder(
             path,
             {"num_instances": num_instances, "dim": dim, "dtype": number.name, "seed": seed},
@@ -94,8 +96,8 @@ class DiskStore:
         except BaseException:
             self._folder.close()
             raise
-        self._base: int | None = None  # the generation whose rows these are, if none was kept since
-        self._step = 0  # the last as of which a row was kept
+        self._base: int | None = None  # the generation whose rows these are, if none was committed since
+        self._step = 0  # the last as of which a row was committed
         known = self._folder.known
         self._barred = any(number is not None for number in known.values())
         self._told = self._barred or not self._folder.generations
@@ -112,15 +114,15 @@ class DiskStore:
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
         self._device = device
 
-    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
+    def fetch(self, instances: Indices) -> tuple[Records, Indices]:
         self._require_rows()
         if self._ahead is not None:
             (ahead, future), self._ahead = self._ahead, None
             records, steps = future.result()
             if (at := find(ahead, instances)) is not None:  # else others were announced
-                return records, at, steps[at]
+                return Records(records, at), steps[at]
         records, steps = self._read(instances)
-        return records, np.arange(len(instances)), steps
+        return Records(records, np.arange(len(instances))), steps
 
     def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
         self._require_rows()
@@ -132,23 +134,23 @@ class DiskStore:
             instances = np.sort(instances)
             self._ahead = instances, self._reader.submit(self._read, instances)
 
-    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
+    def reserve(self, instances: Indices) -> Records:
         """Waits if writing is behind, and raises what it met with, before anything is exchanged."""
         self._require_rows()
         self._working.make_room()
-        self._room = self._empty(len(instances))
-        return self._room, np.arange(len(instances))
+        self._reserved = self._empty(len(instances))
+        return Records(self._reserved, np.arange(len(instances)))
 
-    def keep(self, instances: Indices, step: int) -> None:
+    def commit(self, instances: Indices, step: int) -> None:
         self._require_rows()
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         rows = np.empty(len(instances), self._row)
-        rows["step"], rows["record"] = step, self._room.numpy()
+        rows["step"], rows["record"] = step, self._reserved.numpy()
         self._base, self._step = None, max(self._step, step)
         if self._ahead is not None and not set(instances.tolist()).isdisjoint(self._ahead[0].tolist()):
             self._ahead = None  # was read too early
-        self._working.keep(instances, rows)
+        self._working.append(instances, rows)
 
     def check(self, state: Mapping[str, Any], steps: int) -> None:
         self._require_open()
@@ -200,7 +202,7 @@ class DiskStore:
         return [*self._folder.damages(), *self._working.damages()]
 
     def close(self) -> None:
-        """Let others open the folder. Rows that were kept since the last `state_dict()` are gone."""
+        """Let others open the folder. Rows that were committed since the last `state_dict()` are gone."""
         if os.getpid() == self._process and not self._folder.closed:
             self._reader.shutdown()
             self._working.close()
@@ -236,7 +238,7 @@ class DiskStore:
         array = records.numpy()
         found, rows = self._working.read(instances)
         array[found], steps[found] = rows["record"], rows["step"]
-        if not found.all():  # never kept
+        if not found.all():  # never committed
             weight = np.empty((len(instances) - len(rows), array.shape[2]), array.dtype)
             initial_rows(self._seed, np.ascontiguousarray(instances[~found]), weight)
             array[~found, 0], array[~found, 1] = weight, 0
@@ -244,7 +246,7 @@ class DiskStore:
 
     def _empty(self, count: int) -> Tensor:
         """Records (count, 2, D) that the classifier's device can read and write by itself."""
-        shape, pinned = (count, *self._room.shape[1:]), self._device.type == "cuda"
+        shape, pinned = (count, *self._reserved.shape[1:]), self._device.type == "cuda"
         return torch.empty(shape, dtype=self._dtype, device="cpu", pin_memory=pinned)
 
 
@@ -261,7 +263,7 @@ class _Working:
         self._writing: Future[None] | None = None
 
     def read(self, instances: Indices) -> tuple[NDArray[np.bool_], np.ndarray]:
-        """Which of the instances were ever kept, and their rows."""
+        """Which of the instances were ever committed, and their rows."""
         rows, found = np.empty(len(instances), self._row), np.zeros(len(instances), bool)
         for table in self._tables:  # the newer first
             if table is not None:
@@ -283,7 +285,7 @@ class _Working:
             self._tables = _Table(self._row, self._capacity), filling
             self._writing = self._writer.submit(self._write, filling)
 
-    def keep(self, instances: Indices, rows: np.ndarray) -> None:
+    def append(self, instances: Indices, rows: np.ndarray) -> None:
         self._tables[0].append(instances, rows)
 
     def write_out(self) -> None:

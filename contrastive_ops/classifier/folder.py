@@ -43,7 +43,7 @@ class Contents:
     """What files.json tells of a generation.
 
     Attributes:
-        step: the last as of which one of its rows was kept.
+        step: the last as of which one of its rows was committed.
         files: size and checksum of each file.
     """
 

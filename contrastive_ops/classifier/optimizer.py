@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .._checks import check_flag, check_number
-from .._contract import SGDSettings
+from .._contract import PendingStep, SGDSettings
 from .._eager import eager
-from ..functional import SGDStep
 from .classifier import InstanceClassifier
 from .history import check_step
 from .indices import STATEFUL
@@ -63,20 +62,16 @@ class DelayedSGD(Optimizer):
         if not isinstance(classifier, InstanceClassifier):
             raise TypeError(f"classifier must be an InstanceClassifier, got {type(classifier).__name__}")
         self.classifier = classifier
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        _check_settings(**defaults)
-        super().__init__([classifier.weight], defaults)
-        self.param_groups[0]["params"] = classifier._trained
+        defaults = SGDSettings(lr, momentum, weight_decay, nesterov)
+        _checked(defaults)
+        super().__init__([classifier.weight], defaults._asdict())
+        self.param_groups[0]["params"] = classifier._gradients.trained
         self._initialized()
 
     def _initialized(self) -> None:
         """It has no state of its own. From one that is empty, torch.distributed.checkpoint concludes that no
         step was taken yet, and takes one of learning rate 0, which moves the momentum."""
         self.state.setdefault(self.classifier.weight, {})
-
-    @property
-    def _in_backward(self) -> SGDStep | None:
-        return self.classifier._in_backward
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "classifier": self.classifier}
@@ -94,7 +89,7 @@ class DelayedSGD(Optimizer):
         try:
             super().load_state_dict(state_dict)
         finally:
-            self.param_groups[0]["params"] = self.classifier._trained
+            self.param_groups[0]["params"] = self.classifier._gradients.trained
             self._initialized()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -115,22 +110,22 @@ class DelayedSGD(Optimizer):
                 loss = closure()
         of = self.classifier
         with of._exclusively():
-            grad, update = of.weight.grad, of._in_backward
+            grad, update = of.weight.grad, of._pending
             if update is not None and update.taken:
                 if grad is not None:
                     raise RuntimeError("weight has a gradient beside the step that backward has taken")
-                of._in_backward = None
-            elif of._stepping is not None and of._stepping.is_still(grad):
+                of._pending = None
+            elif of._gradients.stepping is not None and of._gradients.stepping.is_still(grad):
                 pass  # the step is taken, by a call that did not return
             elif grad is not None:
-                of._take_step_on_gradient(self._settings())
+                of._take_step(self._settings())
             else:
                 of._release()
-        of._stepping = None
+        of._gradients.stepping = None
         return loss
 
     @eager(STATEFUL)
-    def in_backward(self) -> SGDStep:
+    def in_backward(self) -> PendingStep:
         """The step to come, for ``conic_loss(…, update=optimizer.in_backward())`` to take in its backward,
         where the weight's gradient is never stored. `step` then only closes it. One backward a step, of the
         loss that asked last; not with a loss scaler, nor with clipping.
@@ -147,13 +142,13 @@ class DelayedSGD(Optimizer):
         """
         of = self.classifier
         with of._exclusively():
-            if of._in_backward is not None and of._in_backward.taken:
+            if of._pending is not None and of._pending.taken:
                 raise RuntimeError(
                     "backward has taken a step already: call step() before the next in_backward()"
                 )
             of._withdraw()
-            of._in_backward = SGDStep(of.momentum, *self._settings(), weight=of.weight, lock=of._lock)
-            return of._in_backward
+            of._pending = PendingStep(of.momentum, self._settings(), weight=of.weight, lock=of._guard.lock)
+            return of._pending
 
     @eager(STATEFUL)
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -162,25 +157,24 @@ class DelayedSGD(Optimizer):
         of = self.classifier
         with of._exclusively():
             super().zero_grad(set_to_none)
-            of._stepping = None
-            of._publish(None)
+            of._gradients.stepping = None
+            of._gradients.publish(None)
             of._release()
 
     def _settings(self) -> SGDSettings:
         (group,) = self.param_groups
-        settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
-        return _check_settings(**settings)
+        return _checked(SGDSettings(*(group[name] for name in SGDSettings._fields)))
 
 
-def _check_settings(lr: Any, momentum: Any, weight_decay: Any, nesterov: Any) -> SGDSettings:
-    """Of a step, as numbers; a learning rate may be a tensor of one."""
-    lr = float(lr) if isinstance(lr, Tensor) else lr
-    check_number("lr", lr, minimum=0)
-    check_number("momentum", momentum, minimum=0)
-    check_number("weight_decay", weight_decay, minimum=0)
+def _checked(settings: SGDSettings) -> SGDSettings:
+    """Validate a step's settings and return them as numbers; a learning rate may be a tensor of one."""
+    lr, momentum, weight_decay, nesterov = settings
+    lr = check_number("lr", float(lr) if isinstance(lr, Tensor) else lr, minimum=0)
+    momentum = check_number("momentum", momentum, minimum=0)
+    weight_decay = check_number("weight_decay", weight_decay, minimum=0)
     check_flag("nesterov", nesterov)
     if momentum >= 1:
         raise ValueError(f"momentum must be less than 1, got {momentum}")
-    settings = float(lr), float(momentum), float(weight_decay), nesterov
-    check_step(*settings)
+    settings = SGDSettings(lr, momentum, weight_decay, nesterov)
+    check_step(settings)
     return settings

@@ -1,11 +1,11 @@
 """Where the rows of a classifier live while they are not active: in memory, or on disk (`disk.py`).
 
 A record is (2, D): a weight and its momentum. Every tier keeps with it how many steps of the optimiser it has
-taken. A row that was never kept is a random unit vector, a function of seed and instance, without momentum:
-it takes no space until then.
+taken. A row that was never committed is a random unit vector, a function of seed and instance, without
+momentum: it takes no space until then.
 
-Activation exchanges rows by one kernel that reads records at `fetch`'s rows and writes them at `room`'s; then
-`keep` says that they stay.
+Activation exchanges rows by one kernel that reads the records that `fetch` returns and writes those that
+`reserve` returns; then `commit` makes these the rows' state.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .._state import tensor
 from .._store import initial_rows
-
-Indices = NDArray[np.int64]
+from .indices import Indices
+from .records import Records
 
 _ROWS_AT_A_TIME = 1 << 16  # that are copied from a device
 
@@ -31,17 +30,17 @@ _ROWS_AT_A_TIME = 1 << 16  # that are copied from a device
 class Storage(Protocol):
     """What a tier does. Arrays are the host's."""
 
-    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
-        """Records (·, 2, D), which of them are the instances' (n,), and the steps that these have taken."""
+    def fetch(self, instances: Indices) -> tuple[Records, Indices]:
+        """The instances' records, to be read, and the steps (n,) that these have taken."""
 
     def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
         """A copy (n, 2, D) of the instances' records, and their steps; nothing is changed."""
 
-    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
-        """Records (·, 2, D) to be written, and which of them are the instances'."""
+    def reserve(self, instances: Indices) -> Records:
+        """Records for the instances, to be written."""
 
-    def keep(self, instances: Indices, step: int) -> None:
-        """What was written in their room is their record as of `step`."""
+    def commit(self, instances: Indices, step: int) -> None:
+        """Commit the records written to `reserve()` as the rows' state after `step` steps."""
 
     def prefetch(self, instances: Indices) -> None:
         """These, distinct, will be fetched next."""
@@ -78,7 +77,7 @@ class MemoryStore:
 
     def __init__(self, num_instances: int, dim: int, dtype: torch.dtype, seed: int, on_host: bool) -> None:
         self._seed, self._on_host = seed, on_host
-        self._taken = np.zeros(num_instances, np.uint32)  # 1 + steps; 0 for a row that was never kept
+        self._taken = np.zeros(num_instances, np.uint32)  # 1 + steps; 0 for a row that was never committed
         self._records = _untouched_zeros((num_instances, 2, dim), dtype)
         self._written: torch.cuda.Event | None = None  # when the device has last written to the host's memory
         self._staged: tuple[Indices, Tensor, torch.cuda.Event] | None = None
@@ -108,7 +107,7 @@ class MemoryStore:
                 raise RuntimeError(f"the rows' {self._records.nbytes} bytes cannot be pinned: {status}")
         self._device = device
 
-    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
+    def fetch(self, instances: Indices) -> tuple[Records, Indices]:
         new = instances[self._taken[instances] == 0]
         if len(new):
             at = torch.from_numpy(new).to(self._records.device)
@@ -121,8 +120,8 @@ class MemoryStore:
             if found is not None:
                 torch.cuda.current_stream(self._device).wait_event(arrived)
                 records.record_stream(torch.cuda.current_stream(self._device))
-                return records, found, steps
-        return self._records, instances, steps
+                return Records(records, found), steps
+        return Records(self._records, instances), steps
 
     def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
         self._wait()
@@ -133,10 +132,10 @@ class MemoryStore:
             records[new, 0], records[new, 1] = self._initial(instances[taken == 0]), 0
         return records, np.maximum(taken - 1, 0)
 
-    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
-        return self._records, instances
+    def reserve(self, instances: Indices) -> Records:
+        return Records(self._records, instances)
 
-    def keep(self, instances: Indices, step: int) -> None:
+    def commit(self, instances: Indices, step: int) -> None:
         self._taken[instances] = step + 1
         if self._on_host and self._device.type == "cuda":
             self._written = torch.cuda.current_stream(self._device).record_event()
@@ -154,7 +153,7 @@ class MemoryStore:
                 self._staged = instances[order], on_device, self._side.record_event()
 
     def _initial(self, instances: Indices) -> Tensor:
-        """The weights (n, D) of rows that were never kept, on the records' device."""
+        """The weights (n, D) of rows that were never committed, on the records' device."""
         weight = torch.empty(len(instances), self._records.shape[2], dtype=self._records.dtype, device="cpu")
         initial_rows(self._seed, instances, weight.numpy())
         return weight.to(self._records.device)
@@ -182,7 +181,7 @@ class MemoryStore:
             raise ValueError("the checkpoint's storage: instances must ascend")
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the rows that were ever kept, in the host's memory."""
+        """A copy of the rows that were ever committed, in the host's memory."""
         self._wait()
         kept = torch.from_numpy(np.flatnonzero(self._taken))
         records = torch.empty(len(kept), *self._records.shape[1:], dtype=self._records.dtype, device="cpu")
