@@ -21,6 +21,7 @@ from torch import Tensor
 from contrastive_ops import available_backends, co2_loss, conic_loss, info_nce_loss, nt_xent_loss, reference
 from contrastive_ops._contract import PendingStep, SGDSettings
 from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase
+from tests.classifier.test_classifier import STORAGES, Training, classifier, saved
 from tests.oracles import (
     conic_loss_and_gradients,
     conic_oracle,
@@ -30,7 +31,6 @@ from tests.oracles import (
     nt_xent_oracle,
     oracle,
 )
-from tests.test_instances import STORAGES, Training, classifier, saved
 from train_ref.eager import eager_conic, eager_nt_xent
 
 SERVING = [name for name in ("triton", "cuda") if available_backends()[name] and not INTERPRETED]

@@ -134,7 +134,7 @@ class InstanceClassifier(nn.Module):
         device = torch.empty(0, device=device).device
         self._storage: Storage
         if path is not None:
-            from .disk import DiskStore  # not everywhere is there a lock of files, as it needs
+            from .disk import DiskStore  # it needs fcntl, which Windows lacks
 
             self._storage = DiskStore(path, num_instances, dim, dtype, seed, generations)
         else:
@@ -272,7 +272,7 @@ class InstanceClassifier(nn.Module):
 
     @staticmethod
     def verify_folder(path: str | os.PathLike[str]) -> list[str]:
-        """The same of a folder that no classifier has open."""
+        """Like `verify`, for a folder that no classifier has open."""
         from .folder import verify
 
         return verify(path)
@@ -322,27 +322,27 @@ class InstanceClassifier(nn.Module):
         }
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """All of it as of one moment: rows are copies, as the rest is."""
+        """Save everything as of one moment: rows are copied, as the rest is."""
         with self._exclusively():
             super()._save_to_state_dict(destination, prefix, keep_vars)
             destination.pop(f"{prefix}carried", None)
-            for name in ("weight", "momentum"):
-                if not keep_vars:
-                    destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].clone()
+            if not keep_vars:
+                for name in (f"{prefix}weight", f"{prefix}momentum"):
+                    destination[name] = destination[name].clone()
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
     ) -> None:
-        """All of a checkpoint, or nothing. Rows are copied into the tensors that the optimiser holds, also
+        """Load all of a checkpoint or nothing. Rows are copied into the tensors that the optimiser holds, also
         where ``assign=True`` asks for others."""
         names = ("weight", "momentum", "_extra_state")
         given = [name for name in names if f"{prefix}{name}" in state_dict]
         if not given:  # missing as a whole, which is for PyTorch to say
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
             return
-        for name in names:
-            if name not in given:
-                raise ValueError(f"the checkpoint must hold the classifier's {prefix}{name} with the others")
+        missing = [f"{prefix}{name}" for name in names if name not in given]
+        if missing:
+            raise ValueError(f"the checkpoint must hold the classifier's {missing[0]} with the others")
         if self.weight.is_meta:
             raise ValueError("the classifier is on the meta device: move it by to_empty() before loading")
         with self._guard.lock:
@@ -571,7 +571,8 @@ class _Step:
         length: of the history before.
         versions: of momentum and weight before.
         gradient: the weight's.
-        evicted, records: instances with a gradient that are not active, and their rows (n, 2, D) after it.
+        evicted: (n,) instances with a gradient that are not active.
+        records: (n, 2, D) their rows after the step; None where there are none.
     """
 
     settings: SGDSettings

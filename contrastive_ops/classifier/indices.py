@@ -29,6 +29,8 @@ def checked_instances(name: str, indices: Any, num_instances: int) -> Indices:
     if indices.is_meta:
         raise ValueError(f"{name} must have values, got a tensor on the meta device")
     array = indices.detach().cpu().contiguous().numpy()
-    for wrong in np.nonzero((array < 0) | (array >= num_instances))[0]:
-        raise ValueError(f"{name} must be in [0, {num_instances}), got {array[wrong]} at position {wrong}")
+    (outside,) = np.nonzero((array < 0) | (array >= num_instances))
+    if len(outside):
+        first = outside[0]
+        raise ValueError(f"{name} must be in [0, {num_instances}), got {array[first]} at position {first}")
     return array

@@ -373,7 +373,7 @@ class TestStorage:
 import sys, time, torch
 from pathlib import Path
 from train_ref.machine import resident_mib
-from tests.test_instances import Training, classifier
+from tests.classifier.test_classifier import Training, classifier
 start = time.perf_counter()
 of = classifier("disk", Path(sys.argv[1]), num_instances=10**9, dim=128, active=65536)
 opened = time.perf_counter() - start
@@ -566,7 +566,7 @@ class TestCheckpoints:
         script = f"""
 import os, sys, torch
 from pathlib import Path
-from tests.test_instances import Training, classifier
+from tests.classifier.test_classifier import Training, classifier
 folder = Path(sys.argv[1])
 training, losses, file = Training(classifier({storage!r}, folder / "rows")), [], folder / "checkpoint.pt"
 if file.exists():

@@ -20,12 +20,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import power
+from tests.classifier import power
 
 if os.environ.get("CONTRASTIVE_OPS_TEST_WITHOUT_EXTENSION") == "1":
     pytest.importorskip("contrastive_ops._store")
 pytest.importorskip("rocksdict")
-disk, folder = (importlib.import_module(f"contrastive_ops.classifier.{name}") for name in ("disk", "folder"))
+database, disk, folder = (
+    importlib.import_module(f"contrastive_ops.classifier.{name}") for name in ("database", "disk", "folder")
+)
 
 COUNT, DIM, SEED = 40, 3, 5
 State = tuple[np.ndarray, np.ndarray]  # records and steps of all rows
@@ -561,13 +563,13 @@ def test_a_billion_rows_take_the_space_of_those_written(
 
 
 def write_slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    write = disk._Database.write
+    write = database.Database.write
 
     def slowly(database: Any, *arguments: Any) -> None:
         time.sleep(seconds)
         write(database, *arguments)
 
-    monkeypatch.setattr(disk._Database, "write", slowly)
+    monkeypatch.setattr(database.Database, "write", slowly)
 
 
 def test_rows_are_served_from_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,8 +611,8 @@ DRIVER = """
 import ctypes, os, random, sys
 from pathlib import Path
 import numpy as np
-from tests.test_disk import *
-disk.TABLE_BYTES = 60 * (8 + 2 * SHAPE[1] * 4)
+from tests.classifier.test_disk import *
+database.TABLE_BYTES = 60 * (8 + 2 * SHAPE[1] * 4)
 path = Path(sys.argv[1])
 def mark(text):
     try: os.open("/mark/" + text, os.O_RDONLY)
@@ -914,7 +916,7 @@ def test_a_forked_process_refuses_and_is_dropped_quietly(tmp_path: Path) -> None
 
 def train(path: Path) -> None:
     """Go on from the newest checkpoint that was saved; there is one every five steps."""
-    disk.TABLE_BYTES = 400 * (8 + 2 * 16 * 4)
+    database.TABLE_BYTES = 400 * (8 + 2 * 16 * 4)
     rows, file = open_rows(path / "rows", *KILLED[:2]), path / "checkpoint.json"
     done = 0
     if file.exists():
@@ -936,7 +938,7 @@ KILLED = (3000, 16, 300)
 @pytest.mark.slow
 def test_kill_9_while_training(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_disk"])
+    context.set_forkserver_preload(["tests.classifier.test_disk"])
     states, random = [initial(*KILLED[:2])], np.random.default_rng(0)
     for _ in range(12):
         process = context.Process(target=train, args=(tmp_path,))
