@@ -333,7 +333,7 @@ class InstanceClassifier(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
     ) -> None:
-        """Load all of a checkpoint or nothing. Rows are copied into the tensors that the optimiser holds, also
+        """Load all of a checkpoint, or nothing. Rows are copied into tensors that the optimiser holds, even
         where ``assign=True`` asks for others."""
         names = ("weight", "momentum", "_extra_state")
         given = [name for name in names if f"{prefix}{name}" in state_dict]

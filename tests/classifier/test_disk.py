@@ -36,7 +36,7 @@ State = tuple[np.ndarray, np.ndarray]  # records and steps of all rows
 @pytest.fixture(autouse=True)
 def _small_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few rows make several tables, which are written while the next one fills."""
-    monkeypatch.setattr(disk, "TABLE_BYTES", 10 * (8 + 2 * DIM * 4))
+    monkeypatch.setattr(database, "TABLE_BYTES", 10 * (8 + 2 * DIM * 4))
 
 
 def open_rows(path: Path, count: int = COUNT, dim: int = DIM, **arguments: Any) -> Any:
