@@ -188,6 +188,9 @@ class InstanceClassifier(nn.Module):
 
         Changes nothing but how long the next `activate` takes. Call it after this step's `activate`, with
         what the next one is going to be called with.
+
+        Raises:
+            TypeError, ValueError: `next_indices` is not (B,) int64 in [0, N).
         """
         with self._exclusively():
             indices = np.unique(checked_instances("next_indices", next_indices, self.num_instances))
@@ -196,7 +199,12 @@ class InstanceClassifier(nn.Module):
     @eager(STATEFUL)
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and momentum of any instances (n,), caught up to now, without activating them: two (n, D)
-        tensors on the weight's device."""
+        tensors on the weight's device.
+
+        Raises:
+            TypeError, ValueError: `indices` is not (n,) int64 in [0, N).
+            OSError: the disk failed.
+        """
         with self._exclusively():
             instances = checked_instances("indices", indices, self.num_instances)
             slots = self._active.find(instances)
@@ -373,19 +381,19 @@ class InstanceClassifier(nn.Module):
         Raises:
             ValueError: it cannot.
         """
-        of = "classifier"
+        part = "classifier"
         for name, here in self._identity().items():
-            if entry(state, name, of) != here:
+            if entry(state, name, part) != here:
                 raise ValueError(f"the checkpoint's {name} is {state[name]}, the classifier's {here}")
-        history = History.from_state(entry(state, "history", of))
+        history = History.from_state(entry(state, "history", part))
         active = _store.ActiveSet(self.num_instances, len(self.weight), self.seed)
-        parts = entry(state, "active", of)
+        parts = entry(state, "active", part)
         sizes = {"instances": len(self.weight), "order": len(self.weight), "protected": 1}
         tensors = {
             name: tensor(parts, name, "active set", torch.int64, (size,)) for name, size in sizes.items()
         }
         active.load({name: value.cpu().contiguous().numpy() for name, value in tensors.items()})
-        self._storage.check(entry(state, "storage", of), len(history))
+        self._storage.check(entry(state, "storage", part), len(history))
         return active, history
 
     def _identity(self) -> dict[str, Any]:
@@ -468,6 +476,7 @@ class InstanceClassifier(nn.Module):
         self._storage.commit(plan.evicted, len(self.history))
 
     def _undo(self, exchange: _Exchange) -> None:
+        """Bring the rows back that an interrupted exchange has moved, from the storage's records of them."""
         plan, count = exchange.plan, len(exchange.plan.slots)
         if not self._active.awaits(plan) or not self._guard.was_written(*self._rows, exchange.versions):
             return  # it was committed, or nothing was written
@@ -501,6 +510,7 @@ class InstanceClassifier(nn.Module):
         self._record(step.length, step.settings)
 
     def _finish_interrupted(self, step: _Step) -> None:
+        """Do the rest of a step if its operator has run; otherwise it was not taken."""
         if self._guard.was_written(*self._rows, step.versions):
             self._finish(step)
         else:
@@ -523,6 +533,7 @@ class InstanceClassifier(nn.Module):
         return rows
 
     def _overwrite(self, instances: Indices, records: Tensor, step: int) -> None:
+        """Overwrite the rows of any instances by records (n, 2, D), as of `step`."""
         slots = self._active.find(instances)
         late, active = slots < 0, slots >= 0
         if late.any():

@@ -89,7 +89,7 @@ class Folder:
 
     @property
     def generations(self) -> list[int]:
-        """Those that are there, oldest first."""
+        """The numbers of the generations that are there, oldest first."""
         return sorted(int(name) for name in os.listdir(self._file("generations")) if _NUMBER.fullmatch(name))
 
     def checked(self, state: Mapping[str, Any]) -> int:

@@ -47,7 +47,7 @@ _LARGEST_LOGARITHM = 4096.0  # of which float64 keeps 12 digits after the point
 _MOST_STEPS = 2**32 - 2  # that storage can tell apart
 
 _LOG_G, _LOG_H, _RHO, _Z = range(4)
-# Of a segment: its first step, the step before which its φ are zero, and its three running values at its end.
+# A segment has its first step, the step before which its φ are zero, and its running values at its end.
 _START, _FORGETS, _END_LOG_G, _END_LOG_H, _END_RHO = range(5)
 
 

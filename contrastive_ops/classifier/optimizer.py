@@ -49,7 +49,7 @@ class DelayedSGD(Optimizer):
         >>> schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
     """
 
-    updates_late = True
+    updates_late = True  # so that it may hold a tensor that is `updated_late_by` it
 
     def __init__(
         self,
@@ -69,15 +69,15 @@ class DelayedSGD(Optimizer):
         self._initialized()
 
     def _initialized(self) -> None:
-        """It has no state of its own. From one that is empty, torch.distributed.checkpoint concludes that no
-        step was taken yet, and takes one of learning rate 0, which moves the momentum."""
+        """Have a state for the weight, though it is empty: from none at all, torch.distributed.checkpoint
+        concludes that no step was taken yet, and takes one of learning rate 0, which moves the momentum."""
         self.state.setdefault(self.classifier.weight, {})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "classifier": self.classifier}
 
     def state_dict(self) -> dict[str, Any]:
-        """As of this moment; the momentum is in the classifier's."""
+        """The settings as of this moment; the momentum is in the classifier's state."""
         state = super().state_dict()
         (group,) = state["param_groups"]
         group["params"] = [0]
@@ -108,20 +108,20 @@ class DelayedSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        of = self.classifier
-        with of._exclusively():
-            grad, update = of.weight.grad, of._pending
+        classifier = self.classifier
+        with classifier._exclusively():
+            grad, update = classifier.weight.grad, classifier._pending
             if update is not None and update.taken:
                 if grad is not None:
                     raise RuntimeError("weight has a gradient beside the step that backward has taken")
-                of._pending = None
-            elif of._gradients.stepping is not None and of._gradients.stepping.is_still(grad):
+                classifier._pending = None
+            elif classifier._gradients.stepping is not None and classifier._gradients.stepping.is_still(grad):
                 pass  # the step is taken, by a call that did not return
             elif grad is not None:
-                of._take_step(self._settings())
+                classifier._take_step(self._settings())
             else:
-                of._release()
-        of._gradients.stepping = None
+                classifier._release()
+        classifier._gradients.stepping = None
         return loss
 
     @eager(STATEFUL)
@@ -129,6 +129,9 @@ class DelayedSGD(Optimizer):
         """The step to come, for ``conic_loss(…, update=optimizer.in_backward())`` to take in its backward,
         where the weight's gradient is never stored. `step` then only closes it. One backward a step, of the
         loss that asked last; not with a loss scaler, nor with clipping.
+
+        Raises:
+            RuntimeError: backward has taken the step before, and `step` has not closed it.
 
         Example:
             >>> import torch
@@ -140,26 +143,28 @@ class DelayedSGD(Optimizer):
             >>> loss = conic_loss(views, classifier.weight, target, update=optimizer.in_backward())
             >>> loss.backward(); optimizer.step()
         """
-        of = self.classifier
-        with of._exclusively():
-            if of._pending is not None and of._pending.taken:
+        classifier = self.classifier
+        with classifier._exclusively():
+            if classifier._pending is not None and classifier._pending.taken:
                 raise RuntimeError(
                     "backward has taken a step already: call step() before the next in_backward()"
                 )
-            of._withdraw()
-            of._pending = PendingStep(of.momentum, self._settings(), weight=of.weight, lock=of._guard.lock)
-            return of._pending
+            classifier._withdraw()
+            classifier._pending = PendingStep(
+                classifier.momentum, self._settings(), weight=classifier.weight, lock=classifier._guard.lock
+            )
+            return classifier._pending
 
     @eager(STATEFUL)
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim. Rows whose gradient is thrown away here may be evicted again: a loss scaler that
+        """Throw the gradient away, as in torch.optim. Rows may be evicted again then: a loss scaler that
         skips many steps does not fill the active set."""
-        of = self.classifier
-        with of._exclusively():
+        classifier = self.classifier
+        with classifier._exclusively():
             super().zero_grad(set_to_none)
-            of._gradients.stepping = None
-            of._gradients.publish(None)
-            of._release()
+            classifier._gradients.stepping = None
+            classifier._gradients.publish(None)
+            classifier._release()
 
     def _settings(self) -> SGDSettings:
         (group,) = self.param_groups

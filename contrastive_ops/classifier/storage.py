@@ -43,26 +43,28 @@ class Storage(Protocol):
         """Commit the records written to `reserve()` as the rows' state after `step` steps."""
 
     def prefetch(self, instances: Indices) -> None:
-        """These, distinct, will be fetched next."""
+        """Start to bring near the records that `fetch` will be asked for next; instances are distinct."""
 
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
-        """The classifier moves to a device; `function` brings a tensor there."""
+        """Follow the classifier to a device; `function` brings a tensor there."""
 
     def check(self, state: Mapping[str, Any], steps: int) -> None:
-        """Raises ValueError where `load_state_dict` would, and for rows that have taken more than `steps`."""
+        """Raise ValueError where `load_state_dict` would, and for rows that have taken more than `steps`."""
 
     def state_dict(self) -> dict[str, Any]:
         """The rows as they are now, whatever happens to them afterwards."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make the rows those of a `state_dict` that `check` has let pass."""
 
     def confirm(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` returned is in a file that is safely saved."""
+        """Keep what `state_dict` returned: it is in a file that is safely saved."""
 
     def verify(self) -> list[str]:
-        """What is damaged."""
+        """Say what is damaged; [] where nothing is."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of what others may want."""
 
 
 class MemoryStore:
