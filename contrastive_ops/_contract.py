@@ -4,17 +4,19 @@
     merge(partials)                     -> losses, rank, and the coefficients of each row's gradient
     gradient(rows, keys, coefficients)  -> gradient       over some of the keys
 
-A thread's share of the keys, a program's range of them and another process's shard are the same thing: a part.
-Partials of several parts, one after the other, are merged in that order, in float64; gradients of several parts
-are added. So every loss over all keys is a composition of these three, and that is what a backend makes of it.
+A thread's share of the keys, a program's range of them and another process's shard are the same thing: a
+part. Partials of several parts, one after the other, are merged in that order, in float64; gradients of
+several parts are added. So every loss over all keys is a composition of these three, and that is what a
+backend makes of it.
 
-A record is a tensor whose last dimension is its fields. Their names stand here, once for all backends: a class
-below names what `record.unbind(-1)` gives, and `csrc/records.h` repeats the order for C++ (what was compiled is
-compared with this when it is loaded). Maxima and sums are in the units in which the backend that wrote them
-multiplies, and only that backend reads them.
+A record is a tensor whose last dimension is its fields. Their names stand here, once for all backends: a
+class below names what `record.unbind(-1)` gives, and `csrc/records.h` repeats the order for C++ (what was
+compiled is compared with this when it is loaded). Partials and `CO2Row` are in the units in which the backend
+that wrote them multiplies, and only that backend reads them; coefficients that operators return are alike in
+all.
 
-Letters: s_j and y_j are the similarities of a row's query and key to the key j of a part, m and m' their maxima,
-a_j = s_j − m, b_j = y_j − m', and d_j = a_j − b_j.
+Letters: s_j and y_j are the similarities of a row's query and key to the key j of a part, m and m' their
+maxima, a_j = s_j − m, b_j = y_j − m', and d_j = a_j − b_j.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 
 
 class CO2Settings(NamedTuple):
-    """Of `co2`. A term of weight 0 is not computed."""
+    """Settings of `co2`. A term of weight 0 is not computed."""
 
     temperature: float
     consistency_temperature: float
@@ -36,7 +38,7 @@ class CO2Settings(NamedTuple):
 
 
 class NTXentSettings(NamedTuple):
-    """Of `nt_xent`. A consistency term of weight 0 is not computed."""
+    """Settings of `nt_xent`. A consistency term of weight 0 is not computed."""
 
     temperature: float
     consistency_temperature: float
@@ -45,22 +47,30 @@ class NTXentSettings(NamedTuple):
 
 
 class ConICSettings(NamedTuple):
-    """Of `conic`. Its gradient needs no compensation β: the coefficients have it."""
+    """Settings of `conic`. Its gradient needs no compensation β: the coefficients have it."""
 
     temperature: float
     consistency_weight: float
     compensation: float = 1.0
 
 
+class SGDSettings(NamedTuple):
+    """Settings of a step of SGD, as in torch.optim.SGD."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
+
 class Losses(NamedTuple):
-    """What `…_merge` and a whole loss return, a number a row; losses are float64 from a merge, and of the loss's
-    dtype from a whole loss."""
+    """What `co2_merge` and `nt_xent_merge` return, a number a row, in float64."""
 
     loss: Tensor
     instance_loss: Tensor
     consistency_loss: Tensor
     positive_rank: Tensor  # int64
-    coefficients: Tensor  # (rows, fields), float64; in place of it `co2` has the gradient
+    coefficients: Tensor  # (rows, fields)
 
 
 class CO2Partial(NamedTuple):
@@ -77,12 +87,12 @@ class CO2Partial(NamedTuple):
 
 
 class CO2Row(NamedTuple):
-    """(B, 11) float64: what is known of a row. The statistics fill in the first three, which depend on query and
-    key alone; the merge completes them to the coefficients of the gradient,
+    """(B, 11) float64: what is known of a row. The statistics fill in the first three, which depend on query
+    and key alone; the merge completes them to the coefficients of the gradient,
 
         ∂L/∂s_j = instance e^{a/τ} + Q − P + Q (d − mean)/τc,   Q = query e^{a/τc},   P = key e^{b/τc}.
 
-    A gradient over several parts takes the row as it is for one of them, and with `grad_positive` 0 for others.
+    A gradient over several parts takes the row as it is for one of them, and `grad_positive` as 0 for others.
     """
 
     norm_query: Tensor  # 1 without normalisation
@@ -101,8 +111,8 @@ class CO2Row(NamedTuple):
 class NTXentKeys(NamedTuple):
     """Some instances as keys of NT-Xent's rows, where these are not the rows themselves.
 
-    A row's two negatives-that-are-none and its positive are the views of its own instance: `target` says which of
-    these instances that is, −1 for none of them. The last two are what the gradient needs of them.
+    The views of a row's own instance are no negatives: `target` says which of these instances that is, −1 for
+    none of them. The last two are what the gradient needs of the keys as rows.
     """
 
     views: Tensor  # (2, K, D)
@@ -135,7 +145,7 @@ class NTXentCoefficients(NamedTuple):
 
 
 class ConICPositives(NamedTuple):
-    """(V·B, 2) float64: of a view's own row; NaN where it is elsewhere (target −1)."""
+    """(V·B, 2) float64: what a view has in common with its own row; NaN where it is elsewhere (target −1)."""
 
     positive: Tensor  # s_n
     threshold: Tensor  # s_n as the product that gives every s_j would have it, so that equal rows tie

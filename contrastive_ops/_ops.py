@@ -3,7 +3,8 @@
 They may be called as torch.ops.contrastive_ops.*, with any arguments: `_checks.py` refuses what is wrong
 before a backend sees it. A loss needs a row of everything; `sgd_` and `exchange_rows_` do nothing without.
 
-A loss is one operator: normalisation, softmax, the row losses.
+A loss is one operator: normalisation, softmax, the row losses. A backend makes it of three steps
+(`_contract.py`); `…_backward` is the third of them, over all keys.
 
 `co2` also has the gradient, when the query needs it. A row's loss depends on that row's query alone, so the
 gradient is finished in forward and backward only scales its rows. That is exact for every reduction, and
@@ -30,6 +31,14 @@ from torch.autograd import forward_ad
 
 from . import _backends
 from ._checks import Checks
+from ._contract import (
+    CO2Settings,
+    ConICCoefficients,
+    ConICSettings,
+    NTXentCoefficients,
+    NTXentSettings,
+    SGDSettings,
+)
 from ._eager import eager
 from .reference import computed_in
 
@@ -77,13 +86,14 @@ _library.define(
 )
 
 
-def _co2(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *settings, backend = arguments
-    return _backends.select(backend, query).co2(query, key, queue, *settings)
+def _co2(query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any) -> tuple[Tensor, ...]:
+    *settings, compute_gradient, backend = settings_and_more
+    kernels = _backends.select(backend, "co2", query)
+    return kernels.co2(query, key, queue, CO2Settings(*settings), compute_gradient)
 
 
-def _co2_fake(query: Tensor, key: Tensor, queue: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    compute_gradient = arguments[-2]
+def _co2_fake(query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any) -> tuple[Tensor, ...]:
+    *_, compute_gradient, _ = settings_and_more
     rows, dim = query.shape
     dtype = computed_in(query)
     loss, instance, consistency = (query.new_empty(rows, dtype=dtype) for _ in range(3))
@@ -97,23 +107,30 @@ def _below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
         return operator(*arguments)
 
 
+def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a backward returns: gradients of the first arguments, and None for those that have none."""
+    return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
+
+
 class _CO2(torch.autograd.Function):
     """`co2` with the backward that its gradient output allows."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        compute_gradient = arguments[-2]
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any
+    ) -> tuple[Tensor, ...]:
+        *_, compute_gradient, _ = settings_and_more
         if not compute_gradient:
             raise RuntimeError(
                 "contrastive_ops::co2: compute_gradient is false, but query requires a gradient"
             )
-        if any(ctx.needs_input_grad[1:3]):
+        if any(ctx.needs_input_grad[1:]):
             raise RuntimeError("contrastive_ops::co2: key and queue get no gradient, but one requires it")
-        output = _below_autograd(co2, query, *arguments)
-        ctx.mark_non_differentiable(*output[1:])
+        loss, *others, gradient = _below_autograd(co2, query, key, queue, *settings_and_more)
+        ctx.mark_non_differentiable(*others, gradient)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[-1], query)
-        return output
+        ctx.save_for_backward(gradient, query)
+        return loss, *others, gradient
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -122,7 +139,7 @@ class _CO2(torch.autograd.Function):
         if grad_loss is not None:
             # `query` stands in the signature so that a graph of the backward exists, and refuses.
             scaled = scale_gradient(gradient, grad_loss, query)
-        return scaled, *(None,) * 10
+        return _gradients(ctx, scaled)
 
 
 def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tensor:
@@ -132,61 +149,73 @@ def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tenso
 
 class _NTXent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, views: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        output = _below_autograd(nt_xent, views, *arguments)
-        ctx.arguments = arguments
-        ctx.mark_non_differentiable(*output[1:])
+    def forward(ctx: Any, views: Tensor, *settings_and_backend: Any) -> tuple[Tensor, ...]:
+        loss, *others, statistics = _below_autograd(nt_xent, views, *settings_and_backend)
+        ctx.settings_and_backend = settings_and_backend
+        ctx.mark_non_differentiable(*others, statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(views, output[-1])
-        return output
+        ctx.save_for_backward(views, statistics)
+        return loss, *others, statistics
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        views, statistics = ctx.saved_tensors
         gradient = None
         if grad_loss is not None:
-            gradient = nt_xent_backward(grad_loss, views, statistics, *ctx.arguments)
-        return gradient, *(None,) * len(ctx.arguments)
+            gradient = nt_xent_backward(grad_loss, *ctx.saved_tensors, *ctx.settings_and_backend)
+        return _gradients(ctx, gradient)
 
 
-def _nt_xent(views: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *settings, backend = arguments
-    return _backends.select(backend, views).nt_xent(views, *settings)
+def _nt_xent(views: Tensor, *settings_and_backend: Any) -> tuple[Tensor, ...]:
+    *settings, backend = settings_and_backend
+    return _backends.select(backend, "nt_xent", views).nt_xent(views, NTXentSettings(*settings))
 
 
 def _nt_xent_fake(views: Tensor, *_: Any) -> tuple[Tensor, ...]:
     rows = 2 * views.shape[1]
     loss, instance, consistency = (views.new_empty(rows, dtype=computed_in(views)) for _ in range(3))
     rank = views.new_empty(rows, dtype=torch.int64)
-    return loss, instance, consistency, rank, views.new_empty((rows, 5), dtype=torch.float64)
+    statistics = views.new_empty((rows, len(NTXentCoefficients._fields)), dtype=torch.float64)
+    return loss, instance, consistency, rank, statistics
 
 
-def _nt_xent_backward(grad_loss: Tensor, views: Tensor, *arguments: Any) -> Tensor:
-    *settings, backend = arguments
-    return _backends.select(backend, views).nt_xent_backward(grad_loss, views, *settings)
+def _nt_xent_backward(
+    grad_loss: Tensor, views: Tensor, statistics: Tensor, *settings_and_backend: Any
+) -> Tensor:
+    *settings, backend = settings_and_backend
+    kernels = _backends.select(backend, "nt_xent_backward", views)
+    return kernels.nt_xent_gradient(grad_loss, views, statistics, NTXentSettings(*settings))
 
 
 class _ConIC(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, views: Tensor, weight: Tensor, target: Tensor, *arguments: Any
+        ctx: Any,
+        views: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        temperature: float,
+        compensation: float,
+        consistency_weight: float,
+        backend: str | None,
     ) -> tuple[Tensor, ...]:
-        output = _below_autograd(conic, views, weight, target, *arguments)
-        ctx.temperature, _, ctx.consistency_weight, ctx.backend = arguments
-        ctx.mark_non_differentiable(*output[1:])
+        loss, *others, statistics = _below_autograd(
+            conic, views, weight, target, temperature, compensation, consistency_weight, backend
+        )
+        ctx.settings, ctx.backend = (temperature, consistency_weight), backend
+        ctx.mark_non_differentiable(*others, statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(views, weight, target, output[-1])
-        return output
+        ctx.save_for_backward(views, weight, target, statistics)
+        return loss, *others, statistics
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad[:2]
-        gradients: tuple[Tensor | None, ...] = (None, None)
+        need_views, need_weight, *_ = ctx.needs_input_grad
+        grad_views = grad_weight = None
         if grad_loss is not None:
-            gradients = conic_backward(
-                grad_loss, *ctx.saved_tensors, ctx.temperature, ctx.consistency_weight, *need, ctx.backend
+            grad_views, grad_weight = conic_backward(
+                grad_loss, *ctx.saved_tensors, *ctx.settings, need_views, need_weight, ctx.backend
             )
-        return *(grad if needed else None for grad, needed in zip(gradients, need, strict=True)), *(None,) * 5
+        return _gradients(ctx, grad_views if need_views else None, grad_weight if need_weight else None)
 
 
 _steps = eager("the step that backward takes is recorded on the host")
@@ -198,10 +227,10 @@ class _ConICWithUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, views: Tensor, weight: Tensor, target: Tensor, update: Any, *arguments: Any
+        ctx: Any, views: Tensor, weight: Tensor, target: Tensor, update: Any, *settings_and_backend: Any
     ) -> tuple[Tensor, ...]:
         ctx.update = update
-        return _ConIC.forward(ctx, views, weight, target, *arguments)
+        return _ConIC.forward(ctx, views, weight, target, *settings_and_backend)
 
     @staticmethod
     @_steps
@@ -210,7 +239,7 @@ class _ConICWithUpdate(torch.autograd.Function):
         if grad_loss is not None:
             with update.lock:
                 grad_views = _backward_with_a_step(ctx, grad_loss)
-        return grad_views, *(None,) * 7
+        return _gradients(ctx, grad_views)
 
 
 def _backward_with_a_step(ctx: Any, grad_loss: Tensor) -> Tensor:
@@ -232,62 +261,93 @@ def _backward_with_a_step(ctx: Any, grad_loss: Tensor) -> Tensor:
     update.begun = update.momentum_buffer._version, weight._version
     grad_views = conic_backward_sgd_(
         grad_loss, views, weight.detach(), update.momentum_buffer, target, statistics,
-        ctx.temperature, ctx.consistency_weight, update.lr, update.momentum,
+        *ctx.settings, update.lr, update.momentum,
         update.weight_decay, update.nesterov, ctx.backend,
     )  # fmt: skip
     update.taken = True
     return grad_views
 
 
-def _conic(views: Tensor, weight: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *settings, backend = arguments
-    return _backends.select(backend, views).conic(views, weight, target, *settings)
+def _conic(
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    temperature: float,
+    compensation: float,
+    consistency_weight: float,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    settings = ConICSettings(temperature, consistency_weight, compensation)
+    return _backends.select(backend, "conic", views).conic(views, weight, target, settings)
 
 
-def _conic_fake(views: Tensor, weight: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    count, batch, _ = views.shape
+def _conic_fake(views: Tensor, weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    count, batch, _dim = views.shape
     dtype = computed_in(views)
     loss, consistency = (views.new_empty(batch, dtype=dtype) for _ in range(2))
     classification = views.new_empty((count, batch), dtype=dtype)
     rank = views.new_empty((count, batch), dtype=torch.int64)
-    statistics = views.new_empty((count, batch, 3), dtype=torch.float64)
+    statistics = views.new_empty((count, batch, len(ConICCoefficients._fields)), dtype=torch.float64)
     return loss, classification, consistency, rank, statistics
 
 
-def _conic_backward(grad_loss: Tensor, views: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *settings, backend = arguments
-    return _backends.select(backend, views).conic_backward(grad_loss, views, *settings)
+def _conic_backward(
+    grad_loss: Tensor,
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    temperature: float,
+    consistency_weight: float,
+    views_need_grad: bool,
+    weight_needs_grad: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    settings = ConICSettings(temperature, consistency_weight)
+    return _backends.select(backend, "conic_backward", views).conic_gradient(
+        grad_loss, views, weight, target, statistics, settings, views_need_grad, weight_needs_grad
+    )
 
 
 def _conic_backward_fake(
     grad_loss: Tensor, views: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    views_need_grad, weight_needs_grad = arguments[-3:-1]
+    *_, views_need_grad, weight_needs_grad, _ = arguments
     count, batch, dim = views.shape
     grad_views = views.new_empty((count if views_need_grad else 0, batch, dim))
     return grad_views, weight.new_empty((len(weight) if weight_needs_grad else 0, dim))
 
 
 def _conic_backward_sgd_(
-    grad_loss: Tensor, views: Tensor, weight: Tensor, momentum_buffer: Tensor, *arguments: Any
+    grad_loss: Tensor,
+    views: Tensor,
+    weight: Tensor,
+    momentum_buffer: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    temperature: float,
+    consistency_weight: float,
+    *sgd_and_backend: Any,
 ) -> Tensor:
-    *settings, backend = arguments
-    kernels = _backends.select(backend, views)
-    return kernels.conic_backward_sgd_(grad_loss, views, weight, momentum_buffer, *settings)
+    *sgd, backend = sgd_and_backend
+    settings = ConICSettings(temperature, consistency_weight)
+    return _backends.select(backend, "conic_backward_sgd_", views).conic_gradient_sgd_(
+        grad_loss, views, weight, momentum_buffer, target, statistics, settings, SGDSettings(*sgd)
+    )
 
 
-def _sgd_(weight: Tensor, momentum_buffer: Tensor, *arguments: Any) -> None:
-    *settings, backend = arguments
-    kernels = _backends.select(backend, weight)
+def _sgd_(weight: Tensor, momentum_buffer: Tensor, grad: Tensor, *sgd_and_backend: Any) -> None:
+    *sgd, backend = sgd_and_backend
+    kernels = _backends.select(backend, "sgd_", weight)
     if weight.numel():
-        kernels.sgd_(weight, momentum_buffer, *settings)
+        kernels.sgd_(weight, momentum_buffer, grad, SGDSettings(*sgd))
 
 
-def _exchange_rows_(weight: Tensor, momentum_buffer: Tensor, *arguments: Any) -> None:
-    *rows, outgoing, outgoing_rows, backend = arguments
-    kernels = _backends.select(backend, weight)
+def _exchange_rows_(weight: Tensor, *arguments: Any) -> None:
+    *tensors, outgoing_rows, backend = arguments
+    kernels = _backends.select(backend, "exchange_rows_", weight)
     if weight.numel() and len(outgoing_rows):
-        kernels.exchange_rows_(weight, momentum_buffer, *rows, outgoing, outgoing_rows)
+        kernels.exchange_rows_(weight, *tensors, outgoing_rows)
 
 
 class _NoDoubleBackward(torch.autograd.Function):

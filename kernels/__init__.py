@@ -20,5 +20,12 @@ __all__ = [
     "sgd_",
 ]
 
+PREFERRED_ON = ("cuda",)
+
+
+def unavailable() -> str | None:
+    return "its functions do not have their new names yet"
+
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of query and views; queue and weight may have any
 MAX_DIM = 1024

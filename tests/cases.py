@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from contrastive_ops._backends import _BACKENDS
+from contrastive_ops._backends import BACKENDS
 
 # The Triton kernels are interpreted, slowly, on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,10 +21,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def refusal(backend: str, dtype: torch.dtype) -> str | None:
+    """Why a backend does not serve a dtype."""
+    reason: str | None = import_module(BACKENDS[backend]).refuses("co2", torch.empty(1, 1, dtype=dtype))
+    return reason
+
+
 def require(backend: str, dtype: torch.dtype) -> None:
     """Skips the test where the backend does not serve a dtype."""
-    reason = _BACKENDS[backend].refuses(torch.empty(1, 1, dtype=dtype))
-    if reason:
+    if reason := refusal(backend, dtype):
         pytest.skip(reason)
 
 

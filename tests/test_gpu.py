@@ -287,8 +287,9 @@ def test_compute_sanitizer_finds_nothing(gpu_backend: str, tool: str) -> None:
 def test_reference_serves_what_triton_does_not() -> None:
     """float64 on a GPU falls back, and says so once."""
     query, key, queue = on_gpu(Case(dtype=torch.float64))
-    expected = reference.co2(query, key, queue, 0.07, 0.04, 1.0, 10.0, False, True, False)[0]
-    actual = co2_loss(query, key, queue, **Case().settings(), reduction="none")
+    settings = {**Case().settings(), "reduction": "none"}
+    expected = co2_loss(query, key, queue, backend="reference", **settings)
+    actual = co2_loss(query, key, queue, **settings)
     torch.testing.assert_close(actual, expected)
 
 
