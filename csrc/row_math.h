@@ -23,7 +23,7 @@ namespace contrastive_ops {
 
 constexpr double kLowest = -0x1.fffffffffffffp1023;  // the maximum of no keys
 
-// Of a NaN, `larger` and `smaller` keep that of `a`.
+// std::max and std::min, for NaN too: the result is `a` where either is one.
 CONTRASTIVE_OPS_HOST_DEVICE inline double larger(double a, double b) {
   return a < b ? b : a;
 }
@@ -100,16 +100,15 @@ CONTRASTIVE_OPS_HOST_DEVICE inline ConICPartial merge(const ConICPartial* row, P
 // ---- Losses, and the coefficients of their gradients ----
 
 struct InstanceTerm {
-  double loss, coefficient, grad_positive;  // the gradient in s_j is coefficient e^{a/tau}
+  double loss, coefficient, grad_positive;  // dL/ds_j = coefficient e^{a/tau}
 };
 
 struct InstanceSettings {
   double temperature, weight = 1, compensation = 1;  // beta: how many negatives each counts for
 };
 
-// weight L_ins, L_ins = -s_+/tau + log(e^{s_+/tau} + beta sum_j e^{s_j/tau}), with z = sum_j e^{(s_j -
-// max_s)/tau}. Exponentials are relative to the largest logit, be it the positive's; log1p keeps a small
-// loss's digits.
+// L_ins = -s_+/tau + log(e^{s_+/tau} + beta sum_j e^{s_j/tau}), and its gradient times its weight.
+// Exponentials are relative to the largest logit, be it the positive's; log1p keeps a small loss's digits.
 CONTRASTIVE_OPS_HOST_DEVICE inline InstanceTerm instance_term(double max_s, double z, double positive,
                                                               const InstanceSettings& settings) {
   const double gap = (positive - max_s) / settings.temperature;
@@ -125,7 +124,7 @@ struct ConsistencyTerm {
   double loss, mean, query, key, grad_positive;
 };
 
-// weight L_con, L_con = (KL(P|Q) + KL(Q|P)) / 2 = (E_Q[d] - E_P[d]) / (2 tau_c).
+// L_con = (KL(P|Q) + KL(Q|P)) / 2 = (E_Q[d] - E_P[d]) / (2 tau_c), and its gradient times its weight.
 CONTRASTIVE_OPS_HOST_DEVICE inline ConsistencyTerm consistency_term(CO2Partial sums, double positive,
                                                                     const CO2Settings& settings) {
   const double tau_c = settings.consistency_temperature;
@@ -210,7 +209,7 @@ CONTRASTIVE_OPS_HOST_DEVICE inline double finish(const ConICPartial& sums, doubl
 
 // ---- What a row's gradient multiplies exponentials with ----
 
-// ∂L/∂s_j = instance e^{a/tau} + Q - P + Q (d - mean)/tau_c,   Q = query e^{a/tau_c},   P = key e^{b/tau_c}
+// dL/ds_j = instance e^{a/tau} + Q - P + Q (d - mean)/tau_c,   Q = query e^{a/tau_c},   P = key e^{b/tau_c}
 struct Coefficients {
   double max_s = 0, max_y = 0, mean = 0, instance = 0, query = 0, key = 0;
 };
@@ -224,7 +223,7 @@ CONTRASTIVE_OPS_HOST_DEVICE inline Coefficients coefficients(const CO2Row& row) 
           .key = row.scale * row.key};
 }
 
-// Those of `weight` times the row's loss; b is relative to the maximum of `other`, the row's positive.
+// Coefficients of `weight` times the row's loss; b is relative to the maximum of `other`, the row's positive.
 CONTRASTIVE_OPS_HOST_DEVICE inline Coefficients coefficients(const NTXentCoefficients& row,
                                                              const NTXentCoefficients& other, double weight) {
   return {.max_s = row.max_s,
@@ -239,7 +238,7 @@ CONTRASTIVE_OPS_HOST_DEVICE inline Coefficients coefficients(const ConICCoeffici
   return {.max_s = view.max_s, .instance = weight * view.instance};
 }
 
-// What no |∂L/∂s_j| of a row exceeds, where no similarity exceeds `largest`: |d - mean| is at most four times
+// What no |dL/ds_j| of a row exceeds, where no similarity exceeds `largest`: |d - mean| is at most four times
 // that.
 CONTRASTIVE_OPS_HOST_DEVICE inline double gradient_bound(const Coefficients& row, double largest,
                                                          double consistency_temperature) {

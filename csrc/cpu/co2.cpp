@@ -17,6 +17,7 @@
 
 #include <numeric>
 
+#include "losses.h"
 #include "operators.h"
 #include "panels.h"
 #include "tile_math.h"
@@ -64,18 +65,8 @@ class CO2 {
 
     auto [partial, part] = empty_records<CO2Partial>({ranges_, query_.count});
     for (int64_t range = 0; range < ranges_; ++range)
-      for (int64_t row = 0; row < query_.count; ++row) {
-        const PanelStatistics<T>& panel = statistics[range * panels_ + row / kPanel<T>];
-        const int64_t lane = row % kPanel<T>;
-        *part++ = {.max_s = panel.max_s[lane],
-                   .max_y = panel.max_y[lane],
-                   .z_instance = panel.z_instance[lane],
-                   .z_query = panel.z_query[lane],
-                   .z_key = panel.z_key[lane],
-                   .d_query = panel.d_query[lane],
-                   .d_key = panel.d_key[lane],
-                   .rank = static_cast<double>(panel.rank[lane])};
-      }
+      for (int64_t row = 0; row < query_.count; ++row)
+        *part++ = statistics[range * panels_ + row / kPanel<T>].row(row % kPanel<T>);
     auto [rows, known] = empty_records<CO2Row>({query_.count});
     for (int64_t row = 0; row < query_.count; ++row)
       known[row] = {
@@ -182,20 +173,14 @@ Losses merge_rows(const at::Tensor& partial, const at::Tensor& rows, const CO2Se
   const Records<CO2Partial> parts(partial);
   const Records<CO2Row> known(rows);
   const int64_t batch = rows.size(0);
-  const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
-  at::Tensor loss = at::empty({batch}, options), instance = at::empty({batch}, options),
-             consistency = at::empty({batch}, options), rank = at::empty({batch}, options.dtype(at::kLong));
+  LossWriter<T> losses(batch);
   auto [completed, row] = empty_records<CO2Row>({batch});
   for (int64_t i = 0; i < batch; ++i) {
     const CO2Partial sums = merge(&parts[i], {partial.size(0), batch}, settings);
     row[i] = known[i];
-    const RowLosses losses = finish(sums, settings, row[i]);
-    loss.mutable_data_ptr<T>()[i] = static_cast<T>(losses.loss);
-    instance.mutable_data_ptr<T>()[i] = static_cast<T>(losses.instance);
-    consistency.mutable_data_ptr<T>()[i] = static_cast<T>(losses.consistency);
-    rank.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(sums.rank);
+    losses.write(i, finish(sums, settings, row[i]), sums.rank);
   }
-  return {loss, instance, consistency, rank, completed};
+  return losses.with(completed);
 }
 
 // Calls `function` with the passes for these tensors and settings.

@@ -115,11 +115,8 @@ class ConIC {
     auto [partial, part] = empty_records<ConICPartial>({ranges_, views_.count});
     for (int64_t range = 0; range < ranges_; ++range)
       for (int64_t row = 0; row < views_.count; ++row) {
-        const PanelStatistics<T>& panel = statistics[range * views_.panels + row / kPanel<T>];
-        const int64_t lane = row % kPanel<T>;
-        *part++ = {.max_s = panel.max_s[lane],
-                   .z_instance = panel.z_instance[lane],
-                   .rank = static_cast<double>(panel.rank[lane])};
+        const CO2Partial sums = statistics[range * views_.panels + row / kPanel<T>].row(row % kPanel<T>);
+        *part++ = {.max_s = sums.max_s, .z_instance = sums.z_instance, .rank = sums.rank};
       }
     return partial;
   }
@@ -288,16 +285,16 @@ Losses merge_rows(const at::Tensor& partial, const at::Tensor& positives, const 
              classification = at::empty({views.views, views.batch}, options),
              rank = at::empty({views.views, views.batch}, options.dtype(at::kLong));
   auto [statistics, view] = empty_records<ConICCoefficients>({views.views, views.batch});
-  L* of_view = classification.mutable_data_ptr<L>();
+  L* view_losses = classification.mutable_data_ptr<L>();
   for (int64_t row = 0; row < views.count; ++row) {
     const ConICPartial sums = merge(&parts[row], {partial.size(0), views.count}, settings);
-    of_view[row] = static_cast<L>(finish(sums, positive[row].positive, settings, view[row]));
+    view_losses[row] = static_cast<L>(finish(sums, positive[row].positive, settings, view[row]));
     rank.mutable_data_ptr<int64_t>()[row] = static_cast<int64_t>(sums.rank);
   }
   for (int64_t instance = 0; instance < views.batch; ++instance) {
     double classified = 0, disagreement = 0;
     for (int64_t i = 0; i < views.views; ++i) {
-      classified += of_view[i * views.batch + instance];
+      classified += view_losses[i * views.batch + instance];
       for (int64_t j = 0; j < i; ++j) disagreement += 2 * std::pow(views.disagreement(i, j, instance), 2);
     }
     loss.mutable_data_ptr<L>()[instance] =

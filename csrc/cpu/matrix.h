@@ -54,7 +54,7 @@ class Records {
   static constexpr int64_t kFields = sizeof(Record) / sizeof(double);
 
   explicit Records(const at::Tensor& tensor)
-      : tensor_(tensor.to(at::kDouble).contiguous()),
+      : tensor_((tensor.scalar_type() == at::kDouble ? tensor : tensor.to(at::kDouble)).contiguous()),
         data_(reinterpret_cast<const Record*>(tensor_.const_data_ptr<double>())) {
     TORCH_CHECK_VALUE(tensor.size(-1) == kFields, "expected a last dimension of ", kFields, " fields (",
                       Record::kFields, "), got ", tensor.size(-1));

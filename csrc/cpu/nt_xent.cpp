@@ -13,8 +13,8 @@
 //
 // Groups are shared out to blocks, two for each thread, which meet as in a round-robin tournament: in every
 // round each block is in one pair. So sums of a row are added up in place, by one thread at a time and in a
-// fixed order: equal input on equal threads gives equal bits. Nothing is kept per pair of rows but one tile
-// of two panels.
+// fixed order: equal input on equal threads gives equal bmemory. Nothing is kept per pair of rows but one
+// tile of two panels.
 //
 // Where other instances are the keys, threads share out (block of groups of rows) x (range of groups of
 // keys), and nothing is added to the keys.
@@ -29,6 +29,7 @@
 #include <optional>
 #include <tuple>
 
+#include "losses.h"
 #include "operators.h"
 #include "panels.h"
 #include "tile_math.h"
@@ -156,13 +157,11 @@ class NTXent {
  public:
   using T = typename Product::Sum;
 
- private:
   static constexpr int64_t kKeys = 2 * kPanel<T>;  // of a tile
   static_assert(kKeys <= kTile);
   // The similarity of pairs that are no negatives. Every power of it is 0, and differences are finite.
   static constexpr T kExcluded = std::numeric_limits<T>::lowest() / 4;
 
- public:
   NTXent(const at::Tensor& views, const NTXentSettings& settings, const std::optional<NTXentKeys>& keys,
          bool for_gradient)
       : views_(views),
@@ -174,8 +173,8 @@ class NTXent {
         key_layout_{keys ? keys->views.size(1) : layout_.batch},
         rows_(panels_of_views<Product>(views, settings.normalize, for_gradient && symmetric_)),
         own_(layout_.groups() * kPanel<T>, -1) {
-    if (keys) other_keys_.emplace(panels_of_views<Product>(keys->views, settings.normalize, false));
     if (keys) {
+      other_keys_.emplace(panels_of_views<Product>(keys->views, settings.normalize, false));
       const at::Tensor target = keys->target.contiguous();
       std::copy_n(target.const_data_ptr<int64_t>(), layout_.batch, own_.begin());
     } else {
@@ -188,23 +187,23 @@ class NTXent {
   std::tuple<at::Tensor, at::Tensor> statistics() const {
     const Positives<T> positive(rows_, rows_, [](int64_t panel) { return panel ^ 1; });
     std::vector<PanelStatistics<T>> statistics(ranges_ * rows_.panels);  // (ranges, panels)
+    const auto add = [&](const T* s, const T* y, int64_t range, int64_t group) {
+      const T* threshold = &positive.threshold[group * kKeys];
+      PanelStatistics<T>* views = &statistics[range * rows_.panels + 2 * group];
+      add_tile<true, kConsistency>(s, y, kKeys, threshold, temperatures_, views[0]);
+      add_tile<true, false>(y, s, kKeys, threshold + kPanel<T>, temperatures_, views[1]);
+    };
     for_each_tile(false, [&](const Tile& tile) {
-      const auto add = [&](const T* s, const T* y, int64_t group) {
-        const T* threshold = &positive.threshold[group * kKeys];
-        PanelStatistics<T>* views = &statistics[tile.range * rows_.panels + 2 * group];
-        add_tile<true, kConsistency>(s, y, kKeys, threshold, temperatures_, views[0]);
-        add_tile<true, false>(y, s, kKeys, threshold + kPanel<T>, temperatures_, views[1]);
-      };
       std::vector<T> s_transposed(kKeys * kPanel<T>), y_transposed(kKeys * kPanel<T>);
       for (int64_t group = tile.first_group; group < tile.last_group; ++group) {
         similarities(tile, group);
-        add(tile.s, tile.y, group);
+        add(tile.s, tile.y, tile.range, group);
         if (!symmetric_ || group == tile.group) continue;
         transpose_panel(tile.s, &s_transposed[0]);
         transpose_panel(tile.y, &s_transposed[kOtherView<T>]);
         transpose_panel(tile.s + kOtherView<T>, &y_transposed[0]);
         transpose_panel(tile.y + kOtherView<T>, &y_transposed[kOtherView<T>]);
-        add(s_transposed.data(), y_transposed.data(), tile.group);
+        add(s_transposed.data(), y_transposed.data(), tile.range, tile.group);
       }
     });
 
@@ -329,11 +328,11 @@ class NTXent {
   template <typename Function>
   void for_each_tile_of_rows(bool transposed_too, const Function& function) const {
     const auto meet = [&](int64_t lower, int64_t upper) {
-      Workspace its(dim_);
+      Workspace memory(dim_);
       for (int64_t group = first_group(upper); group < first_group(upper + 1); ++group) {
-        its.product.load(Matrix(rows_.unit(group * kKeys), kKeys, dim_), transposed_too);
+        memory.product.load(Matrix(rows_.unit(group * kKeys), kKeys, dim_), transposed_too);
         const int64_t last = lower == upper ? group + 1 : first_group(lower + 1);
-        function(Tile{its.product, its.s.data(), its.y.data(), 0, group, first_group(lower), last});
+        function(Tile{memory.product, memory.s.data(), memory.y.data(), 0, group, first_group(lower), last});
       }
     };
     // The circle method: the last block stays, the others go round it.
@@ -353,13 +352,13 @@ class NTXent {
   template <typename Function>
   void for_each_tile_of_keys(bool transposed_too, const Function& function) const {
     at::parallel_for(0, blocks_ * ranges_, 1, [&](int64_t begin, int64_t end) {
-      Workspace its(dim_);
+      Workspace memory(dim_);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / ranges_, range = task % ranges_, groups = key_layout_.groups();
         const int64_t first = first_group(block), last = first_group(block + 1);
         for (int64_t group = range * groups / ranges_; group < (range + 1) * groups / ranges_; ++group) {
-          its.product.load(Matrix(other_keys_->unit(group * kKeys), kKeys, dim_), transposed_too);
-          function(Tile{its.product, its.s.data(), its.y.data(), range, group, first, last});
+          memory.product.load(Matrix(other_keys_->unit(group * kKeys), kKeys, dim_), transposed_too);
+          function(Tile{memory.product, memory.s.data(), memory.y.data(), range, group, first, last});
         }
       }
     });
@@ -381,16 +380,16 @@ class NTXent {
       }
   }
 
-  // The statistics of a row, which are with those of both panels of its group: of the second view's, the sums
-  // of the consistency term are the first's over its positive.
+  // The sums of a row from those of both panels of its group. Only the first view's have a consistency term:
+  // what they know of its key is the second view's.
   static NTXentPartial record(const PanelStatistics<T>* views, int64_t view, int64_t lane) {
-    const PanelStatistics<T>&first = views[0], &own = views[view];
-    if (own.max_s[lane] <= kExcluded && !std::isnan(own.z_instance[lane])) return {.max_s = kLowest};
-    return {.max_s = own.max_s[lane],
-            .rank = static_cast<double>(own.rank[lane]),
-            .z_instance = own.z_instance[lane],
-            .z_query = view ? first.z_key[lane] : first.z_query[lane],
-            .d_query = view ? -first.d_key[lane] : first.d_query[lane]};
+    const CO2Partial first = views[0].row(lane), own = views[view].row(lane);
+    if (own.max_s <= kExcluded && !std::isnan(own.z_instance)) return {.max_s = kLowest};  // no negatives
+    return {.max_s = own.max_s,
+            .rank = own.rank,
+            .z_instance = own.z_instance,
+            .z_query = view ? first.z_key : first.z_query,
+            .d_query = view ? -first.d_key : first.d_query};
   }
 
   static std::vector<PanelCoefficients<T>> panel_coefficients(const WeightedLosses& losses,
@@ -450,18 +449,10 @@ Losses merge_rows(const at::Tensor& partial, const at::Tensor& positive, const N
   const at::Tensor similarity = positive.contiguous();
   const int64_t rows = similarity.size(0), batch = rows / 2;
   const Parts ranges{partial.size(0), rows};
-  const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
-  at::Tensor loss = at::empty({rows}, options), instance = at::empty({rows}, options),
-             consistency = at::empty({rows}, options), rank = at::empty({rows}, options.dtype(at::kLong));
-  auto [statistics, row_coefficients] = empty_records<NTXentCoefficients>({rows});
-  const auto write = [&, out = row_coefficients](int64_t row, const NTXentPartial& sums,
-                                                 const NTXentPartial& other) {
-    const double s = similarity.const_data_ptr<double>()[row];
-    const RowLosses losses = finish(sums, other, s, settings, out[row]);
-    loss.mutable_data_ptr<T>()[row] = static_cast<T>(losses.loss);
-    instance.mutable_data_ptr<T>()[row] = static_cast<T>(losses.instance);
-    consistency.mutable_data_ptr<T>()[row] = static_cast<T>(losses.consistency);
-    rank.mutable_data_ptr<int64_t>()[row] = static_cast<int64_t>(sums.rank);
+  LossWriter<T> losses(rows);
+  auto [statistics, row] = empty_records<NTXentCoefficients>({rows});
+  const auto write = [&, row = row](int64_t i, const NTXentPartial& sums, const NTXentPartial& other) {
+    losses.write(i, finish(sums, other, similarity.const_data_ptr<double>()[i], settings, row[i]), sums.rank);
   };
   at::parallel_for(0, batch, kMergedRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -471,7 +462,7 @@ Losses merge_rows(const at::Tensor& partial, const at::Tensor& positive, const N
       write(i, sums1, sums2), write(batch + i, sums2, sums1);
     }
   });
-  return {loss, instance, consistency, rank, statistics};
+  return losses.with(statistics);
 }
 
 // Calls `function` with the passes for these views, keys and settings.

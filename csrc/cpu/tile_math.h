@@ -35,6 +35,17 @@ struct PanelStatistics {
     std::fill_n(max_s, kPanel<T>, std::numeric_limits<T>::lowest());
     std::fill_n(max_y, kPanel<T>, std::numeric_limits<T>::lowest());
   }
+
+  CO2Partial row(int64_t lane) const {
+    return {.max_s = max_s[lane],
+            .max_y = max_y[lane],
+            .z_instance = z_instance[lane],
+            .z_query = z_query[lane],
+            .z_key = z_key[lane],
+            .d_query = d_query[lane],
+            .d_key = d_key[lane],
+            .rank = static_cast<double>(rank[lane])};
+  }
 };
 
 // The coefficients of the second pass in vectors: those of a panel's rows in its lanes, or of one row in all.
