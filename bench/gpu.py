@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from bench.cases import Case, Inputs, Loss, implementation, inputs, step
+from train_ref.memory import PeakMemory
 
 MOST_SETS = 32
 
@@ -69,11 +70,10 @@ def peak_extra_mib(loss: Loss, one: Inputs) -> float:
     """What a step allocates at its peak, beyond what was there before it, its gradient included."""
     forget_gradients(one)
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    peak = PeakMemory(torch.device("cuda"))
     step(loss, *one)
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peak.read_mib()
 
 
 def wall_time_ms(loss: Loss, one: Inputs) -> float:

@@ -371,7 +371,7 @@ class TestStorage:
         script = """
 import sys, time, torch
 from pathlib import Path
-from train_ref.machine import resident_mib
+from train_ref.memory import resident_mib
 from tests.test_instances import Training, classifier
 start = time.perf_counter()
 of = classifier("disk", Path(sys.argv[1]), num_instances=10**9, dim=128, active=65536)
