@@ -1,4 +1,4 @@
-"""Peak memory of a step, in a process of its own: what resident memory reaches above what was there before."""
+"""Peak memory of a step on a CPU, in a process of its own."""
 
 from __future__ import annotations
 
