@@ -36,7 +36,7 @@ from .networks import Architecture
 from .parsing import PositiveFinite, Seed
 from .timing import LossClock
 
-# Of SGD, for each image of a batch: the papers' 0.03 for 256, and 0.06 for 512.
+# SGD's learning rate for each image of a batch: the papers' 0.03 for 256, and 0.06 for 512.
 LEARNING_RATE = 0.03 / 256
 ACTIVE = 256  # rows in a sampled softmax, in place of the paper's 65536, which are more than there are digits
 
@@ -53,7 +53,7 @@ FLOAT64_DRIFT = 1e-8  # whatever the eager runs do
 Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
 Criterion = Callable[[Method], nn.Module]  # from a method, with whose own criterion it may compute
 
-# Those that numbers and curves depend on.
+# The options that numbers and curves depend on.
 KEPT_SETTINGS = (
     "network", "steps", "precision", "dataset", "image_size", "batch_size", "queue_size", "dim",
     "learning_rate", "seed",
@@ -114,7 +114,7 @@ class Compared(nn.Module):
 
     @classmethod
     def in_training(cls, module: Method) -> Compared:
-        """Of a method's criterion, and of the parameters that its optimiser has by then."""
+        """Compares a method's criterion, and gradients of the parameters that its optimiser has by then."""
 
         def trained() -> list[nn.Parameter]:
             return [p for group in module.trainer.optimizers[0].param_groups for p in group["params"]]
@@ -379,7 +379,7 @@ class Validation:
         )
 
     def views(self) -> DrawnOnce:
-        """Those of all trainings."""
+        """The views of all trainings."""
         seed_everything(self.seed, verbose=False)
         views = DrawnOnce(
             dataset=self.dataset,
@@ -496,7 +496,7 @@ def available(backend: str) -> None:
 
 
 def draw(verdicts: list[Verdict], path: Path) -> None:
-    """Of each method both curves and, below them, how far fused and permuted eager runs are from eager."""
+    """Both curves of each method and, below them, how far fused and permuted eager runs are from eager."""
     columns = min(5, len(verdicts))
     rows = math.ceil(len(verdicts) / columns)
     figure = Figure(figsize=(3.2 * columns, 5 * rows), layout="constrained")
