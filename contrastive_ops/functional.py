@@ -662,7 +662,7 @@ def _check_weight(name: str, value: Any) -> None:
 
 
 def _warn_if_transposed(queue: Tensor) -> None:
-    """Warn of a square queue that seems to be transposed: only its numbers tell. A few of either are looked at,
+    """Warn of a square queue that seems transposed: only its numbers tell. A few of either are looked at,
     where that waits for no device and no program is being traced."""
     if (
         torch.compiler.is_compiling()
