@@ -79,6 +79,8 @@ lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent tests/typed_client.py
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typed_client.py
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: $(VENV)/.linters
@@ -103,5 +105,5 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py $(CSRC)
 	touch $@
 
 $(VENV)/.linters: $(VENV)/.installed
-	$(PIP) ruff mypy clang-format
+	$(PIP) ruff mypy 'pyright[nodejs]' clang-format
 	touch $@

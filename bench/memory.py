@@ -1,17 +1,11 @@
-"""Peak memory of a step, in a process of its own: what resident memory reaches above what was there before.
-
-Resident memory is what the kernel counts (Linux only), so that no allocator and no library's buffer hides.
-"""
+"""Peak memory of a step on a CPU, in a process of its own."""
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+import torch
 
 from bench.cases import Case, implementation, inputs, step
-from train_ref.machine import resident_mib
+from train_ref.memory import PeakMemory, in_fresh_process
 
 
 def peak_extra_mib(case: Case) -> float:
@@ -20,11 +14,7 @@ def peak_extra_mib(case: Case) -> float:
     Raises:
         concurrent.futures.process.BrokenProcessPool: the system killed the process for want of memory.
     """
-    # A server imports torch once, and each case gets a fresh child of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure, case).result()
+    return in_fresh_process(_measure, case)
 
 
 def _measure(case: Case) -> float:
@@ -34,8 +24,6 @@ def _measure(case: Case) -> float:
     step(loss, *(tensors if case.impl == "compile" else inputs(case.small())))
     for tensor in tensors:
         tensor.grad = None
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds back could serve the step unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = resident_mib("VmRSS")
+    peak = PeakMemory(torch.device("cpu"))
     step(loss, *tensors)
-    return resident_mib("VmHWM") - before
+    return peak.read_mib()

@@ -26,10 +26,40 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DOUBLE, _INDEX = (torch.float64,), (torch.int64,)
 
 
+def check_tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATING, dtype_of: str = "") -> None:
+    """Refuse what is no dense tensor of one of these dtypes.
+
+    Args:
+        name: the argument's, for the message, with what stands before it.
+        value: the argument.
+        dtypes: which it may have.
+        dtype_of: whose dtype that is, where it is another argument's.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.dtype not in dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be of dtype {wanted}{dtype_of}, got {value.dtype}")
+
+
+def check_filled(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor without elements."""
+    if 0 in tensor.shape:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(tensor.shape)}")
+
+
+def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    """Refuse a tensor that is elsewhere than a call's first."""
+    if tensor.device != first.device:
+        raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+
+
 @dataclass(frozen=True)
 class _Wanted:
-    """Of a tensor: its sizes, in which a letter stands for one number throughout a call, and its dtype, which
-    is one of some, that of another argument, or that of another's loss.
+    """What is asked of a tensor: its sizes, in which a letter stands for one number throughout a call, and
+    its dtype, which is one of some, that of another argument, or that of another's loss.
 
     It may be in the host's memory while others are on a GPU (`or_host`). Its values may be rows of another
     argument, each of them once (`distinct`).
@@ -49,10 +79,10 @@ _CONIC = {
     "weight": _Wanted("A D"),
     "target": _Wanted("B", _INDEX, rows_of="weight"),
 }
-_OF_CONIC = {"grad_loss": _Wanted("B", loss_of="views"), "statistics": _Wanted("V B 3", _DOUBLE)}
+_CONIC_BACKWARD = {"grad_loss": _Wanted("B", loss_of="views"), "statistics": _Wanted("V B 3", _DOUBLE)}
 _MOMENTUM = {"momentum_buffer": _Wanted("A D", like="weight")}
 
-# Of each operator in the order in which they are looked at; all are on the device of the first.
+# The tensors of each operator in the order in which they are looked at; all are on the device of the first.
 _TENSORS = {
     "co2": {"query": _Wanted("B D"), "key": _Wanted("B D"), "queue": _Wanted("K D")},
     "scale_gradient": {
@@ -67,8 +97,8 @@ _TENSORS = {
         "statistics": _Wanted("2B 5", _DOUBLE),
     },
     "conic": _CONIC,
-    "conic_backward": _CONIC | _OF_CONIC,
-    "conic_backward_sgd_": _CONIC | _MOMENTUM | _OF_CONIC,
+    "conic_backward": _CONIC | _CONIC_BACKWARD,
+    "conic_backward_sgd_": _CONIC | _MOMENTUM | _CONIC_BACKWARD,
     "sgd_": {"weight": _Wanted("A D"), **_MOMENTUM, "grad": _Wanted("A D")},
     "exchange_rows_": {
         "weight": _Wanted("A D"),
@@ -88,7 +118,7 @@ _KNOWN = 1024  # calls that are remembered of an operator
 
 
 class Checks:
-    """Those of one operator, whose schema says where its arguments stand, and which it writes."""
+    """The checks of one operator, whose schema says where its arguments stand, and which it writes."""
 
     def __init__(self, name: str, schema: torch._C.FunctionSchema) -> None:
         place = {argument.name: i for i, argument in enumerate(schema.arguments)}
@@ -111,7 +141,7 @@ class Checks:
         self._check_numbers(arguments)
 
     def __call__(self, arguments: Sequence[Any]) -> None:
-        """All of them."""
+        """All checks."""
         tensors = [arguments[place] for place in self._places]
         # Nearly every call has tensors like those of another, and to see that takes half the time.
         alike = tuple(map(_description, tensors))
@@ -137,19 +167,13 @@ class Checks:
         sizes: dict[str, int] = dict(_FIXED)
         first = next(iter(tensors))
         for name, wanted in self._wanted.items():
-            tensor, shape = tensors[name], wanted.shape.split()
-            if tensor is None:  # which schemas take for a tensor
-                self._refuse(TypeError, name, "be a torch.Tensor", None)
-            if tensor.layout is not torch.strided:
-                self._refuse(TypeError, name, "be a dense tensor", f"layout {tensor.layout}")
+            tensor, shape, said = tensors[name], wanted.shape.split(), f"{self._operator}: {name}"
             dtypes, why = wanted.dtypes, ""
             if wanted.like:
                 dtypes, why = (tensors[wanted.like].dtype,), f", that of {wanted.like}"
             elif wanted.loss_of:
                 dtypes, why = (computed_in(tensors[wanted.loss_of]),), f", that of a loss of {wanted.loss_of}"
-            if tensor.dtype not in dtypes:
-                words = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-                self._refuse(TypeError, name, f"be of dtype {words}{why}", tensor.dtype)
+            check_tensor(said, tensor, dtypes, why)
             if tensor.ndim != len(shape):
                 self._refuse_shape(name, tensor, shape, sizes)
             for dimension, size in zip(shape, tensor.shape, strict=True):
@@ -157,12 +181,10 @@ class Checks:
                     sizes[dimension] = 2 * sizes["B"]
                 if sizes.setdefault(dimension, size) != size:
                     self._refuse_shape(name, tensor, shape, sizes)
-                if size == 0 and not self._may_be_empty:
-                    self._refuse(ValueError, name, "not be empty", f"shape {tuple(tensor.shape)}")
-            device = tensors[first].device
-            in_host = wanted.or_host and tensor.is_cpu and device.type != "meta"
-            if tensor.device != device and not in_host:
-                self._refuse(ValueError, name, f"be on the device of {first}, {device}", tensor.device)
+            if not self._may_be_empty:
+                check_filled(said, tensor)
+            if not (wanted.or_host and tensor.is_cpu and tensors[first].device.type != "meta"):
+                check_device(said, tensor, first, tensors[first])
         return tensors
 
     def _check_numbers(self, arguments: Sequence[Any]) -> None:
@@ -198,7 +220,7 @@ class Checks:
                     self._check_pair(name, other, tensors)
 
     def _check_pair(self, name: str, other: str, tensors: Mapping[str, Tensor]) -> None:
-        """Of tensors whose spans overlap, and of which the first is written."""
+        """Refuse two tensors whose spans overlap, and of which the first is written, if they share memory."""
         if name != "outgoing" or other != "incoming" or not _same_records(tensors[name], tensors[other]):
             if _share_memory(tensors[name], tensors[other]):
                 self._refuse(ValueError, name, f"share no memory with {other}", "tensors that do")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATING
+from ._checks import check_device, check_filled, check_tensor
+from ._contract import CO2Settings, NTXentSettings
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -40,6 +41,52 @@ class LossMetrics(NamedTuple):
     positive_rank: Tensor
 
 
+class _QueueOptions(TypedDict, total=False):
+    """The keyword arguments that the losses over a queue share, for the types of their results alone."""
+
+    temperature: float
+    normalize: bool
+    reduction: Reduction
+    backend: str | None
+
+
+class _CO2Options(_QueueOptions, total=False):
+    consistency_temperature: float
+    consistency_weight: float
+    include_positive: bool
+
+
+class _ConsistencyOptions(_QueueOptions, total=False):
+    include_positive: bool
+
+
+class _NTXentOptions(_QueueOptions, total=False):
+    consistency_temperature: float
+    consistency_weight: float
+
+
+@overload
+def co2_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[_CO2Options],
+) -> Tensor: ...
+@overload
+def co2_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[_CO2Options],
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def co2_loss(
+    query: Tensor, key: Tensor, queue: Tensor, *, return_metrics: bool, **options: Unpack[_CO2Options]
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
 def co2_loss(
     query: Tensor,
     key: Tensor,
@@ -53,7 +100,7 @@ def co2_loss(
     reduction: Reduction = "mean",
     return_metrics: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, LossMetrics]:
     """InfoNCE plus CO2's consistency term, over a queue of negatives (Wei et al., ICLR 2021).
 
     With s_j = q̂·n_j, y_j = k̂·n_j over the K rows n_j of the queue and s_+ = q̂·k̂:
@@ -117,6 +164,28 @@ def co2_loss(
     )  # fmt: skip
 
 
+@overload
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[_QueueOptions],
+) -> Tensor: ...
+@overload
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[_QueueOptions],
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def info_nce_loss(
+    query: Tensor, key: Tensor, queue: Tensor, *, return_metrics: bool, **options: Unpack[_QueueOptions]
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
 def info_nce_loss(
     query: Tensor,
     key: Tensor,
@@ -127,7 +196,7 @@ def info_nce_loss(
     reduction: Reduction = "mean",
     return_metrics: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, LossMetrics]:
     """InfoNCE over a queue of negatives, the loss of MoCo (He et al., CVPR 2020).
 
         L = −s_+/τ + log(e^{s_+/τ} + Σ_j e^{s_j/τ}),   s_j = q̂·n_j,  s_+ = q̂·k̂
@@ -148,6 +217,28 @@ def info_nce_loss(
     )  # fmt: skip
 
 
+@overload
+def consistency_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[_ConsistencyOptions],
+) -> Tensor: ...
+@overload
+def consistency_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[_ConsistencyOptions],
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def consistency_loss(
+    query: Tensor, key: Tensor, queue: Tensor, *, return_metrics: bool, **options: Unpack[_ConsistencyOptions]
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
 def consistency_loss(
     query: Tensor,
     key: Tensor,
@@ -159,7 +250,7 @@ def consistency_loss(
     reduction: Reduction = "mean",
     return_metrics: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, LossMetrics]:
     """CO2's consistency term alone (Wei et al., ICLR 2021).
 
         L = ½ KL(P‖Q) + ½ KL(Q‖P),   Q = softmax_j(q̂·n_j/τ),  P = softmax_j(k̂·n_j/τ)
@@ -181,6 +272,18 @@ def consistency_loss(
     )  # fmt: skip
 
 
+@overload
+def nt_xent_loss(
+    view1: Tensor, view2: Tensor, *, return_metrics: Literal[False] = False, **options: Unpack[_NTXentOptions]
+) -> Tensor: ...
+@overload
+def nt_xent_loss(
+    view1: Tensor, view2: Tensor, *, return_metrics: Literal[True], **options: Unpack[_NTXentOptions]
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def nt_xent_loss(
+    view1: Tensor, view2: Tensor, *, return_metrics: bool, **options: Unpack[_NTXentOptions]
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
 def nt_xent_loss(
     view1: Tensor,
     view2: Tensor,
@@ -192,7 +295,7 @@ def nt_xent_loss(
     reduction: Reduction = "mean",
     return_metrics: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, LossMetrics]:
     """NT-Xent, the loss of SimCLR (Chen et al., ICML 2020), with CO2's consistency term if asked for.
 
     The 2 B rows z_i are the L2-normalised rows of both views. Row i's positive is its other view p(i), its
@@ -236,27 +339,23 @@ def nt_xent_loss(
         >>> loss.backward()
         >>> top1 = (metrics.positive_rank == 0).float().mean()
     """
-    _check_rows("view1", view1, "(B, D)")
-    _check_rows("view2", view2, "(B, D)")
-    if view2.shape != view1.shape:
-        raise ValueError(f"view2 must have the shape of view1, {_shape(view1)}, got {_shape(view2)}")
-    if view2.device != view1.device:
-        raise ValueError(f"view2 must be on the device of view1, {view1.device}, got {view2.device}")
-    _check_same_dtype("view2", view2, "view1", view1)
-    _check_temperature("temperature", temperature)
-    _check_temperature("consistency_temperature", consistency_temperature)
+    _check_rows("view1", view1, "(B, D)", "view1", view1)
+    _check_rows("view2", view2, "(B, D)", "view1", view1)
+    _check_alike("view2", view2, "view1", view1)
     _check_weight("consistency_weight", consistency_weight)
-    check_flag("normalize", normalize)
-    check_flag("return_metrics", return_metrics)
-    _check_reduction(reduction)
-    check_backend(backend)
+    temperatures = {"temperature": temperature, "consistency_temperature": consistency_temperature}
+    _check_settings(temperatures, reduction, return_metrics, backend, normalize=normalize)
 
+    settings = NTXentSettings(
+        temperature=float(temperature),
+        consistency_temperature=float(consistency_temperature),
+        consistency_weight=float(consistency_weight),
+        normalize=normalize,
+    )
     dtype = torch.promote_types(view1.dtype, view2.dtype)
     with _without_autocast(view1):
-        loss, *metrics, _ = _ops.nt_xent(
-            torch.stack([view1.to(dtype), view2.to(dtype)]), float(temperature),
-            float(consistency_temperature), float(consistency_weight), normalize, backend,
-        )  # fmt: skip
+        views = torch.stack([view1.to(dtype), view2.to(dtype)])
+        loss, *metrics, _ = _ops.nt_xent(views, *settings, backend)
     loss = _reduce(loss, reduction)
     return (loss, LossMetrics(*metrics)) if return_metrics else loss
 
@@ -304,6 +403,37 @@ class SGDStep:
     lock: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
 
+class _ConICOptions(TypedDict, total=False):
+    num_instances: int | None
+    temperature: float
+    consistency_weight: float
+    reduction: Reduction
+    update: SGDStep | None
+    backend: str | None
+
+
+@overload
+def conic_loss(
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[_ConICOptions],
+) -> Tensor: ...
+@overload
+def conic_loss(
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[_ConICOptions],
+) -> tuple[Tensor, ConICMetrics]: ...
+@overload
+def conic_loss(
+    views: Tensor, weight: Tensor, target: Tensor, *, return_metrics: bool, **options: Unpack[_ConICOptions]
+) -> Tensor | tuple[Tensor, ConICMetrics]: ...
 def conic_loss(
     views: Tensor,
     weight: Tensor,
@@ -316,7 +446,7 @@ def conic_loss(
     return_metrics: bool = False,
     update: SGDStep | None = None,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, ConICMetrics]:
     """Consistent instance classification, ConIC: every instance a class of its own.
 
     With views x^v of an instance whose row of the classifier is w_n, and the A rows w_j in its denominator:
@@ -370,19 +500,14 @@ def conic_loss(
         >>> to_image = conic_loss(text[None], image, own, **settings)
         >>> ((to_text + to_image) / 2).backward()
     """
-    _check_rows("views", views, "(V, B, D)")
-    _check_rows("weight", weight)
+    _check_rows("views", views, "(V, B, D)", "views", views)
+    _check_rows("weight", weight, "(A, D)", "views", views)
     if weight.shape[1] != views.shape[2]:
         raise ValueError(f"weight must be (A, D) with D = {views.shape[2]} as in views, got {_shape(weight)}")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be of dtype int64, got {target.dtype}")
+    check_tensor("target", target, (torch.int64,))
+    check_device("target", target, "views", views)
     if target.shape != views.shape[1:2]:
         raise ValueError(f"target must be (B,) with B = {views.shape[1]} as in views, got {_shape(target)}")
-    for name, tensor in (("weight", weight), ("target", target)):
-        if tensor.device != views.device:
-            raise ValueError(f"{name} must be on the device of views, {views.device}, got {tensor.device}")
     rows = weight.shape[0]
     if num_instances is not None:
         if isinstance(num_instances, bool) or not isinstance(num_instances, (int, np.integer)):
@@ -391,11 +516,8 @@ def conic_loss(
             raise ValueError(f"num_instances must be at least the {rows} rows of weight, got {num_instances}")
         if num_instances >= 2**63:
             raise ValueError(f"num_instances must be an int64, got {num_instances}")
-    _check_temperature("temperature", temperature)
     _check_weight("consistency_weight", consistency_weight)
-    check_flag("return_metrics", return_metrics)
-    _check_reduction(reduction)
-    check_backend(backend)
+    _check_settings({"temperature": temperature}, reduction, return_metrics, backend)
     if update is not None:
         if not isinstance(update, SGDStep):
             raise TypeError(f"update must come from DelayedSGD.in_backward(), got {type(update).__name__}")
@@ -433,41 +555,40 @@ def _queue_loss(
     return_metrics: bool,
     backend: str | None,
     consistency_temperature_name: str = "consistency_temperature",
-) -> Any:
-    _check_rows("query", query)
-    _check_rows("key", key)
-    _check_rows("queue", queue)
-    if key.shape != query.shape:
-        raise ValueError(f"key must have the shape of query, {_shape(query)}, got {_shape(key)}")
+) -> Tensor | tuple[Tensor, LossMetrics]:
+    _check_rows("query", query, "(B, D)", "query", query)
+    _check_rows("key", key, "(B, D)", "query", query)
+    _check_rows("queue", queue, "(K, D)", "query", query)
+    _check_alike("key", key, "query", query)
     if queue.shape[1] != query.shape[1]:
         raise ValueError(
             f"queue must be (K, D) with D = {query.shape[1]} as in query, got {_shape(queue)}"
             + ("; pass queue.T" if queue.shape[0] == query.shape[1] else "")
         )
     for name, tensor in (("key", key), ("queue", queue)):
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} gets no gradient from this loss, but requires one; pass {name}.detach()"
             )
-    _check_same_dtype("key", key, "query", query)
-    _check_temperature("temperature", temperature)
-    _check_temperature(consistency_temperature_name, consistency_temperature)
-    check_flag("include_positive", include_positive)
-    check_flag("normalize", normalize)
-    check_flag("return_metrics", return_metrics)
-    _check_reduction(reduction)
-    check_backend(backend)
+    temperatures = {"temperature": temperature, consistency_temperature_name: consistency_temperature}
+    _check_settings(
+        temperatures, reduction, return_metrics, backend,
+        include_positive=include_positive, normalize=normalize,
+    )  # fmt: skip
     if queue.shape[0] == queue.shape[1]:
         _warn_if_transposed(queue)
 
+    settings = CO2Settings(
+        temperature=float(temperature),
+        consistency_temperature=float(consistency_temperature),
+        instance_weight=instance_weight,
+        consistency_weight=float(consistency_weight),
+        include_positive=include_positive,
+        normalize=normalize,
+    )
     with _without_autocast(query):
-        loss, *metrics, _gradient = _ops.co2(
-            query, key, queue, float(temperature), float(consistency_temperature), instance_weight,
-            float(consistency_weight), include_positive, normalize,
-            query.requires_grad and torch.is_grad_enabled(), backend,
-        )  # fmt: skip
+        needs_gradient = query.requires_grad and torch.is_grad_enabled()
+        loss, *metrics, _gradient = _ops.co2(query, key, queue, *settings, needs_gradient, backend)
     loss = _reduce(loss, reduction)
     return (loss, LossMetrics(*metrics)) if return_metrics else loss
 
@@ -482,21 +603,28 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _check_rows(name: str, tensor: Any, wanted_shape: str = "(rows, D)") -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATING:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
-        raise TypeError(f"{name} must be of dtype {wanted}, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-    dimensions = wanted_shape.count(",") + 1
+def _check_rows(name: str, tensor: Any, shape: str, first_name: str, first: Any) -> None:
+    """A matrix, or several, with numbers in them, on the device of the first argument."""
+    check_tensor(name, tensor)
+    dimensions = shape.count(",") + 1
     if tensor.ndim != dimensions:
-        raise ValueError(
-            f"{name} must have {dimensions} dimensions {wanted_shape}, got shape {_shape(tensor)}"
-        )
-    if 0 in tensor.shape:
-        raise ValueError(f"{name} must not be empty, got shape {_shape(tensor)}")
+        raise ValueError(f"{name} must have {dimensions} dimensions {shape}, got shape {_shape(tensor)}")
+    check_filled(name, tensor)
+    check_device(name, tensor, first_name, first)
+
+
+def _check_settings(
+    temperatures: Mapping[str, Any], reduction: Any, return_metrics: Any, backend: Any, **flags: Any
+) -> None:
+    """What the settings of all losses have in common."""
+    for name, value in temperatures.items():
+        _check_temperature(name, value)
+    for name, value in flags.items():
+        check_flag(name, value)
+    check_flag("return_metrics", return_metrics)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_backend(backend)
 
 
 def _under_autocast(tensor: Tensor) -> bool:
@@ -508,11 +636,12 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False) if _under_autocast(tensor) else nullcontext()
 
 
-def _check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Under autocast dtypes may differ: there PyTorch's own losses take what is wide beside what is not."""
-    if tensor.dtype == other.dtype:
-        return
-    if not _under_autocast(other):
+def _check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse two tensors of different shapes or dtypes. Under autocast dtypes may differ: there PyTorch's own
+    losses take what is wide beside what is not."""
+    if tensor.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {_shape(other)}, got {_shape(tensor)}")
+    if tensor.dtype != other.dtype and not _under_autocast(other):
         raise TypeError(
             f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}; pass "
             f"{name}.to({other_name}.dtype), or compute the loss under torch.autocast, where they may differ"
@@ -533,7 +662,7 @@ def _check_weight(name: str, value: Any) -> None:
 
 
 def _warn_if_transposed(queue: Tensor) -> None:
-    """Of a square queue only the numbers tell which side the keys are on. A few of either are looked at,
+    """Warn of a square queue that seems transposed: only its numbers tell. A few of either are looked at,
     where that waits for no device and no program is being traced."""
     if (
         torch.compiler.is_compiling()
@@ -603,8 +732,3 @@ def check_backend(backend: Any) -> None:
 def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def _check_reduction(reduction: Any) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")

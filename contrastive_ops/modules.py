@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, dataclass_transform
 
 from torch import Tensor, nn
 
 from . import functional
+from .functional import Reduction
 
 
+@dataclass_transform(kw_only_default=True)
 class _Loss(nn.Module):
-    """Holds the keyword arguments of a loss as attributes, with the loss's own defaults."""
+    """Holds the keyword arguments of a loss, with the loss's own defaults, as fields of a dataclass."""
 
     _loss: Callable[..., Any]
-    __signature__: inspect.Signature
 
     def __init_subclass__(cls) -> None:
-        parameters = inspect.signature(cls._loss).parameters.values()
-        cls.__signature__ = inspect.Signature([p for p in parameters if p.kind is p.KEYWORD_ONLY])
-
-    def __init__(self, *positional: Any, **settings: Any) -> None:
-        super().__init__()
-        name, known = type(self).__name__, self.__signature__.parameters
-        if positional:
-            meant = ", ".join(f"{each}={value!r}" for each, value in zip(known, positional, strict=False))
-            raise TypeError(f"{name} takes its settings by keyword: {meant}")
-        for unknown in settings.keys() - known.keys():
-            raise TypeError(
-                f"{name}() got an unexpected keyword argument {unknown!r}; there are {', '.join(known)}"
-            )
-        bound = self.__signature__.bind(**settings)
-        bound.apply_defaults()
-        for setting, value in bound.arguments.items():
-            setattr(self, setting, value)
+        if "_loss" in cls.__dict__:  # a user's subclass has the settings of its parent
+            dataclass(kw_only=True, eq=False, repr=False)(cls)
+            cls.__init__ = _by_keyword(cls.__init__)  # type: ignore[method-assign]
 
     def settings(self) -> dict[str, Any]:
         """The loss's keyword arguments as they stand; each is an attribute, and may be changed."""
-        return {name: getattr(self, name) for name in self.__signature__.parameters}
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     def forward(self, *tensors: Tensor, **settings: Any) -> Any:
         """The loss of its tensors; `settings` take the place of the module's own in this call."""
@@ -48,11 +36,29 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
 
 
+def _by_keyword(init: Callable[..., None]) -> Callable[..., None]:
+    """The `__init__` of a loss's module, which says what settings there are where they are given wrongly."""
+
+    @functools.wraps(init)
+    def checked(self: _Loss, *positional: Any, **settings: Any) -> None:
+        name, known = type(self).__name__, [field.name for field in fields(self)]  # type: ignore[arg-type]
+        if positional:
+            meant = ", ".join(f"{each}={value!r}" for each, value in zip(known, positional, strict=False))
+            raise TypeError(f"{name} takes its settings by keyword: {meant}")
+        for unknown in settings.keys() - set(known):
+            raise TypeError(
+                f"{name}() got an unexpected keyword argument {unknown!r}; there are {', '.join(known)}"
+            )
+        nn.Module.__init__(self)
+        init(self, **settings)
+
+    return checked
+
+
 class CO2Loss(_Loss):
     """`co2_loss` with its settings; the defaults are the paper's for MoCo v2.
 
-    Args:
-        **settings: the keyword arguments of `co2_loss`.
+    Its settings are the keyword arguments of `co2_loss`, and its attributes.
 
     Example:
         >>> import torch
@@ -63,12 +69,20 @@ class CO2Loss(_Loss):
 
     _loss = staticmethod(functional.co2_loss)
 
+    temperature: float = 0.2
+    consistency_temperature: float = 0.05
+    consistency_weight: float = 0.3
+    include_positive: bool = False
+    normalize: bool = True
+    reduction: Reduction = "mean"
+    return_metrics: bool = False
+    backend: str | None = None
+
 
 class InfoNCELoss(_Loss):
     """`info_nce_loss` with its settings.
 
-    Args:
-        **settings: the keyword arguments of `info_nce_loss`.
+    Its settings are the keyword arguments of `info_nce_loss`, and its attributes.
 
     Example:
         >>> import torch
@@ -78,12 +92,17 @@ class InfoNCELoss(_Loss):
 
     _loss = staticmethod(functional.info_nce_loss)
 
+    temperature: float = 0.2
+    normalize: bool = True
+    reduction: Reduction = "mean"
+    return_metrics: bool = False
+    backend: str | None = None
+
 
 class ConsistencyLoss(_Loss):
     """`consistency_loss` with its settings.
 
-    Args:
-        **settings: the keyword arguments of `consistency_loss`.
+    Its settings are the keyword arguments of `consistency_loss`, and its attributes.
 
     Example:
         >>> import torch
@@ -93,12 +112,18 @@ class ConsistencyLoss(_Loss):
 
     _loss = staticmethod(functional.consistency_loss)
 
+    temperature: float = 0.05
+    include_positive: bool = False
+    normalize: bool = True
+    reduction: Reduction = "mean"
+    return_metrics: bool = False
+    backend: str | None = None
+
 
 class NTXentLoss(_Loss):
     """`nt_xent_loss` with its settings.
 
-    Args:
-        **settings: the keyword arguments of `nt_xent_loss`.
+    Its settings are the keyword arguments of `nt_xent_loss`, and its attributes.
 
     Example:
         >>> import torch
@@ -108,12 +133,20 @@ class NTXentLoss(_Loss):
 
     _loss = staticmethod(functional.nt_xent_loss)
 
+    temperature: float = 0.5
+    consistency_weight: float = 0.0
+    consistency_temperature: float = 0.05
+    normalize: bool = True
+    reduction: Reduction = "mean"
+    return_metrics: bool = False
+    backend: str | None = None
+
 
 class ConICLoss(_Loss):
     """`conic_loss` with its settings; the defaults are the paper's.
 
-    Args:
-        **settings: the keyword arguments of `conic_loss`.
+    Its settings are the keyword arguments of `conic_loss`, and its attributes. A step of SGD (`update`) is
+    taken once, and so is given to the call: ``criterion(views, weight, target, update=step)``.
 
     Example:
         >>> import torch
@@ -123,3 +156,10 @@ class ConICLoss(_Loss):
     """
 
     _loss = staticmethod(functional.conic_loss)
+
+    num_instances: int | None = None
+    temperature: float = 0.1
+    consistency_weight: float = 2.5
+    reduction: Reduction = "mean"
+    return_metrics: bool = False
+    backend: str | None = None

@@ -205,6 +205,31 @@ def test_modules_say_how_their_settings_are_given(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_modules_have_the_settings_and_defaults_of_their_function(name: str) -> None:
+    module = getattr(contrastive_ops, name)
+    settings = [
+        parameter
+        for parameter in inspect.signature(module._loss).parameters.values()
+        # A step is taken once: it is an argument of a call.
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "update"
+    ]
+    assert list(inspect.signature(module).parameters.values()) == settings
+
+
+def test_a_subclass_has_an_init_of_its_own() -> None:
+    class Scheduled(contrastive_ops.CO2Loss):
+        def __init__(self, steps: int) -> None:
+            super().__init__(temperature=0.5)
+            self.steps = steps
+
+    module = Scheduled(3)
+    assert (module.steps, module.temperature) == (3, 0.5)
+    assert "steps" not in module.settings()
+    query, key, queue = Case(batch=4, keys=6, dim=3).tensors()
+    assert torch.equal(module(query, key, queue), co2_loss(query, key, queue, temperature=0.5))
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_modules_list_what_settings_there_are(name: str) -> None:
     module = getattr(contrastive_ops, name)
     known = ", ".join(inspect.signature(module).parameters)

@@ -1,4 +1,4 @@
-"""The three steps of each loss, in every backend: over parts of the keys they give what a whole loss gives."""
+"""The three steps of a loss, in every backend: over parts of the keys they give what the whole loss gives."""
 
 from __future__ import annotations
 
