@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 import triton
-from contrastive_ops import kernels
-from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentSettings, SGDSettings
 from contrastive_ops.kernels import _launch, _tiles
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from contrastive_ops import kernels
+from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentSettings, SGDSettings
 from train_ref.markdown import table
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -138,7 +138,11 @@ def record(
                 queue = matrix(torch.float32 if precision == "wide" else dtype)
                 weight = 0.3 if consistency else 0.0
                 kernels.co2(
-                    empty(256, dim), empty(256, dim), queue, CO2Settings(0.2, 0.05, 1.0, weight, True, True), True
+                    empty(256, dim),
+                    empty(256, dim),
+                    queue,
+                    CO2Settings(0.2, 0.05, 1.0, weight, True, True),
+                    True,
                 )
             elif loss == "conic":
                 views, weights, settings = empty(2, 512, dim), matrix(weight_dtype), ConICSettings(0.1, 2.5)

@@ -19,7 +19,8 @@ MAX_DIM = 1024
 _MODULES = {
     "_co2": ("co2", "co2_statistics", "co2_merge", "co2_gradient"),
     "_conic": (
-        "conic", "conic_positives", "conic_statistics", "conic_merge", "conic_gradient", "conic_gradient_sgd_",
+        "conic", "conic_positives", "conic_statistics", "conic_merge", "conic_gradient",
+        "conic_gradient_sgd_",
     ),
     "_nt_xent": ("nt_xent", "nt_xent_statistics", "nt_xent_merge", "nt_xent_gradient"),
     "_sgd": ("sgd_",),

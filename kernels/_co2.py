@@ -43,7 +43,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .._contract import CO2Partial, CO2Row, CO2Settings, Losses
-
 from ._device import (
     LARGEST_FLOAT16,
     LOWEST,
@@ -61,7 +60,7 @@ from ._device import (
     split,
     store_fields,
 )
-from ._launch import LOG2_E, Chip, Launch, Products, chip_of, current, lanes, matrix, plan, precision_of
+from ._launch import LOG2_E, Launch, Products, chip_of, current, lanes, matrix, plan, precision_of
 
 _LN_2 = tl.constexpr(math.log(2))
 _PARTIAL, _ROW = tl.constexpr(len(CO2Partial._fields)), tl.constexpr(len(CO2Row._fields))

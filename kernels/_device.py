@@ -85,9 +85,10 @@ def store(block, tile, columns, dim, WHOLE_ROWS: tl.constexpr = False, WHOLE_COL
 @triton.jit
 def load_fields(record, COUNT: tl.constexpr, mask=None):
     """The fields of records, a tuple for a class of `_contract.py`; where masked, 0."""
-    fields = (tl.load(record, mask=mask, other=None if mask is None else 0.0),)
-    for i in tl.static_range(1, COUNT):
-        fields = fields + (tl.load(record + i, mask=mask, other=None if mask is None else 0.0),)
+    other: tl.constexpr = None if mask is None else 0.0
+    fields = (tl.load(record, mask=mask, other=other),)
+    for i in tl.static_range(1, COUNT):  # Triton unpacks no tuple in another.
+        fields = fields + (tl.load(record + i, mask=mask, other=other),)  # noqa: RUF005
     return fields
 
 

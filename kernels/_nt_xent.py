@@ -1,5 +1,5 @@
-"""NT-Xent, and CO2 on it, on GPUs: what contrastive_ops/reference.py specifies, without the similarities of all
-rows with all.
+"""NT-Xent, and CO2 on it, on GPUs: what contrastive_ops/reference.py specifies, without the similarities of
+all rows with all.
 
 Plan. Rows are kept in the order of instances, so that a key and its partner are neighbours. A program holds
 a block of instances, as many rows of each view, and walks a range of keys, which are the rows of both
@@ -21,8 +21,8 @@ Backward
 3. finish       adds the parts up in a fixed order, adds the positive's, differentiates the normalisation.
 
 Rows and keys are the same, unless some instances are given as keys (`NTXentKeys`), which then are prepared
-as well. There are no atomics: equal input gives equal bits. Only tiles that have a block's own instances, or end
-past the last row, are masked.
+as well. There are no atomics: equal input gives equal bits. Only tiles that have a block's own instances, or
+end past the last row, are masked.
 
     G_ij = c_i e^{s_ij/τ} + e^{s_ij/τc} (k_i + b_i (s_ij − s_p(i)j)) − p_i e^{s_p(i)j/τc}
 
@@ -146,8 +146,8 @@ _TOP = tl.constexpr(_Pull._fields.index("top"))
 _LARGEST_SCALE = 64.0
 # In float16 H is multiplied by a power of two. The largest of the rows' sizes, which are the sums of their
 # coefficients, then lies in (2⁵, 2⁶], and |H| is at most twice that times 1 + 4/τc: with the lowest τc that
-# needs no maximum, 0.0226, it is 128 · 178 = 22784, and float16 holds 65504. Sizes below 2⁻⁵⁴ are left smaller:
-# a factor above 2⁶⁰ times e^{s/τ}, up to 2⁶⁴, might overflow.
+# needs no maximum, 0.0226, it is 128 · 178 = 22784, and float16 holds 65504. The largest factor is 2⁶⁰, for
+# sizes of 2⁻⁵⁴ and less: times e^{s/τ}, which is up to 2⁶⁴, float32 still holds it.
 _LOG2_UNIT, _LEAST_LOG2_SIZE = tl.constexpr(6.0), tl.constexpr(-54.0)
 
 
@@ -194,7 +194,10 @@ def _prepare_kernel(
         tl.store(norm + batch + instance, norm2, mask=inside)
     if rows.pull is not None:
         for view in tl.static_range(2):
-            own, partner = (instance + view * batch).to(tl.int64), (instance + (1 - view) * batch).to(tl.int64)
+            own, partner = (
+                (instance + view * batch).to(tl.int64),
+                (instance + (1 - view) * batch).to(tl.int64),
+            )
             known = NTXentCoefficients(
                 *load_fields(coefficients + own * _COEFFICIENTS, _COEFFICIENTS, inside)
             )
@@ -220,7 +223,7 @@ def _prepare_kernel(
             to = rows.pull + row * _PULL + view
             pull = (instance_weight.to(tl.float32), query, slope.to(tl.float32), key)
             if RELATIVE:
-                pull = pull + (known.max_s.to(tl.float32), query_low, key_low)
+                pull = pull + (known.max_s.to(tl.float32), query_low, key_low)  # noqa: RUF005
             for field in tl.static_range(len(pull)):
                 tl.store(to + 2 * field, pull[field])
 
@@ -469,7 +472,9 @@ def _pull_of_keys(pull, start, KEYS: tl.constexpr, RELATIVE: tl.constexpr):
 
 
 @triton.jit
-def _add_pull(g, s, y, known, other, scales, CONSISTENCY: tl.constexpr, RELATIVE: tl.constexpr, LOW: tl.constexpr):
+def _add_pull(
+    g, s, y, known, other, scales, CONSISTENCY: tl.constexpr, RELATIVE: tl.constexpr, LOW: tl.constexpr
+):
     """g + ∂L/∂s of a row's similarities s, where y are those of its partner; `known` and `other` are their
     pulls, and `scales` log2(e)/τ, log2(e)/τc and log2 of what all is multiplied by."""
     scale, scale_c, shift = scales
@@ -555,7 +560,9 @@ def _gradient_kernel(
             s = product(z, tl.trans(tile), tl.zeros([2 * ROWS, KEYS], tl.float32), TILE.precision)
             s, y = tl.split(tl.permute(tl.reshape(s, [2, ROWS, KEYS]), [1, 2, 0]))
         else:
-            s, y, tile = similarities(view1, view2, Block(tile_rows, index, 0), (z1, z2), unit.row, True, TILE)
+            s, y, tile = similarities(
+                view1, view2, Block(tile_rows, index, 0), (z1, z2), unit.row, True, TILE
+            )
         key1, key2 = _pull_of_keys(key_rows.pull, start, KEYS, RELATIVE)
         # A key and its partner are neighbours, which one thread holds, as it does a row and its partner.
         s1, s2 = tl.split(tl.reshape(s, [ROWS, KEYS // 2, 2]))
