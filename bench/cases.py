@@ -250,18 +250,47 @@ def _classifier_inputs(case: Case, device: str) -> Inputs:
 _MOCO = {"temperature": 0.07, "consistency_temperature": 0.04, "consistency_weight": 10.0}
 _SIMCLR = {"temperature": 0.1, "consistency_temperature": 0.05, "consistency_weight": 0.0}
 _CONIC = {"num_instances": 1_281_167, "temperature": 0.1, "consistency_weight": 2.5}
+_CO2 = Problem(
+    fused=co2_loss,
+    eager=eager_co2,
+    settings=_MOCO,
+    inputs=_queue_inputs,
+    products=5,
+    exponentials=6,
+    eager_matrices=12,
+    headline=(256, 65536),
+)
+_NT_XENT = Problem(
+    fused=nt_xent_loss,
+    eager=eager_nt_xent,
+    settings=_SIMCLR,
+    inputs=_view_inputs,
+    products=2,
+    exponentials=2,
+    eager_matrices=4,
+    headline=(4096, 4096),
+    among_rows=True,
+)
 PROBLEMS = {
-    "co2": Problem(co2_loss, eager_co2, _MOCO, _queue_inputs, 5, 6, 12, (256, 65536)),
-    "info_nce": Problem(
-        co2_loss, eager_co2, _MOCO | {"consistency_weight": 0.0}, _queue_inputs, 3, 2, 4, (256, 65536)
+    "co2": _CO2,
+    "info_nce": replace(
+        _CO2, settings=_MOCO | {"consistency_weight": 0.0}, products=3, exponentials=2, eager_matrices=4
     ),
-    "nt_xent": Problem(nt_xent_loss, eager_nt_xent, _SIMCLR, _view_inputs, 2, 2, 4, (4096, 4096), True),
-    "nt_xent_co2": Problem(
-        nt_xent_loss, eager_nt_xent, _SIMCLR | {"consistency_weight": 1.0}, _view_inputs, 2, 4, 23,
-        (4096, 4096), True,
+    "nt_xent": _NT_XENT,
+    "nt_xent_co2": replace(
+        _NT_XENT, settings=_SIMCLR | {"consistency_weight": 1.0}, exponentials=4, eager_matrices=23
     ),
-    "conic": Problem(conic_loss, eager_conic, _CONIC, _classifier_inputs, 4, 2, 5, (512, 65536)),
-}  # fmt: skip
+    "conic": Problem(
+        fused=conic_loss,
+        eager=eager_conic,
+        settings=_CONIC,
+        inputs=_classifier_inputs,
+        products=4,
+        exponentials=2,
+        eager_matrices=5,
+        headline=(512, 65536),
+    ),
+}
 
 
 def implementation(case: Case) -> Loss:

@@ -7,16 +7,69 @@ other, which is the GPU's time or the host's own, whichever is longer.
 
 from __future__ import annotations
 
+import gc
+import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.cases import Case, Inputs, Loss, implementation, inputs, step
+from bench import ceilings
+from bench.cases import Case, Inputs, Loss, grid, implementation, inputs, step
+from bench.records import Result, case_of, record, write
+from train_ref.memory import PeakMemory
 
 MOST_SETS = 32
+
+
+def run(machine: dict[str, Any], chosen: Callable[[str], bool], output: Path) -> int:
+    """Measure the chosen cases, and write each down at once. What the file has already is not measured again.
+
+    Args:
+        machine: as results tell it.
+        chosen: whether a case of that name is to be measured.
+        output: a JSON file.
+
+    Returns:
+        The exit status, which is always good: what does not fit the GPU's memory is left out.
+    """
+    result = begun(machine, output)
+    done = {str(case_of(each)) for each in result["records"]}
+    for case in grid("cuda"):
+        if not chosen(str(case)) or str(case) in done:
+            continue
+        try:
+            measured = measure(case)
+        except torch.OutOfMemoryError:
+            print(f"{case}: does not fit", flush=True)
+            continue
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        result["records"].append(record(case, measured, result["ceilings"]))
+        write(result, output)
+        print(told(case, result["records"][-1]), flush=True)
+    return 0
+
+
+def begun(machine: dict[str, Any], output: Path) -> Result:
+    """The result that a run before this one has left, or one without records."""
+    if output.exists():
+        return json.loads(output.read_text(encoding="utf-8"))
+    print("Measuring what the GPU can do at best", flush=True)
+    return {"machine": machine, "ceilings": ceilings.measure("cuda"), "records": []}
+
+
+def told(case: Case, record: dict[str, Any]) -> str:
+    ms, floor = record["ms"], record["floor_ms"]
+    return (
+        f"{case}: {ms:.4f} ms, {ms / floor:.2f} × its floor, {case.operations / ms / 1e9:.0f} TFLOP/s, "
+        f"warm {record['warm_ms']:.4f} ms, wall {record['wall_ms']:.4f} ms, {record['peak_mib']:.1f} MiB"
+    )
 
 
 def measure(case: Case) -> dict:
@@ -69,11 +122,10 @@ def peak_extra_mib(loss: Loss, one: Inputs) -> float:
     """What a step allocates at its peak, beyond what was there before it, its gradient included."""
     forget_gradients(one)
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    peak = PeakMemory(torch.device("cuda"))
     step(loss, *one)
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peak.read_mib()
 
 
 def wall_time_ms(loss: Loss, one: Inputs) -> float:

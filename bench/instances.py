@@ -40,7 +40,7 @@ STEP = SGDSettings(lr=0.06, momentum=0.9, weight_decay=1e-4, nesterov=False)
 
 
 def seconds(run: Callable[[], Any], rounds: int, device: str) -> list[float]:
-    """Of each round after a first that warms up."""
+    """What each round takes, after a first that warms up."""
     taken = []
     for _ in range(rounds + 1):
         if device == "cuda":
@@ -81,12 +81,12 @@ class Training:
         self.step(ahead=True)
 
     def step(self, ahead: bool = False) -> None:
-        of = self.classifier
-        target = of.activate(self.batch(BATCH // 2))
+        classifier = self.classifier
+        target = classifier.activate(self.batch(BATCH // 2))
         if ahead:
             at = self.at if self.at + BATCH // 2 <= len(self.order) else 0
-            of.prefetch(self.order[at : at + BATCH // 2])
-        loss = conic_loss(self.views, of.weight, target, num_instances=of.num_instances)
+            classifier.prefetch(self.order[at : at + BATCH // 2])
+        loss = conic_loss(self.views, classifier.weight, target, num_instances=classifier.num_instances)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -111,7 +111,7 @@ def dense_update(count: int, device: str, rounds: int) -> dict[str, Any]:
 
 
 def activations(device: str, tier: str, count: int, batches: int) -> list[dict[str, Any]]:
-    """Of rows never seen before, and of rows that were evicted once and have to be caught up."""
+    """Activating rows never seen before, and rows that were evicted once and have to be caught up."""
     with tempfile.TemporaryDirectory() as folder:
         path = folder if tier == "disk" else None
         training = Training(count, device, storage=tier, path=path)
@@ -183,17 +183,17 @@ def steps_that_read_ahead(trainings: dict[str, Training], device: str, rounds: i
 
 
 def disk(device: str, count: int, rounds: int) -> list[dict[str, Any]]:
-    """Its rows, all of which were kept before, beside those of "device"."""
+    """What rows on disk cost that were all kept before, beside rows of the tier "device"."""
     with tempfile.TemporaryDirectory() as folder:
         trainings = {
             "device": Training(count, device),
             "disk": Training(count, device, storage="disk", path=folder),
         }
-        of = trainings["disk"].classifier
-        fill(of._storage, count)
-        records = calls_of_stores({"disk": of._storage}, count, rounds * 15)
+        classifier = trainings["disk"].classifier
+        fill(classifier._storage, count)
+        records = calls_of_stores({"disk": classifier._storage}, count, rounds * 15)
         records += steps_that_read_ahead(trainings, device, rounds)
-        of.close()
+        classifier.close()
     return records
 
 

@@ -197,7 +197,7 @@ def memory_table(result: Result, **where: object) -> str:
 
 
 def newest_results() -> list[Result]:
-    """Of the losses, the newest of a CPU and the newest of a GPU, as far as there are any."""
+    """The losses' newest result of a CPU and their newest of a GPU, as far as there are any."""
     newest = {result.on_gpu: result for result in map(Result, loss_results())}
     return [newest[on_gpu] for on_gpu in sorted(newest)]
 
@@ -332,7 +332,7 @@ def number(value: float | None) -> str:
 
 
 def speed_up(records: Records, peer: str, field: str = "ms") -> str:
-    """Of the fastest fused implementation over a peer."""
+    """How many times as fast as a peer the fastest fused implementation is."""
     fused = [r[field] for impl, r in records.items() if impl not in PEERS]
     return f"{records[peer][field] / min(fused):.1f} ×" if fused and peer in records else "–"
 

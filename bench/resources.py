@@ -16,28 +16,20 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
-from contrastive_ops.kernels import _co2, _conic, _nt_xent, _rows, _walk
-from contrastive_ops.kernels._tiles import (
-    CONIC_OTHER,
-    CONIC_TABLES,
-    NT_XENT_OTHER,
-    NT_XENT_TABLES,
-    OTHER,
-    TABLES,
-    Tiles,
-    select_conic_tiles,
-    select_nt_xent_tiles,
-    select_tiles,
-)
+from contrastive_ops.kernels import _launch, _tiles
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
+from contrastive_ops import kernels
+from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentSettings, SGDSettings
 from train_ref.markdown import table
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -49,13 +41,9 @@ TENSOR_COLUMNS = 512  # of its tensor memory, where it has one
 ISSUED, EXPONENTIALS = 128, 16
 OPERATIONS = {(8, 0): 2048, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
 UNITS = ("instructions", "exponentials", "products")
-UNSPECIALIZED = (
-    "batch", "keys", "ranges", "count", "views_count", "rows", "padded_rows", "active", "coming", "going",
-)  # fmt: skip
 SLOWER = {"half": 1, "wide": 1, "tf32": 2, "tf32x3": 6}
 CHIPS = {(8, 0): ("A100", 108, 1.41), (9, 0): ("H200", 132, 1.98)}  # multiprocessors, highest clock in GHz
 
-MODULES = {"co2": _co2, "conic": _conic, "nt_xent": _nt_xent, "rows": _rows}
 # The kernels that walk: how many products of D operations a pair takes for similarities, and for a gradient.
 WALKING = {
     "co2.statistics": (2, 0),
@@ -72,20 +60,8 @@ SMALL = (
     "nt_xent.prepare", "nt_xent.merge", "nt_xent.finish",
 )  # fmt: skip
 PAIRS = {"co2": 256 << 16, "conic": 1024 << 16, "nt_xent": 8192**2}
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 DTYPES = {"half": torch.bfloat16, "wide": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
-
-# What the launchers pass, by name: Triton may take integers to be multiples of 16.
-TYPES = {
-    "partial": "*fp32", "merged": "*fp64", "parts": "*fp32", "gradient": "*fp32", "positive_rank": "*i64",
-    "loss": "*fp32", "instance_loss": "*fp32", "consistency_loss": "*fp32", "scale": "fp32", "ratio": "fp32",
-    "tau": "fp64", "tau_c": "fp64", "instance_weight": "fp64", "consistency_weight": "fp64",
-    "record": "*fp32", "inverse": "*fp32", "norm": "*fp64", "positive": "*fp64", "statistics": "*fp64",
-    "target": "*i64", "grad_loss": "*fp32", "classification_loss": "*fp32", "momentum_buffer": "*fp32",
-    "log_compensation": "fp64", "lr": "fp32", "momentum": "fp32", "weight_decay": "fp32", "grad": "*fp32",
-    "slots": "*i64", "incoming": "*fp32", "incoming_rows": "*i64", "coefficients": "*fp64",
-    "outgoing": "*fp32", "outgoing_rows": "*i64", "size": "*fp32", "scale_c": "fp32",
-}  # fmt: skip
+MULTIPROCESSORS = 132  # of the chip that calls are planned for
 
 
 @dataclass(frozen=True)
@@ -99,28 +75,19 @@ class Resources:
     ptx: str
     loop: dict[str, float]
 
-    def programs(self, tiles: Tiles, shared_kib: int) -> int:
+    def programs(self, tiles: _tiles.Tiling, shared_kib: int) -> int:
         """How many fit on a multiprocessor, whose registers go out by eights a thread."""
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32 * tiles.warps)
         by_shared = shared_kib * 1024 // (self.shared_bytes + 1024)  # 1 KiB is the system's
         return min(by_registers, by_shared, TENSOR_COLUMNS // max(1, self.tensor_columns))
 
 
-def tiles_of(name: str, capability: tuple[int, int], precision: str, dim: int) -> Tiles:
-    loss, kernel = name.split(".")
-    if loss == "co2":
-        return select_tiles(capability, precision, dim)[kernel == "gradient"]
-    select = select_conic_tiles if loss == "conic" else select_nt_xent_tiles
-    tiles: Tiles = getattr(select(capability, precision, dim), kernel)
-    return tiles
-
-
 def clocks(
     made: Resources, name: str, capability: tuple[int, int], precision: str, dim: int
 ) -> dict[str, float]:
     """Clocks of a multiprocessor that a pair of row and key takes of each of its units."""
-    tiles = tiles_of(name, capability, precision, dim)
-    chunks = -(-dim // _walk.tile_options(tiles, dim).get("WIDTH", dim))
+    tiles = _tiles.select(name, capability, precision, dim)
+    chunks = -(-dim // tiles.width) if tiles.width and dim > tiles.depth else 1
     of_similarities, of_gradient = WALKING[name]
     products = of_similarities * chunks + of_gradient
     taken = {
@@ -133,110 +100,112 @@ def clocks(
     return taken
 
 
-def compile_kernel(
-    name: str,
+def record(
+    loss: str,
     capability: tuple[int, int],
     precision: str,
     dim: int,
     *,
-    tiles: Tiles | None = None,
     columns: bool = False,
     dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype = torch.float32,
     keys: int = 65536,
     consistency: bool = True,
-    step: bool = True,
     relative: bool = False,
-) -> Resources:
-    """One of the kernels, such as "co2.merge", as it is launched for `PAIRS` on a chip of 132
-    multiprocessors; `columns` is the (D, K) order of keys; without `consistency` CO2 is InfoNCE; without
-    `step` ConIC stores the weight's gradient, and NT-Xent prepares its forward; `relative` is NT-Xent's
-    gradient of rows that are not normalised; `tiles` stand in for the table's."""
-    loss, name = name.split(".")
-    module, dtype = MODULES[loss], dtype or DTYPES[precision]
-    if name == "plain":
-        name, consistency = "gradient", False
-    relative = relative or precision == "tf32x3"
-    kernel = getattr(module, f"_{name}_kernel")
-    constants: dict[str, object] = {}
-    options: dict[str, object] = {}
-    if loss == "co2":
-        launch = getattr(_co2._plan(256, keys, dim, dtype, precision, (capability, 132)), name)
-        options = dict(launch.options)
-        if tiles:
-            options |= _walk.walk(tiles, 256, keys, dim, 132).options
-        constants = {
-            "INSTANCE": True, "CONSISTENCY": consistency, "INCLUDE_POSITIVE": True, "NORMALIZE": True,
-            "query_column": 1, "key_column": 1, "queue_row" if columns else "queue_column": 1,
-        }  # fmt: skip
-    elif loss == "conic":
-        launch = getattr(_conic._plan(2, 512, keys, dim, dtype, precision, (capability, 132)), name)
-        options = dict(launch.options)
-        if tiles:
-            options |= _walk.tile_options(tiles, dim) | {"WHOLE_KEYS": True}
-            held, walked = ("BLOCK_B", "BLOCK_K") if name == "views" else ("BLOCK_K", "BLOCK_B")
-            options |= {held: tiles.rows, walked: tiles.keys}
-        step = step and options.get("WHOLE_ROWS", True)
-        constants = {
-            "BACKWARD": not step, "STEP": step, "NESTEROV": False,
-            "view_column": 1, "momentum_column": 1, "weight_row" if columns else "weight_column": 1,
-        }  # fmt: skip
-        if name == "prepare":
-            constants |= dict.fromkeys(("statistics", "grad_loss") if step else ("positive",))
-        if name == "weight":
-            constants["gradient" if step else "momentum_buffer"] = None
-    elif loss == "nt_xent":
-        plan = _nt_xent._plan(4096, dim, dtype, precision, consistency, (capability, 132))
-        options = dict(getattr(plan, name).options)
-        if tiles:
-            walking = _walk.walk(tiles, 4096, 8192, dim, 132).options
-            options |= {option: value for option, value in walking.items() if option in options}
-            options["STACKED"] = tiles.stacked
-        constants = {
-            "BACKWARD": step, "NORMALIZE": True, "RELATIVE": relative, "CONSISTENCY": consistency,
-            "view_column": 1, "grad_loss_stride": 1,
-        }  # fmt: skip
-        if name == "prepare":
-            backwards = ("grad_loss", "statistics", "norm", "record", "size")
-            constants |= dict.fromkeys(("positive",) if step else backwards)
-    else:
-        options = {"BLOCK": 128 if name == "exchange" else _rows._BLOCK}
-        constants = {"NESTEROV": False, "CONTIGUOUS": True} | {
-            f"{of}_column": 1 for of in ("weight", "buffer", "grad", "incoming", "outgoing")
-        }
-    warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
-    constants |= options
-    rows = _POINTERS[dtype]
-    types = TYPES | dict.fromkeys(("query", "key", "queue", "views", "unit"), rows)
-    if precision == "wide":
-        types["queue"] = _POINTERS[torch.float32]
-    types["weight"] = types["momentum_buffer"] = _POINTERS[weight_dtype]
-    if loss != "co2" and name == "finish":
-        types["gradient"] = rows
-    if loss != "co2" and name in ("prepare", "merge"):
-        types |= dict.fromkeys(("scale", "scale_c", "ratio"), "fp64")
+) -> dict[str, list[_launch.Call]]:
+    """The calls of a loss's kernels, forward and backward, by name and in their order.
 
-    signature, attributes = {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        signature[argument] = "constexpr" if argument in constants else types.get(argument, "i32")
-        if signature[argument][0] in "*i" and argument not in UNSPECIALIZED:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        kernel,
-        signature,
-        {(kernel.arg_names.index(key),): value for key, value in constants.items() if key in signature},
-        attributes,
+    Args:
+        loss: "co2", of 256 rows; "conic", of two views of 512 instances, with a gradient of the weight, and
+            then with a step of SGD; or "nt_xent", of 4096 instances.
+        columns: whether the keys are in (D, K) order.
+        consistency: without, CO2 is InfoNCE, and NT-Xent's gradient is "plain".
+        relative: whether NT-Xent's rows are not normalised.
+    """
+    dtype = dtype or DTYPES[precision]
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def matrix(dtype: torch.dtype) -> Tensor:
+        return empty(dim, keys, dtype=dtype).T if columns else empty(keys, dim, dtype=dtype)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        with _launch.recording(_launch.Chip(capability, MULTIPROCESSORS)) as calls:
+            if loss == "co2":
+                queue = matrix(torch.float32 if precision == "wide" else dtype)
+                weight = 0.3 if consistency else 0.0
+                kernels.co2(
+                    empty(256, dim),
+                    empty(256, dim),
+                    queue,
+                    CO2Settings(0.2, 0.05, 1.0, weight, True, True),
+                    True,
+                )
+            elif loss == "conic":
+                views, weights, settings = empty(2, 512, dim), matrix(weight_dtype), ConICSettings(0.1, 2.5)
+                target, buffer = empty(512, dtype=torch.int64), matrix(weight_dtype)
+                *_, coefficients = kernels.conic(views, weights, target, settings)
+                grad_loss = empty(512, dtype=torch.float32)
+                known = views, weights, target, coefficients, settings
+                kernels.conic_gradient(grad_loss, *known, True, True)
+                known = views, weights, buffer, target, coefficients, settings
+                kernels.conic_gradient_sgd_(grad_loss, *known, SGDSettings(0.1, 0.9, 1e-4, False))
+            else:
+                settings = NTXentSettings(0.5, 0.05, 1.0 if consistency else 0.0, not relative)
+                *_, coefficients = kernels.nt_xent(empty(2, 4096, dim), settings)
+                grad_loss = empty(8192, dtype=torch.float32)
+                kernels.nt_xent_gradient(grad_loss, empty(2, 4096, dim), coefficients, settings)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    by_name: dict[str, list[_launch.Call]] = {}
+    for call in calls:
+        by_name.setdefault(call.launch.name, []).append(call)
+    return by_name
+
+
+def compile_call(call: _launch.Call, capability: tuple[int, int]) -> Any:
+    """A recorded call's kernel, specialised to its arguments as a launch would do it."""
+    kernel = call.launch.kernel
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {name: value for name, value in call.arguments.items() if name not in kernel.arg_names}
+    bound, specialization, _ = bind(**call.arguments)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, options
     )
-    major, minor = capability
-    target = GPUTarget("cuda", 10 * major + minor, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
-    registers, spilled, code = assemble(compiled.asm["ptx"], major)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def compile_kernel(
+    name: str, capability: tuple[int, int], precision: str, dim: int, *, step: bool = True, **problem: Any
+) -> Resources:
+    """One of the kernels, such as "co2.merge".
+
+    Args:
+        step: without, ConIC stores the weight's gradient in place of a step of SGD, and a `prepare` is that
+            of forward.
+        problem: see `record`.
+    """
+    loss = name.split(".")[0]
+    if name == "nt_xent.plain":
+        problem["consistency"] = False
+    calls = record(loss, capability, precision, dim, **problem)[name]
+    call = calls[-1 if step else 0]
+    compiled = compile_call(call, capability)
+    registers, spilled, code = assemble(compiled.asm["ptx"], capability[0])
     loop = loop_instructions(code)
-    pairs = options.get("BLOCK_B", 1) * options.get("BLOCK_K", 1) / (32 * warps)
+    arguments = call.arguments
+    tile = arguments.get("TILE")
+    pairs = (tile.rows * tile.keys if tile else 1) / (32 * arguments.get("num_warps", 4))
     exponentials = 3 if loss == "co2" else 1
     if loss == "nt_xent":
         pairs *= 2  # of each instance's two views
-        exponentials = (1 + consistency) * (1 + (relative and name == "gradient"))
+        exponentials = (1 + arguments.get("CONSISTENCY", True)) * (1 + arguments.get("RELATIVE", False))
     # The loop may be unrolled: a pair takes so many exponentials, and a fraction for its lane.
     pairs *= max(1, loop["MUFU"] // (exponentials * pairs))
     per_pair = {instruction: count / pairs for instruction, count in loop.items()}
@@ -300,15 +269,13 @@ def loop_instructions(code: str) -> Counter[str]:
     return Counter(instruction.split(".")[0] for instruction in min(walks, key=len, default=[]))
 
 
-def entries(loss: str, capability: tuple[int, int]) -> list[tuple[str, int]]:
-    """Precision and the D at which each entry of a loss's table is asked for."""
-    keys: Iterable[tuple[str, int]] = TABLES.get(capability, OTHER)
-    if loss == "conic":
-        keys = CONIC_TABLES.get(capability, CONIC_OTHER)
-    if loss == "nt_xent":
-        keys = NT_XENT_TABLES.get(capability, NT_XENT_OTHER)
+def entries(name: str, capability: tuple[int, int]) -> list[tuple[str, int]]:
+    """Precision and the D at which each line of a kernel's table is asked for."""
+    lines = list(_tiles.entries(name, capability))
+    if name.startswith("co2") and ("wide", 1024) not in lines:
+        lines += [("wide", dim) for precision, dim in lines if precision == "half"]
     return [
-        (precision, largest if DTYPES[precision] == torch.bfloat16 else 128) for precision, largest in keys
+        (precision, largest if DTYPES[precision] == torch.bfloat16 else 128) for precision, largest in lines
     ]
 
 
@@ -323,20 +290,20 @@ def report(capability: tuple[int, int]) -> str:
         header.append(f"µs at least, {chip}")
     rows = []
     for name in WALKING:
-        loss = name.split(".")[0]
-        for precision, dim in entries(loss, capability):
-            tiles = tiles_of(name, capability, precision, dim)
+        for precision, dim in entries(name, capability):
+            tiles = _tiles.select(name, capability, precision, dim)
             made = compile_kernel(name, capability, precision, dim)
             taken = clocks(made, name, capability, precision, dim)
             unchunked = "instructions" in taken
             row = [
-                name, precision, dim, f"{tiles.rows} × {tiles.keys}", tiles.warps, made.registers,
+                name, precision, dim, f"{tiles.held} × {tiles.walked}", tiles.warps, made.registers,
                 made.spilled_bytes, f"{made.shared_bytes / 1024:.0f}", made.programs(tiles, shared),
                 f"{sum(made.loop.values()):.1f}" if unchunked else "–", f"{made.loop.get('MUFU', 0):.2f}",
                 *(f"{taken[unit]:.3f}" if unit in taken else "–" for unit in UNITS),
             ]  # fmt: skip
             if chip:
-                row.append(f"{max(taken.values()) * PAIRS[loss] / multiprocessors / gigahertz / 1e3:.1f}")
+                clocks_in_all = max(taken.values()) * PAIRS[name.split(".")[0]] / multiprocessors
+                row.append(f"{clocks_in_all / gigahertz / 1e3:.1f}")
             rows.append(row)
     title = f"## Compute capability {capability[0]}.{capability[1]}"
     return f"{title}\n\n{table(header, rows)}"

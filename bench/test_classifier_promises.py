@@ -31,7 +31,7 @@ def test_a_step_does_not_grow_with_the_instances(device: str) -> None:
 BILLION = """
 import os, sys, time, torch
 from pathlib import Path
-from train_ref.machine import resident_mib
+from train_ref.memory import resident_mib
 from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss
 start = time.perf_counter()
 classifier = InstanceClassifier(10**9, 128, active=65536, storage="disk", path=sys.argv[1] + "/rows")

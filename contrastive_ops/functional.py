@@ -607,8 +607,8 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Of one shape and dtype. Under autocast dtypes may differ: there PyTorch's own losses take what is wide
-    beside what is not."""
+    """Refuse two tensors of different shapes or dtypes. Under autocast dtypes may differ: there PyTorch's own
+    losses take what is wide beside what is not."""
     if tensor.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {_shape(other)}, got {_shape(tensor)}")
     if tensor.dtype != other.dtype and not _under_autocast(other):
@@ -632,7 +632,7 @@ def _check_weight(name: str, value: Any) -> None:
 
 
 def _warn_if_transposed(queue: Tensor) -> None:
-    """Of a square queue only the numbers tell which side the keys are on. A few of either are looked at,
+    """Warn of a square queue that seems transposed: only its numbers tell. A few of either are looked at,
     where that waits for no device and no program is being traced."""
     if (
         torch.compiler.is_compiling()

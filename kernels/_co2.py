@@ -1,4 +1,4 @@
-"""CO2 and InfoNCE on GPUs: the operator that contrastive_ops/reference.py specifies, in four launches.
+"""CO2 and InfoNCE on GPUs: what contrastive_ops/reference.py specifies, in four launches.
 
 Plan. The grid is (block of query rows) × (range of keys), so that a batch of 32 fills the chip as one of 4096
 does. A program walks its range a tile of keys at a time; nothing of size B×K leaves it.
@@ -28,76 +28,51 @@ units and tensor cores:
     gradient     0.152   0.188   0.188   bound by exponentials and products: 12.0 µs
 
 Merge and finish move 0.5 MiB and 2 × 8 MiB, all in the cache. None of this has been measured on a GPU yet.
-
-What was tried, by what the compiler made of it (Hopper, D = 128, bfloat16; instructions a pair):
-
-- A row's maxima and sums reduced for each tile: 27.0, one of them a shuffle. In lanes (see _walk.py): 25.4.
-- Statistics in tiles of 64 × 128: 23.7, but 255 registers and a spill. 128 × 128 with 8 warps: 22.9, but a
-  multiprocessor holds one such program, whose halves wait for each other: tensor cores would idle during its
-  exponentials.
-- λ s − λ max in one instruction instead of λ (s − max) in two: 23.7. But what λ s loses to rounding is left
-  over at the maximum: 1e-6 of a logit at the papers' temperatures, and an overflow where logits are enormous.
-- Normalising rows before the product: 255 registers and a spill. Dividing the scale of logits: nothing.
-- The merge within the gradient's programs: 608 bytes spilled, and each would read what all ranges wrote.
-- e^{s/τc} as a power of e^{s/τ} where τ = 4 τc, as in MoCo v2: 2.4 exponentials for 26.5 instructions, which
-  is 0.207 clocks where 0.211 were; the gradient is bound by its products all the same.
-- One pass with four accumulators: 6 products, 3 exponentials and no statistics would be 0.375 clocks where
-  two passes are 0.399, but 4 × 64 registers of sums for each thread are all there are.
-- Triton's own "tf32x3" spends 57 instructions where product spends 44, and cuts operands off where product
-  rounds them: in a simulation of tensor cores that truncate, losses were off by 1.2e-6, and are by 2e-7.
+docs/performance.md tells what was tried.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import select_tiles
-from ._walk import (
+from .._contract import CO2Partial, CO2Row, CO2Settings, Losses
+from ._device import (
+    LARGEST_FLOAT16,
     LOWEST,
     NORM_EPSILON,
-    Chip,
-    Launch,
+    Block,
     add_tile,
-    chip_of,
-    lanes,
     load,
-    load_double,
+    load_fields,
     measure_rows,
     merge,
     move,
-    precision_of,
     product,
     rounded,
     similarities,
     split,
-    walk,
+    store_fields,
 )
+from ._launch import LOG2_E, Launch, Products, chip_of, current, lanes, matrix, plan, precision_of
 
 _LN_2 = tl.constexpr(math.log(2))
+_PARTIAL, _ROW = tl.constexpr(len(CO2Partial._fields)), tl.constexpr(len(CO2Row._fields))
 
 # `do_not_specialize`: the last batch of an epoch, or a queue that is still filling, compiles nothing anew.
 
-# What a range of keys knows of a row: `partial`, (ranges, B, 8).
-_PARTIAL = tl.constexpr(8)
-_MAX_S, _MAX_Y, _Z_INSTANCE, _Z_QUERY, _Z_KEY, _D_QUERY, _D_KEY, _RANK = (tl.constexpr(i) for i in range(8))
-# What is known of a row after the statistics (three) and after their merge, in float64: `merged`, (B, 11).
-_MERGED = tl.constexpr(11)
-_NORM_Q, _NORM_K, _POSITIVE, _TOP_S, _TOP_Y, _MEAN = (tl.constexpr(i) for i in range(6))
-_INSTANCE, _QUERY, _KEY, _LARGEST, _GRAD_POSITIVE = (tl.constexpr(i) for i in range(6, 11))
-
 
 @triton.jit
-def _of_row(merged, field: tl.constexpr, rows, batch):
-    """A field of `merged` as a column; rows past the batch repeat its last."""
-    return tl.load(merged + tl.minimum(rows, batch - 1).to(tl.int64) * _MERGED + field)[:, None]
+def _load_row(row_records, rows, batch):
+    """The `CO2Row` of each row, in columns; rows past the batch repeat its last."""
+    record = row_records + tl.minimum(rows, batch - 1).to(tl.int64) * _ROW
+    return CO2Row(*load_fields(record[:, None], _ROW))
 
 
 @triton.jit
@@ -120,54 +95,69 @@ def _relative(s, top, scale, valid, WHOLE_KEYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _statistics_kernel(
-    query, key, queue, partial, merged,
-    batch, keys, dim,
-    query_row, query_column, key_row, key_column, queue_row, queue_column,
-    scale, ratio, keys_a_range,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, NORMALIZE: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    LANES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    query,
+    key,
+    queue,
+    partial,
+    row_records,
+    batch,
+    keys,
+    dim,
+    scale,
+    ratio,
+    keys_a_range,
+    INSTANCE: tl.constexpr,
+    CONSISTENCY: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """What a range of keys knows of a block of rows.
+
+    Args:
+        query, key: Matrix (B, D). queue: Matrix (K, D).
+        partial: `CO2Partial` (ranges, B, 8) float32.
+        row_records: `CO2Row` (B, 11) float64, of which it writes the first three.
+        scale, ratio: λ and τc/τ.
+    """
+    ROWS: tl.constexpr = TILE.rows
+    KEYS: tl.constexpr = TILE.keys
+    WHOLE_KEYS: tl.constexpr = TILE.whole_keys
+    NORM_DEPTH: tl.constexpr = 32 if TILE.depth > 32 else TILE.depth
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     inside = rows < batch
-    columns = tl.arange(0, DEPTH)
+    columns = tl.arange(0, TILE.depth)
+    query_rows, key_rows = Block(query, rows, batch), Block(key, rows, batch)
 
     norm_q, norm_k, positive = measure_rows(
-        query, key, rows, batch, dim, query_row, query_column, key_row, key_column,
-        NORMALIZE, WHOLE_COLUMNS, BLOCK_B, 32 if DEPTH > 32 else DEPTH,
-    )  # fmt: skip
+        query_rows, key_rows, dim, NORM_DEPTH, NORMALIZE, TILE.whole_columns
+    )
     if part == 0:
-        row = merged + rows.to(tl.int64) * _MERGED
-        tl.store(row + _NORM_Q, norm_q, mask=inside)
-        tl.store(row + _NORM_K, norm_k, mask=inside)
-        tl.store(row + _POSITIVE, positive, mask=inside)
+        row = row_records + rows.to(tl.int64) * _ROW
+        store_fields(row, (norm_q, norm_k, positive), inside)
     scale_q, scale_k = _scales(scale, norm_q[:, None], norm_k[:, None])
     positive = positive.to(tl.float32)[:, None, None]
 
     q, k = None, None
-    if not CHUNKED:
-        q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
-        k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
-        q, k = rounded(q, DTYPE), rounded(k, DTYPE)
+    if not TILE.chunked:
+        q = rounded(load(query_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
+        k = rounded(load(key_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
 
-    shape: tl.constexpr = [BLOCK_B, LANES]
-    tile_shape: tl.constexpr = [BLOCK_B, BLOCK_K // LANES, LANES]
+    shape: tl.constexpr = [ROWS, LANES]
+    tile_shape: tl.constexpr = [ROWS, KEYS // LANES, LANES]
     top_s, top_y = tl.full(shape, LOWEST, tl.float32), tl.full(shape, LOWEST, tl.float32)
     zero = tl.zeros(shape, tl.float32)
     z_instance, z_query, z_key, d_query, d_key = zero, zero, zero, zero, zero
     rank = tl.zeros(shape, tl.int32)
 
     begin = part.to(tl.int64) * keys_a_range
-    for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
-        tile_rows = start + tl.arange(0, BLOCK_K)
+    for start in range(begin, tl.minimum(begin + keys_a_range, keys), KEYS):
+        tile_rows = start + tl.arange(0, KEYS)
         s, y, _ = similarities(
-            query, key, queue, q, k, rows, tile_rows, batch, keys, dim,
-            query_row, query_column, key_row, key_column, queue_row, queue_column,
-            CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, CHUNKED, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
-        )  # fmt: skip
-        valid = tl.reshape(tile_rows < keys, [1, BLOCK_K // LANES, LANES])
+            query_rows, key_rows, Block(queue, tile_rows, keys), (q, k), dim, CONSISTENCY, TILE
+        )
+        valid = tl.reshape(tile_rows < keys, [1, KEYS // LANES, LANES])
         s = tl.reshape(s, tile_shape)
         above = s > positive
         if not WHOLE_KEYS:
@@ -181,60 +171,84 @@ def _statistics_kernel(
             b, new_y = _relative(tl.reshape(y, tile_shape), top_y, scale_k, valid, WHOLE_KEYS)
             moved_y = move(top_y, new_y, scale_k)
             z_query, z_key, d_query, d_key = add_tile(
-                z_query, z_key, d_query, d_key, a, b, moved_s, moved_y
-            )  # fmt: skip
+                (z_query, z_key, d_query, d_key), a, b, moved_s, moved_y
+            )
             top_y = new_y
         top_s = new_s
 
-    # New names: a variable keeps its shape.
-    max_s, max_y, moves, _, z_q, z_k, d_q, d_k = merge(
-        top_s, top_y, z_query, z_key, d_query, d_key, scale_q, scale_k, 1
-    )  # fmt: skip
-    z_i = tl.sum(z_instance * tl.exp2(moves * ratio), axis=1)
-    to = partial + (part.to(tl.int64) * batch + rows) * _PARTIAL
-    tl.store(to + _MAX_S, max_s, mask=inside)
-    tl.store(to + _MAX_Y, max_y, mask=inside)
-    tl.store(to + _Z_INSTANCE, z_i, mask=inside)
-    tl.store(to + _Z_QUERY, z_q, mask=inside)
-    tl.store(to + _Z_KEY, z_k, mask=inside)
-    tl.store(to + _D_QUERY, d_q, mask=inside)
-    tl.store(to + _D_KEY, d_k, mask=inside)
-    tl.store(to + _RANK, tl.sum(rank, axis=1).to(tl.float32, bitcast=True), mask=inside)
+    merged = merge(top_s, top_y, (z_query, z_key, d_query, d_key), scale_q, scale_k, 1)
+    known = CO2Partial(
+        max_s=merged.max_s,
+        max_y=merged.max_y,
+        z_instance=tl.sum(z_instance * tl.exp2(merged.moved_s * ratio), axis=1),
+        z_query=merged.z_query,
+        z_key=merged.z_key,
+        d_query=merged.d_query,
+        d_key=merged.d_key,
+        rank=tl.sum(rank, axis=1).to(tl.float32),
+    )
+    store_fields(partial + (part.to(tl.int64) * batch + rows) * _PARTIAL, known, inside)
 
 
-@triton.jit(do_not_specialize=["batch", "ranges"])
+@triton.jit(do_not_specialize=["batch", "parts"])
 def _merge_kernel(
-    partial, merged, loss, instance_loss, consistency_loss, positive_rank, batch, ranges,
-    scale, ratio, tau: tl.float64, tau_c: tl.float64,
-    instance_weight: tl.float64, consistency_weight: tl.float64,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, INCLUDE_POSITIVE: tl.constexpr,
-    BLOCK_B: tl.constexpr, RANGES: tl.constexpr,
-):  # fmt: skip
-    """In float64, which costs nothing here: what a row's sums lose now, all of its gradient loses."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    partial,
+    losses,
+    batch,
+    parts,
+    scale,
+    ratio,
+    tau: tl.float64,
+    tau_c: tl.float64,
+    instance_weight: tl.float64,
+    consistency_weight: tl.float64,
+    INSTANCE: tl.constexpr,
+    CONSISTENCY: tl.constexpr,
+    INCLUDE_POSITIVE: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """In float64, which costs nothing here: what a row's sums lose now, all of its gradient loses.
+
+    Args:
+        partial: `CO2Partial` (parts, B, 8) float32.
+        losses: `Losses` of pointers, (B,) each; its coefficients are `CO2Row` (B, 11) float64, whose first
+            three fields it reads, and writes all others.
+        PARTS: the power of two from `parts` on.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < batch
-    part = tl.arange(0, RANGES)[:, None]
-    there = (part < ranges) & inside[None, :]
-    record = partial + (part.to(tl.int64) * batch + rows[None, :]) * _PARTIAL
-    row = merged + rows.to(tl.int64) * _MERGED
-    zero = tl.zeros([BLOCK_B], tl.float64)
-    norm_q = tl.load(row + _NORM_Q, mask=inside, other=1.0)
-    norm_k = tl.load(row + _NORM_K, mask=inside, other=1.0)
-    scale_q, scale_k = _scales(scale, norm_q, norm_k)
+    part = tl.arange(0, PARTS)[:, None]
+    there = (part < parts) & inside[None, :]
+    zero = tl.zeros([ROWS], tl.float64)
+    record = losses.coefficients + tl.minimum(rows, batch - 1).to(tl.int64) * _ROW
+    norm_query, norm_key, measured = load_fields(record, 3)
+    scale_q, scale_k = _scales(scale, norm_query, norm_key)
     scale_q, scale_k = scale_q.to(tl.float64), scale_k.to(tl.float64)
 
-    top_s, top_y, moved_s, _, z_query, z_key, d_query, d_key = merge(
-        load_double(record + _MAX_S, there, LOWEST), load_double(record + _MAX_Y, there, LOWEST),
-        load_double(record + _Z_QUERY, there, 0.0), load_double(record + _Z_KEY, there, 0.0),
-        load_double(record + _D_QUERY, there, 0.0), load_double(record + _D_KEY, there, 0.0),
-        scale_q[None, :], scale_k[None, :], 0,
-    )  # fmt: skip
-    z_instance = tl.sum(load_double(record + _Z_INSTANCE, there, 0.0) * tl.exp2(moved_s * ratio), axis=0)
-    ranks = tl.load(record + _RANK, mask=there, other=0.0).to(tl.int32, bitcast=True)
-    tl.store(positive_rank + rows, tl.sum(ranks.to(tl.int64), axis=0), mask=inside)
+    known = CO2Partial(
+        *load_fields(partial + (part.to(tl.int64) * batch + rows[None, :]) * _PARTIAL, _PARTIAL, there)
+    )
+    merged = merge(
+        tl.where(there, known.max_s, LOWEST).to(tl.float64),
+        tl.where(there, known.max_y, LOWEST).to(tl.float64),
+        (
+            known.z_query.to(tl.float64),
+            known.z_key.to(tl.float64),
+            known.d_query.to(tl.float64),
+            known.d_key.to(tl.float64),
+        ),
+        scale_q[None, :],
+        scale_k[None, :],
+        0,
+    )
+    top_s, top_y, z_query, z_key = merged.max_s, merged.max_y, merged.z_query, merged.z_key
+    d_query, d_key = merged.d_query, merged.d_key
+    z_instance = tl.sum(known.z_instance.to(tl.float64) * tl.exp2(merged.moved_s * ratio), axis=0)
+    rank = tl.sum(known.rank.to(tl.int64), axis=0)
 
     # λ (s_+ − max), among the s_j and among the y_j
-    positive = tl.load(row + _POSITIVE, mask=inside, other=0.0) * scale_q
+    positive = measured * scale_q
     positive_s, positive_y = positive - top_s * scale_q, positive - top_y * scale_k
     value_instance, value_consistency, grad_positive = zero, zero, zero
     weight_instance, weight_query, weight_key, mean = zero, zero, zero, zero
@@ -274,206 +288,290 @@ def _merge_kernel(
         value_consistency = (0.5 * _LN_2) * (mean - d_key / z_key)
         weight_query, weight_key = factor_query / z_query, factor_key / z_key
 
-    total = instance_weight * value_instance + consistency_weight * value_consistency
-    tl.store(loss + rows, total, mask=inside)
-    tl.store(instance_loss + rows, value_instance, mask=inside)
-    tl.store(consistency_loss + rows, value_consistency, mask=inside)
+    value = instance_weight * value_instance + consistency_weight * value_consistency
+    tl.store(losses.loss + rows, value, mask=inside)
+    tl.store(losses.instance_loss + rows, value_instance, mask=inside)
+    tl.store(losses.consistency_loss + rows, value_consistency, mask=inside)
+    tl.store(losses.positive_rank + rows, rank, mask=inside)
 
     # In float16 the weights of a long queue would vanish: they are kept relative to their sum.
-    largest = weight_instance + weight_query + weight_key
-    relative = tl.where(largest > 0.0, 1.0 / largest, 0.0)
-    tl.store(row + _TOP_S, top_s, mask=inside)
-    tl.store(row + _TOP_Y, top_y, mask=inside)
-    tl.store(row + _MEAN, mean, mask=inside)
-    tl.store(row + _INSTANCE, weight_instance * relative, mask=inside)
-    tl.store(row + _QUERY, weight_query * relative, mask=inside)
-    tl.store(row + _KEY, weight_key * relative, mask=inside)
-    tl.store(row + _LARGEST, largest, mask=inside)
-    tl.store(row + _GRAD_POSITIVE, grad_positive, mask=inside)
+    sum_of_weights = weight_instance + weight_query + weight_key
+    relative = tl.where(sum_of_weights > 0.0, 1.0 / sum_of_weights, 0.0)
+    complete = CO2Row(
+        norm_query=norm_query,
+        norm_key=norm_key,
+        positive=measured,
+        max_s=top_s,
+        max_y=top_y,
+        mean=mean,
+        instance=weight_instance * relative,
+        query=weight_query * relative,
+        key=weight_key * relative,
+        scale=sum_of_weights,
+        grad_positive=grad_positive,
+    )
+    store_fields(record, complete, inside)
 
 
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _gradient_kernel(
-    query, key, queue, merged, parts,
-    batch, keys, dim,
-    query_row, query_column, key_row, key_column, queue_row, queue_column,
-    scale, ratio, keys_a_range,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    part = tl.program_id(1).to(tl.int64)
-    columns = tl.arange(0, DEPTH)
-    out_columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    query,
+    key,
+    queue,
+    row_records,
+    grad_parts,
+    batch,
+    keys,
+    dim,
+    scale,
+    ratio,
+    keys_a_range,
+    INSTANCE: tl.constexpr,
+    CONSISTENCY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """What a range of keys adds to g N of a block of rows, for a chunk of dimensions.
 
-    scale_q, scale_k = _scales(
-        scale, _of_row(merged, _NORM_Q, rows, batch), _of_row(merged, _NORM_K, rows, batch)
-    )  # fmt: skip
-    top_s = _of_row(merged, _TOP_S, rows, batch).to(tl.float32)
-    top_y = _of_row(merged, _TOP_Y, rows, batch).to(tl.float32)
-    mean = _of_row(merged, _MEAN, rows, batch).to(tl.float32)
+    Args:
+        query, key: Matrix (B, D). queue: Matrix (K, D).
+        row_records: `CO2Row` (B, 11) float64.
+        grad_parts: (ranges, B, D) float32.
+        scale, ratio: λ and τc/τ.
+    """
+    ROWS: tl.constexpr = TILE.rows
+    KEYS: tl.constexpr = TILE.keys
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, TILE.depth)
+    out_columns = tl.program_id(2) * TILE.width + tl.arange(0, TILE.width)
+    query_rows, key_rows = Block(query, rows, batch), Block(key, rows, batch)
+
+    row = _load_row(row_records, rows, batch)
+    scale_q, scale_k = _scales(scale, row.norm_query, row.norm_key)
+    top_s, top_y, mean = row.max_s.to(tl.float32), row.max_y.to(tl.float32), row.mean.to(tl.float32)
     # Logits of millions leave Q one key, whose d − mean is 0, not the rounding of two such numbers.
     ln_2 = tl.where(tl.abs(mean) < 1e6, _LN_2, 0.0)
-    weight_instance = _of_row(merged, _INSTANCE, rows, batch).to(tl.float32)
-    weight_query, weight_query_low = split(_of_row(merged, _QUERY, rows, batch))
-    weight_key, weight_key_low = split(_of_row(merged, _KEY, rows, batch))
+    weight_instance = row.instance.to(tl.float32)
+    weight_query, weight_query_low = split(row.query)
+    weight_key, weight_key_low = split(row.key)
 
     q, k = None, None
-    if not CHUNKED:
-        q = load(query, rows, columns, batch, dim, query_row, query_column, False, WHOLE_COLUMNS)
-        k = load(key, rows, columns, batch, dim, key_row, key_column, False, WHOLE_COLUMNS)
-        q, k = rounded(q, DTYPE), rounded(k, DTYPE)
-    grad = tl.zeros([BLOCK_B, WIDTH], tl.float32)
+    if not TILE.chunked:
+        q = rounded(load(query_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
+        k = rounded(load(key_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
+    shape: tl.constexpr = [ROWS, TILE.width]
+    grad = tl.zeros(shape, tl.float32)
     begin = part * keys_a_range
-    for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
-        tile_rows = start + tl.arange(0, BLOCK_K)
-        s, y, tile = similarities(
-            query, key, queue, q, k, rows, tile_rows, batch, keys, dim,
-            query_row, query_column, key_row, key_column, queue_row, queue_column,
-            CONSISTENCY, WHOLE_KEYS, WHOLE_COLUMNS, CHUNKED, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
-        )  # fmt: skip
+    for start in range(begin, tl.minimum(begin + keys_a_range, keys), KEYS):
+        tile_rows = start + tl.arange(0, KEYS)
+        queue_rows = Block(queue, tile_rows, keys)
+        s, y, tile = similarities(query_rows, key_rows, queue_rows, (q, k), dim, CONSISTENCY, TILE)
         a = (s - top_s) * scale_q
-        g = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
+        g = tl.zeros([ROWS, KEYS], tl.float32)
         if CONSISTENCY:
             b = (y - top_y) * scale_k
             e_query, e_key = tl.exp2(a), tl.exp2(b)
             Q = e_query * weight_query
             g = Q - e_key * weight_key
-            if PRECISION == "tf32x3":  # where Q and P nearly cancel, what their weights lost would be left
+            if TILE.precision == "tf32x3":
+                # Where Q and P nearly cancel, what their weights lost would be left.
                 g += e_query * weight_query_low - e_key * weight_key_low
             g += Q * ((a - b - mean) * ln_2)
         if INSTANCE:
             g += tl.exp2(a * ratio) * weight_instance
-        if not WHOLE_KEYS:
+        if not TILE.whole_keys:
             g = tl.where((tile_rows < keys)[None, :], g, 0.0)
-        if tl.float16 == DTYPE:
-            g = tl.clamp(g, -65504.0, 65504.0)
-        if CHUNKED:
+        if tl.float16 == TILE.dtype:
+            g = tl.clamp(g, -LARGEST_FLOAT16, LARGEST_FLOAT16)
+        if TILE.chunked:
             tile = load(
-                queue, tile_rows, out_columns, keys, dim, queue_row, queue_column, WHOLE_KEYS, WHOLE_COLUMNS
-            )  # fmt: skip
-            tile = rounded(tile, DTYPE)
-        grad = product(g.to(DTYPE), tile, grad, PRECISION)
-    grad *= _of_row(merged, _LARGEST, rows, batch).to(tl.float32)
-    to = parts + (part * batch + rows)[:, None] * dim + out_columns[None, :]
+                queue_rows, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns
+            )
+            tile = rounded(tile, TILE.dtype)
+        grad = product(g.to(TILE.dtype), tile, grad, TILE.precision)
+    grad *= _load_row(row_records, rows, batch).scale.to(tl.float32)
+    to = grad_parts + (part * batch + rows)[:, None] * dim + out_columns[None, :]
     tl.store(to, grad, mask=(rows < batch)[:, None] & (out_columns < dim)[None, :])
 
 
 @triton.jit(do_not_specialize=["batch", "ranges"])
 def _finish_kernel(
-    query, key, merged, parts, gradient,
-    batch, dim, query_row, query_column, key_row, key_column, ranges,
-    NORMALIZE: tl.constexpr, RANGES: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    query,
+    key,
+    row_records,
+    grad_parts,
+    gradient,
+    batch,
+    dim,
+    ranges,
+    NORMALIZE: tl.constexpr,
+    RANGES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The gradient in a row: the ranges' parts, the positive's pull, and the chain rule.
+
+    Args:
+        query, key: Matrix (B, D).
+        row_records: `CO2Row` (B, 11) float64.
+        grad_parts: (ranges, B, D) float32.
+        gradient: (B, D) float32.
+        RANGES: how many ranges are read at once.
+    """
+    row_index = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, COLUMNS).to(tl.int64)
     inside = columns < dim
-    grad = tl.zeros([BLOCK_D], tl.float32)
+    grad = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, ranges, RANGES):
         part = first + tl.arange(0, RANGES).to(tl.int64)
-        offsets = (part * batch + row)[:, None] * dim + columns[None, :]
+        offsets = (part * batch + row_index)[:, None] * dim + columns[None, :]
         there = (part < ranges)[:, None] & inside[None, :]
-        grad += tl.sum(tl.load(parts + offsets, mask=there, other=0.0), axis=0)
+        grad += tl.sum(tl.load(grad_parts + offsets, mask=there, other=0.0), axis=0)
 
-    record = merged + row * _MERGED
-    norm_q, norm_k = tl.load(record + _NORM_Q).to(tl.float32), tl.load(record + _NORM_K).to(tl.float32)
-    q = (
-        tl.load(query + row * query_row + columns * query_column, mask=inside, other=0.0).to(tl.float32)
-        / norm_q
-    )
-    k = tl.load(key + row * key_row + columns * key_column, mask=inside, other=0.0).to(tl.float32) / norm_k
-    grad += k * tl.load(record + _GRAD_POSITIVE).to(tl.float32)
+    row = CO2Row(*load_fields(row_records + row_index * _ROW, _ROW))
+    norm_q, norm_k = row.norm_query.to(tl.float32), row.norm_key.to(tl.float32)
+    q = tl.load(query.data + row_index * query.row + columns * query.column, mask=inside, other=0.0)
+    k = tl.load(key.data + row_index * key.row + columns * key.column, mask=inside, other=0.0)
+    q, k = q.to(tl.float32) / norm_q, k.to(tl.float32) / norm_k
+    grad += k * row.grad_positive.to(tl.float32)
     if NORMALIZE:
         # dq = (dq̂ − q̂ (q̂·dq̂)) / ‖q‖; a row below the epsilon was only scaled, so it has no projection
         radial = tl.where(norm_q > NORM_EPSILON, tl.sum(q * grad, axis=0), 0.0)
         grad = (grad - q * radial) / norm_q
-    tl.store(gradient + row * dim + columns, grad, mask=inside)
+    tl.store(gradient + row_index * dim + columns, grad, mask=inside)
 
 
 @dataclass(frozen=True)
 class _Plan:
     statistics: Launch
-    merge: Launch
     gradient: Launch
     finish: Launch
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(batch: int, keys: int, dim: int, dtype: torch.dtype, precision: str, chip: Chip) -> _Plan:
-    """How the four kernels are started for a problem's size. Made once: a call has no time for it."""
-    capability, multiprocessors = chip
-    tiles = select_tiles(capability, precision, dim)
-    statistics, gradient = (walk(each, batch, keys, dim, multiprocessors) for each in tiles)
-    numbers = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "PRECISION": precision}
-    statistics.options.update(numbers, LANES=lanes(capability))
-    gradient.options.update(numbers)
+@plan
+def _plan(batch: int, keys: int, products: Products) -> _Plan:
+    statistics = products.walk(
+        "co2.statistics", _statistics_kernel, batch, keys, LANES=lanes(products.chip.capability)
+    )
+    gradient = products.walk("co2.gradient", _gradient_kernel, batch, keys)
+    columns = triton.next_power_of_2(products.dim)
+    ranges = min(triton.next_power_of_2(gradient.grid[1]), max(1, 4096 // columns))
+    finish = Launch("co2.finish", _finish_kernel, (batch,), {"RANGES": ranges, "COLUMNS": columns})
+    return _Plan(statistics, gradient, finish)
 
-    ranges = triton.next_power_of_2(statistics.ranges)
-    rows = max(1, min(8, 512 // ranges))
-    merge = Launch((triton.cdiv(batch, rows),), {"BLOCK_B": rows, "RANGES": ranges})
-    columns = triton.next_power_of_2(dim)
-    ranges = min(triton.next_power_of_2(gradient.ranges), max(1, 4096 // columns))
-    return _Plan(statistics, merge, gradient, Launch((batch,), {"RANGES": ranges, "BLOCK_D": columns}))
+
+@plan
+def _merge_plan(batch: int, parts: int) -> Launch:
+    padded_parts = triton.next_power_of_2(parts)
+    rows = max(1, min(8, 512 // padded_parts))
+    grid = (triton.cdiv(batch, rows),)
+    return Launch("co2.merge", _merge_kernel, grid, {"ROWS": rows, "PARTS": padded_parts})
+
+
+def _terms(settings: CO2Settings) -> dict[str, Any]:
+    """What depends on the settings alone, as arguments of all kernels that walk and of the merge."""
+    base = settings.consistency_temperature if settings.consistency_weight else settings.temperature
+    return {
+        "scale": LOG2_E / base,
+        "ratio": base / settings.temperature,
+        "INSTANCE": settings.instance_weight != 0,
+        "CONSISTENCY": settings.consistency_weight != 0,
+    }
+
+
+class _Call:
+    """What the kernels of a call share: their plan, and arguments by name."""
+
+    def __init__(self, query: Tensor, key: Tensor, queue: Tensor, settings: CO2Settings) -> None:
+        (self.batch, self.dim), self.device, self.settings = query.shape, query.device, settings
+        # Rows are multiplied in the query's dtype; a float64 queue, which no table has tiles for, in float32.
+        dtype = query.dtype if queue.dtype != torch.float64 else torch.float32
+        precision = precision_of(dtype)
+        if precision == "half" and queue.dtype != dtype:
+            precision = "wide"
+        if settings.normalize and query.dtype == torch.float16 and key.dtype != torch.float16:
+            # Keys are multiplied as they are stored, and float16 does not hold rows of any length.
+            norm = torch.linalg.vector_norm(key, dim=1, keepdim=True, dtype=torch.float64)
+            key = (key / norm.clamp_min(NORM_EPSILON.value)).float()
+        keys = len(queue)
+        self.plan = _plan(self.batch, keys, Products(self.dim, dtype, precision, chip_of(self.device)))
+        self.rows = {"query": matrix(query), "key": matrix(key), "batch": self.batch, "dim": self.dim}
+        self.all = {**self.rows, "queue": matrix(queue), "keys": keys, **_terms(settings)}
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        launch = self.plan.statistics
+        partial = torch.empty((launch.grid[1], self.batch, _PARTIAL.value), device=self.device)
+        rows = torch.empty((self.batch, _ROW.value), dtype=torch.float64, device=self.device)
+        launch(partial=partial, row_records=rows, NORMALIZE=self.settings.normalize, **self.all)
+        return partial, rows
+
+    def gradient(self, rows: Tensor) -> Tensor:
+        ranges = self.plan.gradient.grid[1]
+        parts = torch.empty((ranges, self.batch, self.dim), device=self.device)
+        gradient = torch.empty((self.batch, self.dim), device=self.device)
+        self.plan.gradient(row_records=rows, grad_parts=parts, **self.all)
+        self.plan.finish(
+            row_records=rows,
+            grad_parts=parts,
+            gradient=gradient,
+            ranges=ranges,
+            NORMALIZE=self.settings.normalize,
+            **self.rows,
+        )
+        return gradient
+
+
+def _merge(partial: Tensor, rows: Tensor, settings: CO2Settings, dtype: torch.dtype) -> Losses:
+    """The losses in that dtype; completes `rows` in place."""
+    parts, batch, _ = partial.shape
+    loss, instance_loss, consistency_loss = (
+        torch.empty(batch, dtype=dtype, device=partial.device) for _ in range(3)
+    )
+    rank = torch.empty(batch, dtype=torch.int64, device=partial.device)
+    losses = Losses(loss, instance_loss, consistency_loss, rank, rows)
+    _merge_plan(batch, parts)(
+        partial=partial,
+        losses=losses,
+        batch=batch,
+        parts=parts,
+        tau=settings.temperature,
+        tau_c=settings.consistency_temperature,
+        instance_weight=settings.instance_weight,
+        consistency_weight=settings.consistency_weight,
+        INCLUDE_POSITIVE=settings.include_positive,
+        **_terms(settings),
+    )
+    return losses
 
 
 def co2(
-    query: Tensor,
-    key: Tensor,
-    queue: Tensor,
-    temperature: float,
-    consistency_temperature: float,
-    instance_weight: float,
-    consistency_weight: float,
-    include_positive: bool,
-    normalize: bool,
-    compute_gradient: bool,
+    query: Tensor, key: Tensor, queue: Tensor, settings: CO2Settings, compute_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.co2`; float16, bfloat16 and float32, D up to 1024."""
-    (batch, dim), keys, device = query.shape, len(queue), query.device
-    # Rows are multiplied in the query's dtype; a float64 queue, which no table has tiles for, in float32.
-    dtype = query.dtype if queue.dtype != torch.float64 else torch.float32
-    precision = precision_of(dtype)
-    if precision == "half" and queue.dtype != dtype:
-        precision = "wide"
-    if normalize and query.dtype == torch.float16 and key.dtype != torch.float16:
-        # Keys are multiplied as they are stored, and float16 does not hold rows of any length.
-        norm = torch.linalg.vector_norm(key, dim=1, keepdim=True, dtype=torch.float64)
-        key = (key / norm.clamp_min(NORM_EPSILON.value)).float()
-    plan = _plan(batch, keys, dim, dtype, precision, chip_of(device))
-
-    base = consistency_temperature if consistency_weight else temperature
-    scale, ratio = math.log2(math.e) / base, base / temperature
-    terms = {"INSTANCE": instance_weight != 0, "CONSISTENCY": consistency_weight != 0}
-    rows_strides = (*query.stride(), *key.stride())
-    strides = (*rows_strides, *queue.stride())
-
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        loss, instance_loss, consistency_loss = (torch.empty(batch, device=device) for _ in range(3))
-        rank = torch.empty(batch, dtype=torch.int64, device=device)
-        gradient = torch.empty((batch if compute_gradient else 0, dim), device=device)
-        partial = torch.empty((plan.statistics.ranges, batch, _PARTIAL.value), device=device)
-        merged = torch.empty((batch, _MERGED.value), dtype=torch.float64, device=device)
-
-        _statistics_kernel[plan.statistics.grid](
-            query, key, queue, partial, merged, batch, keys, dim, *strides,
-            scale, ratio, plan.statistics.keys_a_range, NORMALIZE=normalize,
-            **terms, **plan.statistics.options,
-        )  # fmt: skip
-        _merge_kernel[plan.merge.grid](
-            partial, merged, loss, instance_loss, consistency_loss, rank, batch, plan.statistics.ranges,
-            scale, ratio, temperature, consistency_temperature, instance_weight, consistency_weight,
-            INCLUDE_POSITIVE=include_positive, **terms, **plan.merge.options,
-        )  # fmt: skip
+    with current(query):
+        call = _Call(query, key, queue, settings)
+        partial, rows = call.statistics()
+        *losses, rank, _ = _merge(partial, rows, settings, torch.float32)
         if compute_gradient:
-            parts = torch.empty((plan.gradient.ranges, batch, dim), device=device)
-            _gradient_kernel[plan.gradient.grid](
-                query, key, queue, merged, parts, batch, keys, dim, *strides,
-                scale, ratio, plan.gradient.keys_a_range, **terms, **plan.gradient.options,
-            )  # fmt: skip
-            _finish_kernel[plan.finish.grid](
-                query, key, merged, parts, gradient, batch, dim, *rows_strides, plan.gradient.ranges,
-                NORMALIZE=normalize, **plan.finish.options,
-            )  # fmt: skip
+            gradient = call.gradient(rows)
+        else:
+            gradient = torch.empty((0, query.shape[1]), device=query.device)
+    loss, instance_loss, consistency_loss = losses
     return loss, instance_loss, consistency_loss, rank, gradient
+
+
+def co2_statistics(query: Tensor, key: Tensor, queue: Tensor, settings: CO2Settings) -> tuple[Tensor, Tensor]:
+    """See `reference.co2_statistics`. What is not known of a row yet is left unwritten."""
+    with current(query):
+        return _Call(query, key, queue, settings).statistics()
+
+
+def co2_merge(partial: Tensor, rows: Tensor, settings: CO2Settings) -> Losses:
+    """See `reference.co2_merge`."""
+    with current(partial):
+        return _merge(partial.contiguous(), rows.clone(), settings, torch.float64)
+
+
+def co2_gradient(query: Tensor, key: Tensor, queue: Tensor, rows: Tensor, settings: CO2Settings) -> Tensor:
+    """See `reference.co2_gradient`; float32."""
+    with current(query):
+        return _Call(query, key, queue, settings).gradient(rows.contiguous())

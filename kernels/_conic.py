@@ -1,4 +1,4 @@
-"""ConIC on GPUs: the operators that contrastive_ops/reference.py specifies, without the V·B × A similarities.
+"""ConIC on GPUs: what contrastive_ops/reference.py specifies, without the V·B × A similarities.
 
 Plan. The V·B views are the rows, and the A rows of the weight their keys; s = x̂ Ŵᵀ is computed three times,
 tile by tile. Hats are taken before the product, in float32, and rounded once to the views' dtype, so that a
@@ -19,7 +19,9 @@ Backward
 4. finish       adds the parts up in a fixed order, adds the consistency's, differentiates the normalisation.
 5. weight       a program holds a tile of keys and walks the views: s, g, dŵ = gᵀ x̂, and at the end dw; or a
                 step of SGD in its place, for which it holds whole rows and has read all that it overwrites.
-                Rows too wide for that get a gradient, and a step from _rows.py.
+                Rows too wide for that get a gradient, and a step from _sgd.py.
+
+A view whose own row is elsewhere (target −1) owns none of these keys.
 
 There are no atomics: equal input gives equal bits. A view's own key is left out of its negatives, never
 subtracted from them, where nothing of a small loss would be left.
@@ -38,26 +40,15 @@ special-function units and tensor cores, and the bytes that it takes from the ca
     views        0.096   0.062   0.125   4 bytes   bound by products: 32 µs
 
 4 bytes a pair are 256 MiB: 49 µs at 5.5 TB/s, which may turn out to bind the last two. Prepare, merge, norms
-and finish move 1, 3, 32 and 9 MiB. None of this has been measured on a GPU yet.
-
-What was tried, by what the compiler made of it (Hopper, D = 128, bfloat16; instructions a pair):
-
-- Not tried: statistics by programs that hold 64 views would read a float32 weight 16 times, 512 MiB, and
-  normalise and round it each time.
-- The rank as a sum of integers: 13.9, of floats: 13.0. The own key compared in 64 bits: 15.0.
-- Views in blocks of 64: 14.8, and twice the bytes from the cache. 128 × 64 with 4 warps: 32 bytes spilled.
-- Weight in tiles of 128 with 8 warps: 12.4, and half the bytes from the cache, but a multiprocessor holds one
-  such program, whose halves wait for each other.
-- −2¹⁵ written as a constant: selected after rounding, 16 bits at a time, for 1.4 instructions more.
-- The step of SGD with the weight kept from before the momentum: 280 bytes spilled. Loaded again: none.
+and finish move 1, 3, 32 and 9 MiB. None of this has been measured on a
+GPU yet. docs/performance.md tells what was tried.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -65,682 +56,892 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ._rows import device_of, sgd_
-from ._tiles import Tiles, select_conic_tiles
-from ._walk import (
+from .._contract import ConICCoefficients, ConICPartial, ConICPositives, ConICSettings, SGDSettings
+from ._device import (
     LOWEST,
     NORM_EPSILON,
-    Chip,
-    Launch,
-    chip_of,
+    Block,
+    Matrix,
+    at,
     largest_size,
     load,
+    load_fields,
     move,
-    precision_of,
     product,
     softplus,
-    steps_a_range,
     store,
+    store_fields,
     store_unit,
     sum_of_parts,
     through_norm,
-    tile_options,
-    walk,
 )
+from ._launch import (
+    LOG2_E,
+    MOST_KEYS_A_RANGE,
+    NO_MATRIX,
+    NO_VECTOR,
+    Launch,
+    Products,
+    chip_of,
+    current,
+    matrix,
+    plan,
+    precision_of,
+    steps_a_range,
+    vector,
+)
+from ._sgd import sgd_
 
-# What the statistics need of a view: `record`, (2, padded rows).
-_POSITIVE, _OWN = tl.constexpr(0), tl.constexpr(1)
-# What the gradients need of it, (5, padded rows); `_OWN` is the same.
-_LARGEST, _SIZE, _NEGATIVE, _SHARE = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
-# What a range of keys knows of a view: `partial`, (ranges, padded rows, 3).
-_PARTIAL = tl.constexpr(3)
-_MAX, _SUM, _RANK = (tl.constexpr(i) for i in range(3))
+
+class _Pull(NamedTuple):
+    """(4, padded rows) float32: what the gradients need of a view."""
+
+    max_s: Any
+    size: Any  # |grad_loss ∂ℓ_s/∂s_n|
+    instance: Any  # grad_loss · coefficient
+    share: Any  # coefficient / |∂ℓ_s/∂s_n|
+
+
+class _Losses(NamedTuple):
+    """What `_merge_kernel` writes: (B,), (V, B), (B,), (V, B) int64 and `ConICCoefficients` (V, B, 3)."""
+
+    loss: Any
+    classification_loss: Any
+    consistency_loss: Any
+    positive_rank: Any
+    coefficients: Any
+
+
+_MAX_S, _SIZE, _INSTANCE, _SHARE = (
+    tl.constexpr(_Pull._fields.index(name)) for name in ("max_s", "size", "instance", "share")
+)
+_POSITIVES, _PARTIAL, _COEFFICIENTS = (
+    tl.constexpr(len(record._fields)) for record in (ConICPositives, ConICPartial, ConICCoefficients)
+)
 # Gradients are multiplied relative to the largest. In float16 this leaves them 30 powers of two.
 _UNIT = tl.constexpr(32768.0)
 
 
 @triton.jit
-def _norms(
-    matrix, rows, count, dim, row_stride, column_stride,
-    WHOLE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+def _norms(block, dim, DEPTH: tl.constexpr, WHOLE_COLUMNS: tl.constexpr):
     """max(‖x‖, ε) of each row; float64 holds any square."""
-    squares = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros_like(block.rows).to(tl.float64)
     for first in tl.range(0, dim, DEPTH, loop_unroll_factor=4):
-        columns = first + tl.arange(0, DEPTH)
-        x = load(matrix, rows, columns, count, dim, row_stride, column_stride, False, WHOLE_COLUMNS)
+        x = load(block, first + tl.arange(0, DEPTH), dim, WHOLE_COLUMNS=WHOLE_COLUMNS)
         x = x.to(tl.float32).to(tl.float64)
         squares += tl.sum(x * x, axis=1)
     return tl.maximum(tl.sqrt(squares), NORM_EPSILON)
 
 
 @triton.jit
-def _unit_rows(
-    weight, inverse, tile_rows, columns, keys, dim, weight_row, weight_column,
-    WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+def _unit_rows(keys, inverse, columns, dim, TILE: tl.constexpr):
     """ŵ of a tile, rounded once, to the dtype of the views."""
-    w = load(weight, tile_rows, columns, keys, dim, weight_row, weight_column, WHOLE_KEYS, WHOLE_COLUMNS)
-    return (w.to(tl.float32) * inverse[:, None]).to(DTYPE)
+    w = load(keys, columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
+    return (w.to(tl.float32) * inverse[:, None]).to(TILE.dtype)
 
 
 @triton.jit
-def _similarities(
-    unit, weight, x, w, rows, tile_rows, inverse, keys, dim, unit_row, weight_row, weight_column,
-    BY_KEY: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """x̂ Ŵᵀ of a block of views and a tile of keys; Ŵ x̂ᵀ if BY_KEY; CHUNKED, DEPTH dimensions at a time."""
-    s = tl.zeros([BLOCK_K, BLOCK_B] if BY_KEY else [BLOCK_B, BLOCK_K], tl.float32)
-    if CHUNKED:
-        for first in range(0, dim, DEPTH):
-            columns = first + tl.arange(0, DEPTH)
-            x_chunk = load(unit, rows, columns, 0, 0, unit_row, 1, True, True)
-            w_chunk = _unit_rows(
-                weight, inverse, tile_rows, columns, keys, dim, weight_row, weight_column,
-                WHOLE_KEYS, WHOLE_COLUMNS, DTYPE,
-            )  # fmt: skip
+def _similarities(unit, rows, keys, inverse, held, dim, BY_KEY: tl.constexpr, TILE: tl.constexpr):
+    """x̂ Ŵᵀ of a block of views and a tile of keys; Ŵ x̂ᵀ if BY_KEY.
+
+    `held` are x̂ and ŵ. Of chunked rows these are loaded here, `TILE.depth` dimensions at a time.
+    """
+    ROWS: tl.constexpr = TILE.rows
+    KEYS: tl.constexpr = TILE.keys
+    s = tl.zeros([KEYS, ROWS] if BY_KEY else [ROWS, KEYS], tl.float32)
+    if TILE.chunked:
+        for first in range(0, dim, TILE.depth):
+            columns = first + tl.arange(0, TILE.depth)
+            x = tl.load(at(unit, rows, columns))
+            w = _unit_rows(keys, inverse, columns, dim, TILE)
             if BY_KEY:
-                s = product(w_chunk, tl.trans(x_chunk), s, PRECISION)
+                s = product(w, tl.trans(x), s, TILE.precision)
             else:
-                s = product(x_chunk, tl.trans(w_chunk), s, PRECISION)
+                s = product(x, tl.trans(w), s, TILE.precision)
     elif BY_KEY:
-        s = product(w, tl.trans(x), s, PRECISION)
+        s = product(held[1], tl.trans(held[0]), s, TILE.precision)
     else:
-        s = product(x, tl.trans(w), s, PRECISION)
+        s = product(held[0], tl.trans(held[1]), s, TILE.precision)
     return s
 
 
 @triton.jit
-def _field(record, field: tl.constexpr, rows, padded_rows):
-    """A field of the views' `record`."""
-    return tl.load(record + field * padded_rows.to(tl.int64) + rows)
-
-
-@triton.jit
-def _own(record, rows, padded_rows):
-    """The key that each view owns, −1 for none."""
-    return _field(record, _OWN, rows, padded_rows).to(tl.int32, bitcast=True)
+def _field(pull, FIELD: tl.constexpr, rows, padded_rows):
+    return tl.load(pull + FIELD * padded_rows.to(tl.int64) + rows)
 
 
 @triton.jit(do_not_specialize=["count", "batch", "keys", "padded_rows"])
 def _prepare_kernel(
-    views, weight, target, statistics, grad_loss, unit, record, norm, positive,
-    count, batch, keys, dim, padded_rows,
-    view_row, view_column, weight_row, weight_column, target_stride, grad_loss_stride, unit_row,
-    BACKWARD: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """x̂ of the views, padded with zeros, and what is known of each: s_n, or how large its gradients are."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    views,
+    weight,
+    target,
+    positives,
+    grad_loss,
+    coefficients,
+    unit,
+    own,
+    threshold,
+    norm,
+    pull,
+    count,
+    batch,
+    keys,
+    dim,
+    padded_rows,
+    FIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """x̂ of some views, and what other kernels need of each. What is None is left out.
+
+    Args:
+        views: Matrix (count = V·B, D). weight: Matrix (keys, D). target, grad_loss: Vector (B,).
+        positives: `ConICPositives` (V·B, 2) float64, written if FIND.
+        coefficients: `ConICCoefficients` (V·B, 3) float64.
+        unit: Matrix (padded rows, padded dimensions) for x̂; what is past the last view is 0.
+        own: (padded rows,) int32, the key that each view owns, −1 for none.
+        threshold: (padded rows,) float32. norm: (V·B,) float64. pull: `_Pull` (4, padded rows) float32.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < count
-    of_view = rows.to(tl.int64)
-    instance = of_view % batch
-    length = _norms(views, rows, count, dim, view_row, view_column, False, BLOCK, DEPTH)
-    tl.store(norm + rows, length, mask=inside)
-    store_unit(unit, rows, unit_row, views, length, rows, count, dim, view_row, view_column, DEPTH)
-    own = tl.load(target + instance * target_stride, mask=inside, other=-1)
-    exists = (own >= 0) & (own < keys)
-    own = tl.where(exists, own, -1)
-    to = record + of_view
-    field = padded_rows.to(tl.int64)
-    tl.store(to + _OWN * field, own.to(tl.int32).to(tl.float32, bitcast=True))
-    if BACKWARD:
-        known = statistics + of_view * 3
-        grad = tl.load(grad_loss + instance * grad_loss_stride, mask=inside, other=0.0).to(tl.float64)
-        largest = tl.load(known, mask=inside, other=0.0)
-        negative = tl.load(known + 1, mask=inside, other=0.0)
+    row = rows.to(tl.int64)
+    instance = row % batch
+    block = Block(views, rows, count)
+    length = _norms(block, dim, DEPTH, False)
+    if unit.data is not None:
+        store_unit(unit, rows, block, length, dim, DEPTH)
+    key = tl.load(target.data + instance * target.stride, mask=inside, other=-1)
+    exists = (key >= 0) & (key < keys)
+    key = tl.where(exists, key, -1)
+    if own is not None:
+        tl.store(own + row, key.to(tl.int32))
+    if norm is not None:
+        tl.store(norm + rows, length, mask=inside)
+    if pull is not None:
+        known = ConICCoefficients(*load_fields(coefficients + row * _COEFFICIENTS, _COEFFICIENTS, inside))
+        grad = tl.load(grad_loss.data + instance * grad_loss.stride, mask=inside, other=0.0).to(tl.float64)
         # ∂ℓ_s/∂s_n is less than 0, and as large as all others together.
-        size = -tl.load(known + 2, mask=inside, other=0.0)
-        tl.store(to + _LARGEST * field, largest.to(tl.float32))
-        tl.store(to + _SIZE * field, (grad * size).to(tl.float32))
-        tl.store(to + _NEGATIVE * field, (grad * negative).to(tl.float32))
-        tl.store(to + _SHARE * field, tl.where(size != 0.0, negative / size, 0.0).to(tl.float32))
-    else:
-        dot, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+        size = -known.grad_positive
+        share = tl.where(size != 0.0, known.instance / size, 0.0)
+        field = padded_rows.to(tl.int64)
+        tl.store(pull + _MAX_S * field + row, known.max_s.to(tl.float32))
+        tl.store(pull + _SIZE * field + row, (grad * size).to(tl.float32))
+        tl.store(pull + _INSTANCE * field + row, (grad * known.instance).to(tl.float32))
+        tl.store(pull + _SHARE * field + row, share.to(tl.float32))
+    if FIND:
+        dot, squares = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
         for first in range(0, dim, DEPTH):
             columns = first + tl.arange(0, DEPTH)
-            x = load(views, rows, columns, count, dim, view_row, view_column, False, False)
+            x = load(block, columns, dim).to(tl.float32).to(tl.float64)
             there = (columns < dim)[None, :] & exists[:, None]
-            offsets = own[:, None] * weight_row + columns.to(tl.int64)[None, :] * weight_column
-            w = tl.load(weight + offsets, mask=there, other=0.0).to(tl.float32).to(tl.float64)
-            dot += tl.sum(x.to(tl.float32).to(tl.float64) * w, axis=1)
+            w = tl.load(at(weight, key, columns), mask=there, other=0.0).to(tl.float32).to(tl.float64)
+            dot += tl.sum(x * w, axis=1)
             squares += tl.sum(w * w, axis=1)
         s = dot / length / tl.maximum(tl.sqrt(squares), NORM_EPSILON)
         s = tl.where(exists, s, float("nan"))
-        tl.store(positive + rows, s, mask=inside)
-        tl.store(to + _POSITIVE * field, s.to(tl.float32))
+        rounded_s = s.to(tl.float32)
+        found = ConICPositives(positive=s, threshold=rounded_s.to(tl.float64))
+        store_fields(positives + row * _POSITIVES, found, inside)
+        if threshold is not None:
+            tl.store(threshold + row, rounded_s)
+    elif threshold is not None:
+        known = ConICPositives(*load_fields(positives + row * _POSITIVES, _POSITIVES, inside))
+        tl.store(threshold + row, known.threshold.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _statistics_kernel(
-    unit, record, weight, partial, keys, dim, padded_rows, unit_row, weight_row, weight_column,
-    scale, keys_a_range, rows_a_range,
-    WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, NORM_DEPTH: tl.constexpr,
-):  # fmt: skip
+    unit,
+    own,
+    threshold,
+    weight,
+    partial,
+    keys,
+    dim,
+    padded_rows,
+    scale,
+    keys_a_range,
+    rows_a_range,
+    TILE: tl.constexpr,
+):
+    """What a range of keys knows of a range of views.
+
+    Args:
+        unit: Matrix (padded rows, padded dimensions), x̂. weight: Matrix (keys, D).
+        own: (padded rows,) int32. threshold: (padded rows,) float32.
+        partial: `ConICPartial` (ranges, padded rows, 3) float32.
+        scale: log2(e)/τ.
+    """
+    ROWS: tl.constexpr = TILE.rows
+    KEYS: tl.constexpr = TILE.keys
+    NORM_DEPTH: tl.constexpr = 32 if TILE.depth > 32 else TILE.depth
     part = tl.program_id(0).to(tl.int64)
-    index = tl.arange(0, BLOCK_K)
+    index, columns = tl.arange(0, KEYS), tl.arange(0, TILE.depth)
     begin, first_row = part * keys_a_range, tl.program_id(1) * rows_a_range
     last_row = tl.minimum(first_row + rows_a_range, padded_rows)
-    for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
+    for start in range(begin, tl.minimum(begin + keys_a_range, keys), KEYS):
         tile_rows = start + index
-        inverse = _norms(
-            weight, tile_rows, keys, dim, weight_row, weight_column, WHOLE_COLUMNS, BLOCK_K, NORM_DEPTH
-        )  # fmt: skip
-        inverse = (1.0 / inverse).to(tl.float32)
+        tile = Block(weight, tile_rows, keys)
+        inverse = (1.0 / _norms(tile, dim, NORM_DEPTH, TILE.whole_columns)).to(tl.float32)
         w = None
-        if not CHUNKED:
-            w = _unit_rows(
-                weight, inverse, tile_rows, tl.arange(0, DEPTH), keys, dim, weight_row, weight_column,
-                WHOLE_KEYS, WHOLE_COLUMNS, DTYPE,
-            )  # fmt: skip
+        if not TILE.chunked:
+            w = _unit_rows(tile, inverse, columns, dim, TILE)
         tl.debug_barrier()  # what follows is merged with what other threads stored of the last tile
-        for first in range(first_row, last_row, BLOCK_B):
-            rows = first + tl.arange(0, BLOCK_B)
+        for first in range(first_row, last_row, ROWS):
+            rows = first + tl.arange(0, ROWS)
             x = None
-            if not CHUNKED:
-                x = load(unit, rows, tl.arange(0, DEPTH), 0, 0, unit_row, 1, True, True)
-            s = _similarities(
-                unit, weight, x, w, rows, tile_rows, inverse, keys, dim, unit_row, weight_row, weight_column,
-                False, WHOLE_KEYS, WHOLE_COLUMNS, CHUNKED, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
-            )  # fmt: skip
-            own = (_own(record, rows, padded_rows) - start).to(tl.int32)
-            excluded = own[:, None] == index[None, :]
-            if not WHOLE_KEYS:
+            if not TILE.chunked:
+                x = tl.load(at(unit, rows, columns))
+            s = _similarities(unit, rows, tile, inverse, (x, w), dim, False, TILE)
+            excluded = (tl.load(own + rows) - start).to(tl.int32)[:, None] == index[None, :]
+            if not TILE.whole_keys:
                 excluded = excluded | (tile_rows >= keys)[None, :]
             s = tl.where(excluded, float("-inf"), s)
-            above = s > _field(record, _POSITIVE, rows, padded_rows)[:, None]
+            above = s > tl.load(threshold + rows)[:, None]
 
-            to = partial + (part * padded_rows + rows) * _PARTIAL
-            known = (rows >= 0) & (start > begin)
-            old = tl.load(to + _MAX, mask=known, other=LOWEST)
-            sum = tl.load(to + _SUM, mask=known, other=0.0)
-            rank = tl.load(to + _RANK, mask=known, other=0.0).to(tl.int32, bitcast=True)
+            record = partial + (part * padded_rows + rows) * _PARTIAL
+            known = ConICPartial(*load_fields(record, _PARTIAL, (rows >= 0) & (start > begin)))
+            old = tl.where(start > begin, known.max_s, LOWEST)
             top = tl.maximum(old, tl.max(s, axis=1))
             e = tl.exp2((s - top[:, None]) * scale)
-            tl.store(to + _MAX, top)
-            tl.store(to + _SUM, sum * tl.exp2(move(old, top, scale)) + tl.sum(e, axis=1))
-            rank += tl.sum(tl.where(above, 1.0, 0.0), axis=1).to(tl.int32)
-            tl.store(to + _RANK, rank.to(tl.float32, bitcast=True))
+            added = ConICPartial(
+                max_s=top,
+                z_instance=known.z_instance * tl.exp2(move(old, top, scale)) + tl.sum(e, axis=1),
+                rank=known.rank + tl.sum(tl.where(above, 1.0, 0.0), axis=1),  # exact up to 2²⁴
+            )
+            store_fields(record, added, None)
 
 
-@triton.jit(do_not_specialize=["padded_rows", "views_count", "batch", "ranges"])
+@triton.jit(do_not_specialize=["part_stride", "views_count", "batch", "parts"])
 def _merge_kernel(
-    partial, views, norm, positive, loss, classification_loss, consistency_loss, positive_rank, statistics,
-    padded_rows, views_count, batch, dim, view_row, view_column, ranges,
-    scale: tl.float64, tau: tl.float64, log_compensation: tl.float64, consistency_weight: tl.float64,
-    BLOCK_B: tl.constexpr, RANGES: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """The losses of a block of instances, all in float64."""
-    instance = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B).to(tl.int64)
+    partial,
+    positives,
+    views,
+    losses,
+    part_stride,
+    views_count,
+    batch,
+    dim,
+    parts,
+    scale: tl.float64,
+    tau: tl.float64,
+    log_compensation: tl.float64,
+    consistency_weight: tl.float64,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The losses of a block of instances, all in float64.
+
+    Args:
+        partial: `ConICPartial` (parts, V·B, 3) float32, with `part_stride` numbers from part to part.
+        positives: `ConICPositives` (V·B, 2) float64. views: Matrix (V·B, D). losses: `_Losses` of pointers.
+        PARTS: the power of two from `parts` on.
+    """
+    instance = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     inside = instance < batch
-    part = tl.arange(0, RANGES).to(tl.int64)[:, None]
-    there = (part < ranges) & inside[None, :]
-    zero = tl.zeros([BLOCK_B], tl.float64)
+    part = tl.arange(0, PARTS).to(tl.int64)[:, None]
+    there = (part < parts) & inside[None, :]
+    zero = tl.zeros([ROWS], tl.float64)
     classification = zero
     for view in range(views_count):
         row = view * batch + instance
-        record = partial + (part * padded_rows + row[None, :]) * _PARTIAL
-        tops = tl.load(record + _MAX, mask=there, other=LOWEST).to(tl.float64)
-        largest = tl.max(tops, axis=0)
-        sums = tl.load(record + _SUM, mask=there, other=0.0).to(tl.float64)
-        sum = tl.sum(sums * tl.exp2(move(tops, largest[None, :], scale)), axis=0)
-        ranks = tl.load(record + _RANK, mask=there, other=0.0).to(tl.int32, bitcast=True)
+        record = partial + part * part_stride + row[None, :] * _PARTIAL
+        known = ConICPartial(*load_fields(record, _PARTIAL, there))
+        tops = tl.where(there, known.max_s, LOWEST).to(tl.float64)
+        top = tl.max(tops, axis=0)
+        moved = tl.exp2(move(tops, top[None, :], scale))
+        z_instance = tl.sum(known.z_instance.to(tl.float64) * moved, axis=0)
 
-        s = tl.load(positive + row, mask=inside, other=0.0)
-        largest = tl.where(sum == 0.0, s, largest)  # the only key has no negatives
-        value, negatives = softplus(tl.log(sum) + ((largest - s) / tau + log_compensation))  # ℓ_s
+        s = tl.load(positives + row * _POSITIVES, mask=inside, other=0.0)
+        top = tl.where(z_instance == 0.0, s, top)  # the only key has no negatives
+        value, negatives = softplus(tl.log(z_instance) + ((top - s) / tau + log_compensation))  # ℓ_s
         pull = negatives / tau
         classification += value
-        tl.store(classification_loss + row, value.to(tl.float32), mask=inside)
-        tl.store(positive_rank + row, tl.sum(ranks.to(tl.int64), axis=0), mask=inside)
-        to = statistics + row * 3
-        tl.store(to, largest, mask=inside)
-        tl.store(to + 1, tl.where(sum == 0.0, 0.0, pull / sum), mask=inside)
-        tl.store(to + 2, -pull, mask=inside)
+        tl.store(losses.classification_loss + row, value, mask=inside)
+        tl.store(losses.positive_rank + row, tl.sum(known.rank.to(tl.int64), axis=0), mask=inside)
+        coefficients = ConICCoefficients(
+            max_s=top,
+            instance=tl.where(z_instance == 0.0, 0.0, pull / z_instance),
+            grad_positive=-pull,
+        )
+        store_fields(losses.coefficients + row * _COEFFICIENTS, coefficients, inside)
 
     consistency = zero
     for i in range(1, views_count):
         for j in range(i):
-            row, other = i * batch + instance, j * batch + instance
-            dot = zero
+            xx, yy, xy = zero, zero, zero
             for first in range(0, dim, DEPTH):
                 columns = first + tl.arange(0, DEPTH)
-                x = load(views, row, columns, (i + 1) * batch, dim, view_row, view_column, False, False)
-                y = load(views, other, columns, (j + 1) * batch, dim, view_row, view_column, False, False)
-                dot += tl.sum(
-                    x.to(tl.float32).to(tl.float64) * y.to(tl.float32).to(tl.float64), axis=1
-                )  # fmt: skip
-            dot /= tl.load(norm + row, mask=inside, other=1.0)
-            disagreement = 1.0 - dot / tl.load(norm + other, mask=inside, other=1.0)
+                x = load(Block(views, i * batch + instance, (i + 1) * batch), columns, dim)
+                y = load(Block(views, j * batch + instance, (j + 1) * batch), columns, dim)
+                x, y = x.to(tl.float32).to(tl.float64), y.to(tl.float32).to(tl.float64)
+                xx += tl.sum(x * x, axis=1)
+                yy += tl.sum(y * y, axis=1)
+                xy += tl.sum(x * y, axis=1)
+            norm_x, norm_y = tl.maximum(tl.sqrt(xx), NORM_EPSILON), tl.maximum(tl.sqrt(yy), NORM_EPSILON)
+            disagreement = 1.0 - xy / norm_x / norm_y
             consistency += 2.0 * disagreement * disagreement  # (i, j) and (j, i)
-    total = classification + consistency_weight * consistency
-    tl.store(loss + instance, total.to(tl.float32), mask=inside)
-    tl.store(consistency_loss + instance, consistency.to(tl.float32), mask=inside)
+    tl.store(losses.loss + instance, classification + consistency_weight * consistency, mask=inside)
+    tl.store(losses.consistency_loss + instance, consistency, mask=inside)
 
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _weight_kernel(
-    unit, record, weight, gradient, momentum_buffer, keys, dim, padded_rows,
-    unit_row, weight_row, weight_column, momentum_row, momentum_column,
-    scale, lr, momentum, weight_decay,
-    STEP: tl.constexpr, NESTEROV: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr, WHOLE_ROWS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-    NORM_DEPTH: tl.constexpr,
-):  # fmt: skip
-    """dw of a tile of keys; with STEP, a step of SGD in its place."""
-    start, index = tl.program_id(0) * BLOCK_K, tl.arange(0, BLOCK_K)
+    unit,
+    own,
+    pull,
+    weight,
+    gradient,
+    momentum_buffer,
+    keys,
+    dim,
+    padded_rows,
+    scale,
+    lr,
+    momentum,
+    weight_decay,
+    NESTEROV: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """dw of a tile of keys; where there is a momentum buffer, a step of SGD in its place.
+
+    Args:
+        unit: Matrix (padded rows, padded dimensions), x̂. weight: Matrix (keys, D).
+        own: (padded rows,) int32. pull: `_Pull` (4, padded rows) float32.
+        gradient, momentum_buffer: Matrix (keys, D), of which one has no data.
+        scale: log2(e)/τ.
+        WHOLE_ROWS: whether a program has all dimensions of its keys.
+    """
+    ROWS: tl.constexpr = TILE.rows
+    KEYS: tl.constexpr = TILE.keys
+    NORM_DEPTH: tl.constexpr = 32 if TILE.depth > 32 else TILE.depth
+    start, index = tl.program_id(0) * KEYS, tl.arange(0, KEYS)
     tile_rows = start.to(tl.int64) + index
-    columns = tl.arange(0, DEPTH)
-    out_columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    norm = _norms(
-        weight, tile_rows, keys, dim, weight_row, weight_column, WHOLE_COLUMNS, BLOCK_K, NORM_DEPTH
-    )  # fmt: skip
+    tile = Block(weight, tile_rows, keys)
+    columns = tl.arange(0, TILE.depth)
+    out_columns = tl.program_id(1) * TILE.width + tl.arange(0, TILE.width)
+    norm = _norms(tile, dim, NORM_DEPTH, TILE.whole_columns)
     inverse = (1.0 / norm).to(tl.float32)
 
     unit_scale = 1.0
-    if tl.float16 == DTYPE:  # the largest gradient becomes _UNIT, or up to half of it
-        largest = largest_size(record + _SIZE * padded_rows.to(tl.int64), padded_rows)
+    if tl.float16 == TILE.dtype:  # the largest gradient becomes _UNIT, or up to half of it
+        largest = largest_size(pull + _SIZE * padded_rows.to(tl.int64), padded_rows)
         unit_scale = _UNIT * tl.exp2(-tl.ceil(tl.maximum(tl.log2(largest), -100.0)))
 
     w = None
-    if not CHUNKED:
-        w = _unit_rows(
-            weight, inverse, tile_rows, columns, keys, dim, weight_row, weight_column,
-            WHOLE_KEYS, WHOLE_COLUMNS, DTYPE,
-        )  # fmt: skip
-    grad = tl.zeros([BLOCK_K, WIDTH], tl.float32)
-    radial = tl.zeros([BLOCK_K], tl.float32)
-    for first in range(0, padded_rows, BLOCK_B):
-        rows = first + tl.arange(0, BLOCK_B)
+    if not TILE.chunked:
+        w = _unit_rows(tile, inverse, columns, dim, TILE)
+    shape: tl.constexpr = [KEYS, TILE.width]
+    grad = tl.zeros(shape, tl.float32)
+    radial = tl.zeros([KEYS], tl.float32)
+    for first in range(0, padded_rows, ROWS):
+        rows = first + tl.arange(0, ROWS)
         x = None
-        if not CHUNKED:
-            x = load(unit, rows, columns, 0, 0, unit_row, 1, True, True)
-        s = _similarities(
-            unit, weight, x, w, rows, tile_rows, inverse, keys, dim, unit_row, weight_row, weight_column,
-            True, WHOLE_KEYS, WHOLE_COLUMNS, CHUNKED, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
-        )  # fmt: skip
-        own = index[:, None] == (_own(record, rows, padded_rows) - start)[None, :]
-        of_own = _field(record, _SIZE, rows, padded_rows) * -unit_scale
-        negative = _field(record, _NEGATIVE, rows, padded_rows) * unit_scale
-        e = tl.exp2((s - _field(record, _LARGEST, rows, padded_rows)[None, :]) * scale)
-        g = tl.where(own, of_own[None, :], e * negative[None, :])
-        if not WHOLE_KEYS:
+        if not TILE.chunked:
+            x = tl.load(at(unit, rows, columns))
+        s = _similarities(unit, rows, tile, inverse, (x, w), dim, True, TILE)
+        is_own = index[:, None] == (tl.load(own + rows) - start)[None, :]
+        pull_of_own = _field(pull, _SIZE, rows, padded_rows) * -unit_scale
+        instance = _field(pull, _INSTANCE, rows, padded_rows) * unit_scale
+        e = tl.exp2((s - _field(pull, _MAX_S, rows, padded_rows)[None, :]) * scale)
+        g = tl.where(is_own, pull_of_own[None, :], e * instance[None, :])
+        if not TILE.whole_keys:
             g = tl.where((tile_rows < keys)[:, None], g, 0.0)
         if not WHOLE_ROWS:
             radial += tl.sum(g * s, axis=1)
-        if CHUNKED:
-            x = load(unit, rows, out_columns, 0, 0, unit_row, 1, True, True)
-        grad = product(g.to(DTYPE), x, grad, PRECISION)
+        if TILE.chunked:
+            x = tl.load(at(unit, rows, out_columns))
+        grad = product(g.to(TILE.dtype), x, grad, TILE.precision)
 
     # dw = (dŵ − ŵ (ŵ·dŵ)) / ‖w‖; a row below the epsilon was only scaled, so it has no projection
-    w_out = load(
-        weight, tile_rows, out_columns, keys, dim, weight_row, weight_column, WHOLE_KEYS, WHOLE_COLUMNS
-    ).to(tl.float32)  # fmt: skip
+    w_out = load(tile, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
+    w_out = w_out.to(tl.float32)
     if WHOLE_ROWS:
         radial = tl.sum(w_out * grad, axis=1) * inverse
     radial = tl.where(norm > NORM_EPSILON, radial, 0.0)
     grad = (grad - w_out * (inverse * radial)[:, None]) * (inverse / unit_scale)[:, None]
-    if STEP:
+    if momentum_buffer.data is not None:
         grad += weight_decay * w_out
-        v = load(
-            momentum_buffer, tile_rows, out_columns, keys, dim, momentum_row, momentum_column,
-            WHOLE_KEYS, WHOLE_COLUMNS,
-        )  # fmt: skip
+        buffer = Block(momentum_buffer, tile_rows, keys)
+        v = load(buffer, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
         v = momentum * v.to(tl.float32) + grad
-        store(
-            momentum_buffer, v, tile_rows, out_columns, keys, dim, momentum_row, momentum_column,
-            WHOLE_KEYS, WHOLE_COLUMNS,
-        )  # fmt: skip
+        store(buffer, v, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
         step = grad + momentum * v if NESTEROV else v
         # Loaded again, from the cache: registers are too few to keep it.
-        w_out = load(
-            weight, tile_rows, out_columns, keys, dim, weight_row, weight_column, WHOLE_KEYS, WHOLE_COLUMNS
-        ).to(tl.float32)  # fmt: skip
+        w_out = load(tile, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
+        w_out = w_out.to(tl.float32) - lr * step
         tl.debug_barrier()  # all threads have read what one of them overwrites
-        store(
-            weight, w_out - lr * step, tile_rows, out_columns, keys, dim, weight_row, weight_column,
-            WHOLE_KEYS, WHOLE_COLUMNS,
-        )  # fmt: skip
+        store(tile, w_out, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
     else:
-        store(gradient, grad, tile_rows, out_columns, keys, dim, dim, 1, WHOLE_KEYS, WHOLE_COLUMNS)
+        to = Block(gradient, tile_rows, keys)
+        store(to, grad, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
 
 
 @triton.jit(do_not_specialize=["keys"])
 def _norms_kernel(
-    weight, inverse, keys, dim, weight_row, weight_column,
-    WHOLE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """1/‖w‖ of each key, which also brings the weight into the cache."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    norm = _norms(weight, rows, keys, dim, weight_row, weight_column, WHOLE_COLUMNS, BLOCK, DEPTH)
+    weight, inverse, keys, dim, ROWS: tl.constexpr, DEPTH: tl.constexpr, WHOLE_COLUMNS: tl.constexpr
+):
+    """1/‖w‖ (keys,) float32 of Matrix (keys, D), which also brings the weight into the cache."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    norm = _norms(Block(weight, rows, keys), dim, DEPTH, WHOLE_COLUMNS)
     tl.store(inverse + rows, (1.0 / norm).to(tl.float32), mask=rows < keys)
 
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _views_kernel(
-    unit, record, weight, inverse, parts, keys, dim, padded_rows,
-    unit_row, weight_row, weight_column, scale, keys_a_range,
-    WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, CHUNKED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """What a range of keys adds to dx̂ of a block of views."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    unit,
+    own,
+    pull,
+    weight,
+    inverse,
+    grad_parts,
+    keys,
+    dim,
+    padded_rows,
+    scale,
+    keys_a_range,
+    TILE: tl.constexpr,
+):
+    """What a range of keys adds to dx̂ of a block of views.
+
+    Args:
+        unit: Matrix (padded rows, padded dimensions), x̂. weight: Matrix (keys, D).
+        own: (padded rows,) int32. pull: `_Pull` (4, padded rows) float32. inverse: (keys,) float32.
+        grad_parts: Matrix (ranges · padded rows, padded dimensions) float32.
+        scale: log2(e)/τ.
+    """
+    ROWS: tl.constexpr = TILE.rows
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
-    columns = tl.arange(0, DEPTH)
-    out_columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    columns = tl.arange(0, TILE.depth)
+    out_columns = tl.program_id(2) * TILE.width + tl.arange(0, TILE.width)
 
-    own = _own(record, rows, padded_rows)[:, None]
-    largest = _field(record, _LARGEST, rows, padded_rows)[:, None]
-    share = _field(record, _SHARE, rows, padded_rows)[:, None] * _UNIT
-    of_own = tl.where(share == 0.0, 0.0, -_UNIT)
+    own_key = tl.load(own + rows)[:, None]
+    max_s = _field(pull, _MAX_S, rows, padded_rows)[:, None]
+    share = _field(pull, _SHARE, rows, padded_rows)[:, None] * _UNIT
+    pull_of_own = tl.where(share == 0.0, 0.0, -_UNIT)
     x = None
-    if not CHUNKED:
-        x = load(unit, rows, columns, 0, 0, unit_row, 1, True, True)
-    grad = tl.zeros([BLOCK_B, WIDTH], tl.float32)
-    begin, index = part * keys_a_range, tl.arange(0, BLOCK_K)
-    for start in range(begin, tl.minimum(begin + keys_a_range, keys), BLOCK_K):
+    if not TILE.chunked:
+        x = tl.load(at(unit, rows, columns))
+    shape: tl.constexpr = [ROWS, TILE.width]
+    grad = tl.zeros(shape, tl.float32)
+    begin, index = part * keys_a_range, tl.arange(0, TILE.keys)
+    for start in range(begin, tl.minimum(begin + keys_a_range, keys), TILE.keys):
         tile_rows = start + index
-        lengths = tl.load(inverse + tile_rows, mask=tile_rows < keys, other=0.0)
+        tile = Block(weight, tile_rows, keys)
+        inverses = tl.load(inverse + tile_rows, mask=tile_rows < keys, other=0.0)
         w = None
-        if not CHUNKED:
-            w = _unit_rows(
-                weight, lengths, tile_rows, columns, keys, dim, weight_row, weight_column,
-                WHOLE_KEYS, WHOLE_COLUMNS, DTYPE,
-            )  # fmt: skip
-        s = _similarities(
-            unit, weight, x, w, rows, tile_rows, lengths, keys, dim, unit_row, weight_row, weight_column,
-            False, WHOLE_KEYS, WHOLE_COLUMNS, CHUNKED, DTYPE, PRECISION, BLOCK_B, BLOCK_K, DEPTH,
-        )  # fmt: skip
-        g = tl.exp2((s - largest) * scale) * share
-        g = tl.where((own - start).to(tl.int32) == index[None, :], of_own, g)
-        if not WHOLE_KEYS:
+        if not TILE.chunked:
+            w = _unit_rows(tile, inverses, columns, dim, TILE)
+        s = _similarities(unit, rows, tile, inverses, (x, w), dim, False, TILE)
+        g = tl.exp2((s - max_s) * scale) * share
+        g = tl.where((own_key - start).to(tl.int32) == index[None, :], pull_of_own, g)
+        if not TILE.whole_keys:
             g = tl.where((tile_rows < keys)[None, :], g, 0.0)
-        if CHUNKED:
-            w = _unit_rows(
-                weight, lengths, tile_rows, out_columns, keys, dim, weight_row, weight_column,
-                WHOLE_KEYS, WHOLE_COLUMNS, DTYPE,
-            )  # fmt: skip
-        grad = product(g.to(DTYPE), w, grad, PRECISION)
-    grad *= _field(record, _SIZE, rows, padded_rows)[:, None] * (1.0 / _UNIT)
-    to = parts + (part * padded_rows + rows)[:, None] * unit_row + out_columns[None, :]
-    tl.store(to, grad)
+        if TILE.chunked:
+            w = _unit_rows(tile, inverses, out_columns, dim, TILE)
+        grad = product(g.to(TILE.dtype), w, grad, TILE.precision)
+    grad *= _field(pull, _SIZE, rows, padded_rows)[:, None] * (1.0 / _UNIT)
+    tl.store(at(grad_parts, part * padded_rows + rows, out_columns), grad)
 
 
-@triton.jit(do_not_specialize=["batch", "rows", "padded_rows", "ranges"])
+@triton.jit(do_not_specialize=["count", "batch", "padded_rows", "ranges"])
 def _finish_kernel(
-    views, norm, parts, grad_loss, gradient, rows, batch, dim, padded_rows,
-    view_row, view_column, grad_loss_stride, unit_row, ranges, consistency_weight: tl.float64,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """dx of some views: the ranges' parts, the consistency's −4 α Σ_j (1 − x̂ⁱ·x̂ʲ) x̂ʲ, and the chain rule."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    columns = tl.arange(0, BLOCK_D)
-    inside = row < rows
+    views,
+    norm,
+    grad_parts,
+    grad_loss,
+    gradient,
+    count,
+    batch,
+    dim,
+    padded_rows,
+    ranges,
+    consistency_weight: tl.float64,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dx of some views: the ranges' parts, the consistency's −4 α Σ_j (1 − x̂ⁱ·x̂ʲ) x̂ʲ, and the chain rule.
+
+    Args:
+        views, gradient: Matrix (count = V·B, D). norm: (V·B,) float64. grad_loss: Vector (B,).
+        grad_parts: Matrix (ranges · padded rows, padded dimensions) float32.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = row < count
     there = inside[:, None] & (columns < dim)[None, :]
-    part_stride = padded_rows.to(tl.int64) * unit_row
-    grad = sum_of_parts(parts, row, columns, there, ranges, part_stride, unit_row, BLOCK_B, BLOCK_D)
+    grad = sum_of_parts(grad_parts, row, columns, there, ranges, padded_rows)
     length = tl.load(norm + row, mask=inside, other=1.0)
-    x = load(views, row, columns, rows, dim, view_row, view_column, False, False)
+    x = load(Block(views, row, count), columns, dim)
     x = x.to(tl.float32).to(tl.float64) / length[:, None]
     instance = row % batch
-    factor = tl.load(grad_loss + instance * grad_loss_stride, mask=inside, other=0.0).to(tl.float64)
+    factor = tl.load(grad_loss.data + instance * grad_loss.stride, mask=inside, other=0.0).to(tl.float64)
     factor *= -4.0 * consistency_weight
-    for first in range(0, rows, batch):
+    for first in range(0, count, batch):
         other = first + instance
-        y = load(views, other, columns, rows, dim, view_row, view_column, False, False)
-        y = y.to(tl.float32).to(tl.float64)
-        y /= tl.load(norm + other, mask=other < rows, other=1.0)[:, None]
+        y = load(Block(views, other, count), columns, dim).to(tl.float32).to(tl.float64)
+        y /= tl.load(norm + other, mask=other < count, other=1.0)[:, None]
         disagreement = tl.where(other != row, 1.0 - tl.sum(x * y, axis=1), 0.0)
         grad += (factor * disagreement)[:, None] * y
     grad = through_norm(grad, x, length)
-    store(gradient, grad.to(tl.float32), row, columns, rows, dim, dim, 1, False, False)
+    store(Block(gradient, row, count), grad.to(tl.float32), columns, dim)
 
 
 @dataclass(frozen=True)
 class _Plan:
     padded_rows: int
     padded_dim: int
-    rows_a_range: int
     prepare: Launch
     statistics: Launch
-    merge: Launch
     weight: Launch
     norms: Launch
     views: Launch
     finish: Launch
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    count: int, batch: int, keys: int, dim: int, dtype: torch.dtype, precision: str, chip: Chip
-) -> _Plan:
-    """How the kernels are started for a problem's size. Made once: a call has no time for it."""
-    capability, multiprocessors = chip
-    few = 4 if capability == (0, 0) else 1  # each program costs the interpreter the same
-    tiles = select_conic_tiles(capability, precision, dim)
-    numbers = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "PRECISION": precision}
-    rows, block = count * batch, max(tiles.statistics.keys, tiles.weight.keys, tiles.views.rows)
-    padded_rows = triton.cdiv(rows, block) * block
+def _padded_depth(dim: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(dim)))
 
-    def holds_keys(tiles: Tiles) -> dict[str, Any]:
-        options = tile_options(tiles, dim) | numbers
-        options |= {"BLOCK_K": tiles.rows, "BLOCK_B": tiles.keys, "WHOLE_KEYS": keys % tiles.rows == 0}
-        return options | {"NORM_DEPTH": min(32, options["DEPTH"])}
+
+@plan
+def _plan(count: int, batch: int, keys: int, products: Products) -> _Plan:
+    dim, chip = products.dim, products.chip
+    larger = 4 if chip.interpreted else 1
+    rows = count * batch
+
+    def holds_keys(name: str) -> dict[str, Any]:
+        tiling = products.tiling(name)
+        tile = products.tile(tiling, tiling.walked, tiling.held, keys)
+        return {"TILE": tile, **tiling.options}
 
     # Ranges of keys for the chip to be full, and ranges of views where either they or the keys do not do it:
     # with few keys, or with so many views that each range's numbers of them would be too much.
-    blocks, slots = triton.cdiv(keys, tiles.statistics.rows), tiles.statistics.programs * multiprocessors
-    keys_a_range = steps_a_range(blocks, triton.cdiv(rows, 4096), slots)
-    ranges, steps = triton.cdiv(blocks, keys_a_range), triton.cdiv(rows, tiles.statistics.keys)
+    tiling = products.tiling("conic.statistics")
+    blocks, slots = triton.cdiv(keys, tiling.held), tiling.programs * chip.multiprocessors
+    size = steps_a_range(blocks, triton.cdiv(rows, 4096), slots, MOST_KEYS_A_RANGE // tiling.held)
+    ranges, steps = triton.cdiv(blocks, size), triton.cdiv(rows, tiling.walked)
     steps_of_views = steps_a_range(steps, ranges, slots)
+    ranges_of_both = {"keys_a_range": size * tiling.held, "rows_a_range": steps_of_views * tiling.walked}
     statistics = Launch(
+        "conic.statistics",
+        _statistics_kernel,
         (ranges, triton.cdiv(steps, steps_of_views)),
-        holds_keys(tiles.statistics),
-        keys_a_range * tiles.statistics.rows,
-    )
-    padded_ranges = triton.next_power_of_2(ranges)
-    instances = max(1, min(8 * few, 512 // padded_ranges))
-    depth = min(64, max(16, triton.next_power_of_2(dim)))
-    merge = Launch(
-        (triton.cdiv(batch, instances),), {"BLOCK_B": instances, "RANGES": padded_ranges, "DEPTH": depth}
+        holds_keys("conic.statistics") | ranges_of_both,
     )
 
-    weight = Launch((triton.cdiv(keys, tiles.weight.rows), 0), holds_keys(tiles.weight))
-    width = weight.options["WIDTH"]
-    weight = Launch((weight.grid[0], triton.cdiv(dim, width)), weight.options | {"WHOLE_ROWS": dim <= width})
+    arguments = holds_keys("conic.weight")
+    width = arguments["TILE"].width
+    weight = Launch(
+        "conic.weight",
+        _weight_kernel,
+        (triton.cdiv(keys, arguments["TILE"].keys), triton.cdiv(dim, width)),
+        arguments | {"WHOLE_ROWS": dim <= width},
+    )
+    views = products.walk("conic.views", _views_kernel, rows, keys)
 
-    views = walk(tiles.views, rows, keys, dim, multiprocessors)
-    views.options.update(numbers)
+    tiles = [each.arguments["TILE"] for each in (statistics, weight, views)]
+    block, cut = max(tile.rows for tile in tiles), max(tile.width or tile.depth for tile in tiles)
+    padded_rows = triton.cdiv(rows, block) * block
+    depth = _padded_depth(dim, 32)
     columns = triton.next_power_of_2(dim)
-    block = max(1, few * 512 // columns)
-    finish = Launch((triton.cdiv(rows, block),), {"BLOCK_B": block, "BLOCK_D": columns})
-
-    cut = max(each.options.get("WIDTH", each.options["DEPTH"]) for each in (statistics, weight, views))
-    padded_dim = triton.cdiv(dim, cut) * cut
-    norm_depth = min(32, depth)
+    finished = max(1, larger * 512 // columns)
     return _Plan(
-        padded_rows, padded_dim, steps_of_views * tiles.statistics.keys,
-        prepare=Launch((padded_rows // (16 * few),), {"BLOCK": 16 * few, "DEPTH": depth}),
-        statistics=statistics, merge=merge, weight=weight,
-        norms=Launch(
-            (triton.cdiv(keys, 64 * few),),
-            {"BLOCK": 64 * few, "DEPTH": norm_depth, "WHOLE_COLUMNS": dim % norm_depth == 0},
+        padded_rows,
+        triton.cdiv(dim, cut) * cut,
+        prepare=Launch(
+            "conic.prepare",
+            _prepare_kernel,
+            (padded_rows // (16 * larger),),
+            {"ROWS": 16 * larger, "DEPTH": _padded_depth(dim, 64)},
         ),
-        views=views, finish=finish,
-    )  # fmt: skip
+        statistics=statistics,
+        weight=weight,
+        norms=Launch(
+            "conic.norms",
+            _norms_kernel,
+            (triton.cdiv(keys, 64 * larger),),
+            {"ROWS": 64 * larger, "DEPTH": depth, "WHOLE_COLUMNS": dim % depth == 0},
+        ),
+        views=views,
+        finish=Launch(
+            "conic.finish",
+            _finish_kernel,
+            (triton.cdiv(rows, finished),),
+            {"ROWS": finished, "COLUMNS": columns},
+        ),
+    )
 
 
-@dataclass(frozen=True)
+@plan
+def _merge_plan(batch: int, parts: int, dim: int, interpreted: bool) -> Launch:
+    padded_parts = triton.next_power_of_2(parts)
+    rows = max(1, min(32 if interpreted else 8, 512 // padded_parts))
+    arguments = {"ROWS": rows, "PARTS": padded_parts, "DEPTH": _padded_depth(dim, 64)}
+    return Launch("conic.merge", _merge_kernel, (triton.cdiv(batch, rows),), arguments)
+
+
 class _Call:
-    """What the kernels of a call share: its plan, the rows x of the views (V·B, D), their x̂, and more."""
+    """What the kernels of a call share: their plan, x̂, and arguments by name."""
 
-    plan: _Plan
-    rows: Tensor
-    unit: Tensor
-    record: Tensor
-    norm: Tensor
-    positive: Tensor | None
-    scale: float
+    def __init__(self, views: Tensor, weight: Tensor, target: Tensor) -> None:
+        (self.count, self.batch, self.dim), self.device = views.shape, views.device
+        self.keys = len(weight)
+        products = Products(self.dim, views.dtype, precision_of(views.dtype), chip_of(self.device))
+        self.plan = _plan(self.count, self.batch, self.keys, products)
+        self.rows = views.flatten(0, 1)  # a copy where their strides are not of one matrix
+        self.views, self.weight, self.target = matrix(self.rows), matrix(weight), vector(target)
+        self.unit = NO_MATRIX
+        self.own: Tensor | None = None
+
+    def prepare(
+        self,
+        find: bool = False,
+        positives: Tensor | None = None,
+        threshold: Tensor | None = None,
+        norm: Tensor | None = None,
+        pull: Tensor | None = None,
+        grad_loss: Tensor | None = None,
+        coefficients: Tensor | None = None,
+    ) -> None:
+        self.plan.prepare(
+            views=self.views,
+            weight=self.weight,
+            target=self.target,
+            positives=positives,
+            grad_loss=NO_VECTOR if grad_loss is None else vector(grad_loss),
+            coefficients=coefficients,
+            unit=self.unit,
+            own=self.own,
+            threshold=threshold,
+            norm=norm,
+            pull=pull,
+            count=len(self.rows),
+            batch=self.batch,
+            keys=self.keys,
+            dim=self.dim,
+            padded_rows=self.plan.padded_rows,
+            FIND=find,
+        )
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def make_unit(self) -> None:
+        """Room for x̂ and for the key that each view owns, which `prepare` fills."""
+        padded_rows, padded_dim = self.plan.padded_rows, self.plan.padded_dim
+        self.unit = Matrix(self.empty(padded_rows, padded_dim, dtype=self.rows.dtype), padded_dim, 1)
+        self.own = self.empty(padded_rows, dtype=torch.int32)
+
+    def positives(self) -> Tensor:
+        positives = self.empty(len(self.rows), _POSITIVES.value, dtype=torch.float64)
+        self.prepare(find=True, positives=positives)
+        return positives
+
+    def statistics(self, settings: ConICSettings, positives: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Partials and positives, found if there are none."""
+        launch, padded_rows = self.plan.statistics, self.plan.padded_rows
+        self.make_unit()
+        threshold = self.empty(padded_rows)
+        find = positives is None
+        if positives is None:
+            positives = self.empty(len(self.rows), _POSITIVES.value, dtype=torch.float64)
+        self.prepare(find, positives, threshold)
+        partial = self.empty(launch.grid[0], padded_rows, _PARTIAL.value)
+        launch(
+            unit=self.unit,
+            own=self.own,
+            threshold=threshold,
+            weight=self.weight,
+            partial=partial,
+            keys=self.keys,
+            dim=self.dim,
+            padded_rows=padded_rows,
+            scale=LOG2_E / settings.temperature,
+        )
+        return partial[:, : len(self.rows)], positives
 
 
-def _prepare(
-    views: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    temperature: float,
-    grad_loss: Tensor | None = None,
-    statistics: Tensor | None = None,
-) -> _Call:
-    (count, batch, dim), keys, device = views.shape, len(weight), views.device
-    precision = precision_of(views.dtype)
-    plan = _plan(count, batch, keys, dim, views.dtype, precision, chip_of(device))
-    rows = views.flatten(0, 1)  # a copy where their strides are not of one matrix
-    unit = torch.empty((plan.padded_rows, plan.padded_dim), dtype=views.dtype, device=device)
-    record = torch.empty((5, plan.padded_rows), dtype=torch.float32, device=device)
-    norm = torch.empty(len(rows), dtype=torch.float64, device=device)
-    positive = torch.empty_like(norm) if grad_loss is None else None
-    _prepare_kernel[plan.prepare.grid](
-        rows, weight, target, statistics, grad_loss, unit, record, norm, positive,
-        len(rows), batch, keys, dim, plan.padded_rows, *rows.stride(), *weight.stride(), target.stride(0),
-        0 if grad_loss is None else grad_loss.stride(0), plan.padded_dim,
-        BACKWARD=grad_loss is not None, **plan.prepare.options,
-    )  # fmt: skip
-    return _Call(plan, rows, unit, record, norm, positive, math.log2(math.e) / temperature)
+class _Gradient(_Call):
+    """A call for gradients: x̂, and how the losses pull each view."""
+
+    def __init__(
+        self,
+        grad_loss: Tensor,
+        views: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        coefficients: Tensor,
+        settings: ConICSettings,
+    ) -> None:
+        super().__init__(views, weight, target)
+        self.settings, self.grad_loss = settings, grad_loss
+        self.make_unit()
+        self.norm = self.empty(len(self.rows), dtype=torch.float64)
+        pull = self.empty(len(_Pull._fields), self.plan.padded_rows)
+        self.prepare(norm=self.norm, pull=pull, grad_loss=grad_loss, coefficients=coefficients.contiguous())
+        self.walking = {
+            "unit": self.unit,
+            "own": self.own,
+            "pull": pull,
+            "weight": self.weight,
+            "keys": self.keys,
+            "dim": self.dim,
+            "padded_rows": self.plan.padded_rows,
+            "scale": LOG2_E / settings.temperature,
+        }
+
+    def of_views(self, gradient: Tensor) -> None:
+        """Writes the gradient of the views (V, B, D)."""
+        launch, plan = self.plan.views, self.plan
+        inverse = self.empty(self.keys)
+        parts = self.empty(launch.grid[1], plan.padded_rows, plan.padded_dim)
+        grad_parts = Matrix(parts, plan.padded_dim, 1)
+        plan.norms(weight=self.weight, inverse=inverse, keys=self.keys, dim=self.dim)
+        launch(inverse=inverse, grad_parts=grad_parts, **self.walking)
+        plan.finish(
+            views=self.views,
+            norm=self.norm,
+            grad_parts=grad_parts,
+            grad_loss=vector(self.grad_loss),
+            gradient=Matrix(gradient, self.dim, 1),
+            count=len(self.rows),
+            batch=self.batch,
+            dim=self.dim,
+            padded_rows=plan.padded_rows,
+            ranges=launch.grid[1],
+            consistency_weight=self.settings.consistency_weight,
+        )
+
+    def of_weight(self, gradient: Tensor) -> None:
+        """Writes the gradient of the weight (A, D)."""
+        self._of_weight(matrix(gradient), NO_MATRIX, SGDSettings(0.0, 0.0, 0.0, False))
+
+    def step(self, momentum_buffer: Tensor, sgd: SGDSettings) -> None:
+        """Takes a step of SGD with it."""
+        self._of_weight(NO_MATRIX, matrix(momentum_buffer), sgd)
+
+    def _of_weight(self, gradient: Matrix, momentum_buffer: Matrix, sgd: SGDSettings) -> None:
+        self.plan.weight(
+            gradient=gradient,
+            momentum_buffer=momentum_buffer,
+            lr=sgd.lr,
+            momentum=sgd.momentum,
+            weight_decay=sgd.weight_decay,
+            NESTEROV=sgd.nesterov,
+            **self.walking,
+        )
+
+
+def _merge(
+    partial: Tensor, positives: Tensor, views: Tensor, settings: ConICSettings, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses in that dtype. `partial` may have numbers between its parts."""
+    (count, batch, dim), device, parts = views.shape, views.device, len(partial)
+    rows = views.flatten(0, 1)
+    loss, consistency = (torch.empty(batch, dtype=dtype, device=device) for _ in range(2))
+    classification = torch.empty((count, batch), dtype=dtype, device=device)
+    rank = torch.empty((count, batch), dtype=torch.int64, device=device)
+    coefficients = torch.empty((count, batch, _COEFFICIENTS.value), dtype=torch.float64, device=device)
+    losses = _Losses(loss, classification, consistency, rank, coefficients)
+    _merge_plan(batch, parts, dim, chip_of(device).interpreted)(
+        partial=partial,
+        positives=positives,
+        views=matrix(rows),
+        losses=losses,
+        part_stride=partial.stride(0),
+        views_count=count,
+        batch=batch,
+        dim=dim,
+        parts=parts,
+        scale=LOG2_E / settings.temperature,
+        tau=settings.temperature,
+        log_compensation=math.log(settings.compensation),
+        consistency_weight=settings.consistency_weight,
+    )
+    return losses
 
 
 def conic(
-    views: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    temperature: float,
-    compensation: float,
-    consistency_weight: float,
+    views: Tensor, weight: Tensor, target: Tensor, settings: ConICSettings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.conic`; float16, bfloat16 and float32 views, D up to 1024. The loss of an instance whose
     target is not a row of the weight is NaN."""
-    (count, batch, dim), keys, device = views.shape, len(weight), views.device
-    with device_of(views):
-        call = _prepare(views, weight, target, temperature)
-        plan, launch = call.plan, call.plan.statistics
-        partial = torch.empty(
-            (launch.grid[0], plan.padded_rows, _PARTIAL.value), dtype=torch.float32, device=device
-        )
-        _statistics_kernel[launch.grid](
-            call.unit, call.record, weight, partial, keys, dim, plan.padded_rows, plan.padded_dim,
-            *weight.stride(), call.scale, launch.keys_a_range, plan.rows_a_range, **launch.options,
-        )  # fmt: skip
-        loss, consistency = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(2))
-        classification = torch.empty((count, batch), dtype=torch.float32, device=device)
-        rank = torch.empty((count, batch), dtype=torch.int64, device=device)
-        statistics = torch.empty((count, batch, 3), dtype=torch.float64, device=device)
-        _merge_kernel[plan.merge.grid](
-            partial, call.rows, call.norm, call.positive, loss, classification, consistency, rank, statistics,
-            plan.padded_rows, count, batch, dim, *call.rows.stride(), launch.grid[0],
-            call.scale, temperature, math.log(compensation), consistency_weight, **plan.merge.options,
-        )  # fmt: skip
-    return loss, classification, consistency, rank, statistics
+    with current(views):
+        partial, positives = _Call(views, weight, target).statistics(settings)
+        return _merge(partial, positives, views, settings, torch.float32)
 
 
-def conic_backward(
+def conic_positives(views: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """See `reference.conic_positives`."""
+    with current(views):
+        return _Call(views, weight, target).positives()
+
+
+def conic_statistics(
+    views: Tensor, weight: Tensor, target: Tensor, positives: Tensor, settings: ConICSettings
+) -> Tensor:
+    """See `reference.conic_statistics`."""
+    with current(views):
+        partial, _ = _Call(views, weight, target).statistics(settings, positives.contiguous())
+    return partial
+
+
+def conic_merge(
+    partial: Tensor, positives: Tensor, views: Tensor, settings: ConICSettings
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.conic_merge`."""
+    if not partial[0].is_contiguous():
+        partial = partial.contiguous()
+    with current(views):
+        return _merge(partial, positives.contiguous(), views, settings, torch.float64)
+
+
+def conic_gradient(
     grad_loss: Tensor,
     views: Tensor,
     weight: Tensor,
     target: Tensor,
-    statistics: Tensor,
-    temperature: float,
-    consistency_weight: float,
+    coefficients: Tensor,
+    settings: ConICSettings,
     views_need_grad: bool,
     weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.conic_backward`."""
+    """See `reference.conic_gradient`."""
     count, batch, dim = views.shape
     grad_views = views.new_empty((count if views_need_grad else 0, batch, dim))
     grad_weight = weight.new_empty((len(weight) if weight_needs_grad else 0, dim))
-    with device_of(views):
-        call = _prepare(views, weight, target, temperature, grad_loss, statistics.contiguous())
+    with current(views):
+        gradient = _Gradient(grad_loss, views, weight, target, coefficients, settings)
         if views_need_grad:
-            _gradient_of_views(call, grad_loss, weight, consistency_weight, batch, grad_views)
+            gradient.of_views(grad_views)
         if weight_needs_grad:
-            _gradient_of_weight(call, weight, grad_weight)
+            gradient.of_weight(grad_weight)
     return grad_views, grad_weight
 
 
-def conic_backward_sgd_(
+def conic_gradient_sgd_(
     grad_loss: Tensor,
     views: Tensor,
     weight: Tensor,
     momentum_buffer: Tensor,
     target: Tensor,
-    statistics: Tensor,
-    temperature: float,
-    consistency_weight: float,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
+    coefficients: Tensor,
+    settings: ConICSettings,
+    sgd: SGDSettings,
 ) -> Tensor:
-    """See `reference.conic_backward_sgd_`."""
+    """See `reference.conic_gradient_sgd_`."""
     grad_views = torch.empty(views.shape, dtype=views.dtype, device=views.device)
-    settings = (lr, momentum, weight_decay)
-    with device_of(views):
-        call = _prepare(views, weight, target, temperature, grad_loss, statistics.contiguous())
-        # First, from the weight as it was in forward.
-        _gradient_of_views(call, grad_loss, weight, consistency_weight, views.shape[1], grad_views)
-        if call.plan.weight.grid[1] == 1:
-            _gradient_of_weight(call, weight, None, momentum_buffer, settings, nesterov)
+    with current(views):
+        gradient = _Gradient(grad_loss, views, weight, target, coefficients, settings)
+        gradient.of_views(grad_views)  # first, from the weight as it was in forward
+        if gradient.plan.weight.arguments["WHOLE_ROWS"]:
+            gradient.step(momentum_buffer, sgd)
         else:  # other programs still need what one would overwrite
             grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-            _gradient_of_weight(call, weight, grad_weight)
-            sgd_(weight, momentum_buffer, grad_weight, *settings, nesterov)
+            gradient.of_weight(grad_weight)
+            sgd_(weight, momentum_buffer, grad_weight, sgd)
     increment_version((momentum_buffer, weight))
     return grad_views
-
-
-def _gradient_of_views(
-    call: _Call,
-    grad_loss: Tensor,
-    weight: Tensor,
-    consistency_weight: float,
-    batch: int,
-    gradient: Tensor,
-) -> None:
-    plan, launch = call.plan, call.plan.views
-    keys, dim = weight.shape
-    inverse = torch.empty(keys, dtype=torch.float32, device=weight.device)
-    parts = torch.empty(
-        (launch.ranges, plan.padded_rows, plan.padded_dim), dtype=torch.float32, device=weight.device
-    )
-    _norms_kernel[plan.norms.grid](weight, inverse, keys, dim, *weight.stride(), **plan.norms.options)
-    _views_kernel[launch.grid](
-        call.unit, call.record, weight, inverse, parts, keys, dim, plan.padded_rows, plan.padded_dim,
-        *weight.stride(), call.scale, launch.keys_a_range, **launch.options,
-    )  # fmt: skip
-    _finish_kernel[plan.finish.grid](
-        call.rows, call.norm, parts, grad_loss, gradient, len(call.rows), batch, dim, plan.padded_rows,
-        *call.rows.stride(), grad_loss.stride(0), plan.padded_dim, launch.ranges, consistency_weight,
-        **plan.finish.options,
-    )  # fmt: skip
-
-
-def _gradient_of_weight(
-    call: _Call,
-    weight: Tensor,
-    gradient: Tensor | None,
-    momentum_buffer: Tensor | None = None,
-    settings: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    nesterov: bool = False,
-) -> None:
-    """Stores the gradient, or takes a step of SGD where there is a momentum buffer."""
-    plan, launch = call.plan, call.plan.weight
-    keys, dim = weight.shape
-    _weight_kernel[launch.grid](
-        call.unit, call.record, weight, gradient, momentum_buffer, keys, dim, plan.padded_rows,
-        plan.padded_dim, *weight.stride(), *((0, 0) if momentum_buffer is None else momentum_buffer.stride()),
-        call.scale, *settings, STEP=momentum_buffer is not None, NESTEROV=nesterov, **launch.options,
-    )  # fmt: skip

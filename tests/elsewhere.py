@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def pass_elsewhere(tests: Sequence[str], selection: str, environment: Mapping[str, str]) -> None:
-    """Those of each file that `selection` (pytest's -k) names, in a process a file, one on each core."""
+    """Run the tests of each file that `selection` (pytest's -k) names, a process a file, one on each core."""
 
     def run(file: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

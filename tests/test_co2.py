@@ -24,11 +24,23 @@ from tests.cases import (
     scales,
     temperatures,
 )
-from tests.oracles import distance, fused, loss_and_gradient, oracle
+from tests.oracles import (
+    LAST_DIGIT,
+    ORACLE_ERROR,
+    assert_near,
+    assert_no_worse_than_eager,
+    distance,
+    fused,
+    last_digits,
+    loss_and_gradient,
+    oracle,
+)
 from train_ref.eager import eager_co2
 
-# The oracle's own rounding, for losses and gradients that are zero or nearly so.
-ORACLE_ERROR = 1e-12
+
+def sharpness(case: Case) -> float:
+    """How much a similarity of unit vectors moves a row's loss, at most."""
+    return 1 / case.temperature + case.consistency_weight / case.consistency_temperature
 
 
 class TestAccuracy:
@@ -38,16 +50,17 @@ class TestAccuracy:
         nearly cancel. There, as everywhere, twice the error of eager float32 is the bound."""
         case = case.replace(batch=case.batch + 16, **settings)  # over a few rows either side's error is luck
         tensors = case.tensors()
-        loss, gradient = oracle(*tensors, **case.settings())
-        eager_loss, eager_gradient = loss_and_gradient(eager_co2, *tensors, **case.settings())
-        actual_loss, actual_gradient = fused(*tensors, **case.settings(), backend=backend)
-        allowed = max(1e-6 * loss.norm().item(), 2 * distance(eager_loss, loss))
-        if case.keys < 50:  # few terms, which may cancel: what a similarity's last digit does to them
-            magnified = 1 / case.temperature + case.consistency_weight / case.consistency_temperature
-            allowed += 1e-8 * magnified * len(loss) ** 0.5
-        assert distance(actual_loss, loss) <= allowed + ORACLE_ERROR
-        allowed = max(1e-5 * gradient.norm().item(), 2 * distance(eager_gradient, gradient))
-        assert distance(actual_gradient, gradient) <= allowed + 1e-7 / case.temperature  # a rounding of p/τ
+        few_terms = 0.0  # which may cancel: what a similarity's last digit does to them
+        if case.keys < 50:
+            few_terms = 1e-8 * sharpness(case) * len(tensors[0]) ** 0.5
+        assert_no_worse_than_eager(
+            fused(*tensors, **case.settings(), backend=backend),
+            loss_and_gradient(eager_co2, *tensors, **case.settings()),
+            oracle(*tensors, **case.settings()),
+            times=2,
+            accurate=(1e-6, 1e-5),
+            cancelling=(few_terms + ORACLE_ERROR, LAST_DIGIT / case.temperature),
+        )
 
     @given(case=cases, settings=paper_settings)
     def test_float64(self, backend: str, case: Case, settings: dict) -> None:
@@ -72,27 +85,23 @@ class TestAccuracy:
         query, key, queue = case.tensors()
         if not same_queue:
             queue = queue.float()
-        loss, gradient = oracle(query, key, queue, **case.settings())
-        eager_loss, eager_gradient = loss_and_gradient(
-            eager_co2, query, key, queue.to(dtype), **case.settings()
-        )
-        actual_loss, actual_gradient = fused(query, key, queue, **case.settings(), backend=backend)
         rounding = torch.finfo(dtype).eps
-        # s_+ is off by a rounding of its unit vectors, at worst; the temperatures magnify that.
-        magnified = rounding * (1 / case.temperature + case.consistency_weight / case.consistency_temperature)
-        assert distance(actual_loss, loss) <= distance(eager_loss, loss) + rounding * loss.norm()
-        slack = rounding * gradient.norm() + 1e-3 * magnified
-        assert distance(actual_gradient, gradient) <= distance(eager_gradient, gradient) + slack
+        assert_no_worse_than_eager(
+            fused(query, key, queue, **case.settings(), backend=backend),
+            loss_and_gradient(eager_co2, query, key, queue.to(dtype), **case.settings()),
+            oracle(query, key, queue, **case.settings()),
+            rounding=rounding,
+            # s_+ is off by a rounding of its unit vectors, at worst; the temperatures magnify that.
+            cancelling=(0.0, 1e-3 * rounding * sharpness(case)),
+        )
 
     @pytest.mark.parametrize("queue_dtype", [torch.bfloat16, torch.float16, torch.float64])
     @pytest.mark.parametrize("queue_layout", LAYOUTS)
     def test_queue_of_another_dtype(self, backend: str, queue_dtype: torch.dtype, queue_layout: str) -> None:
         """A queue in half precision costs nothing more than its own rounding."""
         case = Case(batch=33, keys=200, dim=24, queue_dtype=queue_dtype, queue_layout=queue_layout)
-        loss, gradient = oracle(*case.tensors(), **case.settings())
-        actual_loss, actual_gradient = fused(*case.tensors(), **case.settings(), backend=backend)
-        assert distance(actual_loss, loss) <= 1e-6 * loss.norm()
-        assert distance(actual_gradient, gradient) <= 1e-5 * gradient.norm()
+        actual = fused(*case.tensors(), **case.settings(), backend=backend)
+        assert_near(actual, oracle(*case.tensors(), **case.settings()), (1e-6, 1e-5))
 
     @given(
         case=cases,
@@ -123,28 +132,27 @@ class TestAccuracy:
             key = query
         elif kind == "one key":
             queue = queue[:1]
-        loss, gradient = oracle(query, key, queue, **case.settings())
-        eager_loss, eager_gradient = loss_and_gradient(eager_co2, query, key, queue, **case.settings())
-        actual_loss, actual_gradient = fused(query, key, queue, **case.settings(), backend=backend)
-        # Where similarities are equal by construction, eager may hit a value exactly. What the last digit of
-        # a logit does to the terms that cancel is allowed, a few times over.
         longest = queue.norm(dim=1).max().item()
-        terms = longest * (1 / temperature + case.consistency_weight / consistency_temperature)
-        digit = torch.finfo(torch.float32).eps / 2
-        allowed = 2 * distance(eager_loss, loss) + 3e-7 * loss.norm() + ORACLE_ERROR
-        assert distance(actual_loss, loss) <= allowed + 30 * digit * terms * len(loss) ** 0.5
-        allowed = 2 * distance(eager_gradient, gradient) + 3e-7 * gradient.norm()
+        slope = longest * sharpness(case)
         largest_logit = max(1, longest / min(temperature, consistency_temperature))
-        assert distance(actual_gradient, gradient) <= allowed + 20 * digit * terms * largest_logit
+        assert_no_worse_than_eager(
+            fused(query, key, queue, **case.settings(), backend=backend),
+            loss_and_gradient(eager_co2, query, key, queue, **case.settings()),
+            oracle(query, key, queue, **case.settings()),
+            times=2,
+            rounding=3e-7,
+            cancelling=(
+                ORACLE_ERROR + last_digits(slope, rows=len(query)),
+                last_digits(slope * largest_logit, times=20),
+            ),
+        )
 
     @pytest.mark.parametrize("settings", PAPERS)
     def test_at_full_size(self, backend: str, settings: dict) -> None:
         """K = 65536, where sums are long: a float sum taken term by term would be off by 1e-5."""
         case = Case(batch=16, keys=4096 if INTERPRETED else 65536, dim=128, **settings)
-        loss, gradient = oracle(*case.tensors(), **case.settings())
-        actual_loss, actual_gradient = fused(*case.tensors(), **case.settings(), backend=backend)
-        assert distance(actual_loss, loss) <= 1e-6 * loss.norm()
-        assert distance(actual_gradient, gradient) <= 1e-5 * gradient.norm()
+        actual = fused(*case.tensors(), **case.settings(), backend=backend)
+        assert_near(actual, oracle(*case.tensors(), **case.settings()), (1e-6, 1e-5))
 
 
 class TestGradient:

@@ -26,11 +26,17 @@ from tests.cases import (
     scales,
     temperatures,
 )
-from tests.oracles import conic_loss_and_gradients, conic_oracle, distance
+from tests.oracles import (
+    LAST_DIGIT,
+    ORACLE_ERROR,
+    assert_near,
+    assert_no_worse_than_eager,
+    conic_loss_and_gradients,
+    conic_oracle,
+    distance,
+    last_digits,
+)
 from train_ref.eager import eager_conic
-
-# The oracle's own rounding, for losses and gradients that are zero or nearly so.
-ORACLE_ERROR = 1e-12
 
 
 class TestAccuracy:
@@ -42,10 +48,14 @@ class TestAccuracy:
         expected = conic_oracle(*tensors, **case.settings())
         eager = conic_loss_and_gradients(eager_conic, *tensors, **case.settings())
         actual = conic_loss_and_gradients(conic_loss, *tensors, **case.settings(), backend=backend)
-        for a, b, e, relative in zip(actual, eager, expected, (1e-6, 1e-5, 1e-5), strict=True):
-            # A loss near zero, or a gradient whose terms cancel, keeps a similarity's last digit.
-            allowed = max(relative * e.norm().item(), 2 * distance(b, e))
-            assert distance(a, e) <= allowed + 1e-7 / case.temperature
+        assert_no_worse_than_eager(
+            actual,
+            eager,
+            expected,
+            times=2,
+            accurate=(1e-6, 1e-5, 1e-5),
+            cancelling=LAST_DIGIT / case.temperature,
+        )
 
     @given(case=conic_cases)
     def test_float64(self, backend: str, case: ConICCase) -> None:
@@ -53,8 +63,7 @@ class TestAccuracy:
         case = case.replace(dtype=torch.float64)
         expected = conic_oracle(*case.tensors(), **case.settings())
         actual = conic_loss_and_gradients(conic_loss, *case.tensors(), **case.settings(), backend=backend)
-        for a, e in zip(actual, expected, strict=True):
-            assert distance(a, e) <= 1e-12 * e.norm() + 10 * ORACLE_ERROR
+        assert_near(actual, expected, (1e-12,) * 3, 10 * ORACLE_ERROR)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
@@ -74,8 +83,9 @@ class TestAccuracy:
             conic_loss, views, weight, target, **case.settings(), backend=backend
         )
         rounding = torch.finfo(dtype).eps
-        for a, b, e in zip(actual, eager, expected, strict=True):
-            assert distance(a, e) <= distance(b, e) + rounding * e.norm() + 1e-3 * rounding / case.temperature
+        assert_no_worse_than_eager(
+            actual, eager, expected, rounding=rounding, cancelling=1e-3 * rounding / case.temperature
+        )
 
     @given(
         case=conic_cases,
@@ -108,22 +118,25 @@ class TestAccuracy:
         actual = conic_loss_and_gradients(
             conic_loss, views, weight, target, **case.settings(), backend=backend
         )
-        # What the last digit of a logit does to terms that cancel is allowed, a few times over.
-        digit = torch.finfo(torch.float32).eps / 2 * (1 / temperature + case.consistency_weight)
+        slope = (1 / temperature + case.consistency_weight) * max(1, 1 / temperature)
+        digits = last_digits(slope, rows=len(target))
         zero = kind.startswith("zero")  # there ∂x̂/∂x is 1e12
-        scale = (1, 1e12 if zero else 1 / view_scale, 1e12 if zero else 1 / weight_scale)
-        for a, b, e, magnified in zip(actual, eager, expected, scale, strict=True):
-            allowed = 2 * distance(b, e) + 3e-7 * e.norm() + ORACLE_ERROR
-            terms = 30 * digit * max(1, 1 / temperature) * len(target) ** 0.5
-            assert distance(a, e) <= allowed + terms * magnified
+        of_view, of_row = (1e12 if zero else 1 / scale for scale in (view_scale, weight_scale))
+        assert_no_worse_than_eager(
+            actual,
+            eager,
+            expected,
+            times=2,
+            rounding=3e-7,
+            cancelling=[ORACLE_ERROR + digits * magnified for magnified in (1, of_view, of_row)],
+        )
 
     @pytest.mark.parametrize("sampled", [1, 20])
     def test_at_full_size(self, backend: str, sampled: int) -> None:
         case = ConICCase(batch=8, rows=4096 if INTERPRETED else 65536, dim=128, sampled=sampled)
         expected = conic_oracle(*case.tensors(), **case.settings())
         actual = conic_loss_and_gradients(conic_loss, *case.tensors(), **case.settings(), backend=backend)
-        for a, e, relative in zip(actual, expected, (1e-6, 1e-5, 1e-5), strict=True):
-            assert distance(a, e) <= relative * e.norm()
+        assert_near(actual, expected, (1e-6, 1e-5, 1e-5))
 
     @pytest.mark.parametrize("views", [DTYPES[0], DTYPES[2]])
     @pytest.mark.parametrize("weight", DTYPES)

@@ -15,11 +15,17 @@ from torch.library import opcheck
 
 from contrastive_ops import NTXentLoss, nt_xent_loss
 from tests.cases import LAYOUTS, NTXentCase, nt_xent_cases, require, scales, temperatures
-from tests.oracles import distance, nt_xent_loss_and_gradients, nt_xent_oracle
+from tests.oracles import (
+    LAST_DIGIT,
+    ORACLE_ERROR,
+    assert_near,
+    assert_no_worse_than_eager,
+    distance,
+    last_digits,
+    nt_xent_loss_and_gradients,
+    nt_xent_oracle,
+)
 from train_ref.eager import eager_nt_xent
-
-# The oracle's own rounding, for losses and gradients that are zero or nearly so.
-ORACLE_ERROR = 1e-12
 
 # SimCLR's temperature, on ImageNet and on small images.
 paper_temperatures = st.sampled_from([0.1, 0.5])
@@ -38,18 +44,21 @@ class TestAccuracy:
         case = case.replace(temperature=temperature, batch=case.batch + 16)
         expected = nt_xent_oracle(*case.tensors(), **case.settings())
         eager = nt_xent_loss_and_gradients(eager_nt_xent, *case.tensors(), **case.settings())
-        for a, b, e, relative in zip(evaluate(backend, case), eager, expected, (1e-6, 1e-5), strict=True):
-            # A loss near zero, or a gradient whose terms cancel, keeps a similarity's last digit.
-            allowed = max(relative * e.norm().item(), 2 * distance(b, e))
-            assert distance(a, e) <= allowed + 1e-7 / temperature
+        assert_no_worse_than_eager(
+            evaluate(backend, case),
+            eager,
+            expected,
+            times=2,
+            accurate=(1e-6, 1e-5),
+            cancelling=LAST_DIGIT / temperature,
+        )
 
     @given(case=nt_xent_cases)
     def test_float64(self, backend: str, case: NTXentCase) -> None:
         require(backend, torch.float64)
         case = case.replace(dtype=torch.float64)
         expected = nt_xent_oracle(*case.tensors(), **case.settings())
-        for a, e in zip(evaluate(backend, case), expected, strict=True):
-            assert distance(a, e) <= 1e-12 * e.norm() + 10 * ORACLE_ERROR
+        assert_near(evaluate(backend, case), expected, (1e-12,) * 2, 10 * ORACLE_ERROR)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @given(case=nt_xent_cases)
@@ -62,8 +71,13 @@ class TestAccuracy:
         expected = nt_xent_oracle(*case.tensors(), **case.settings())
         eager = nt_xent_loss_and_gradients(eager_nt_xent, *case.tensors(), **case.settings())
         rounding = torch.finfo(dtype).eps
-        for a, b, e in zip(evaluate(backend, case), eager, expected, strict=True):
-            assert distance(a, e) <= distance(b, e) + rounding * e.norm() + 1e-3 * rounding / case.temperature
+        assert_no_worse_than_eager(
+            evaluate(backend, case),
+            eager,
+            expected,
+            rounding=rounding,
+            cancelling=1e-3 * rounding / case.temperature,
+        )
 
     @given(
         case=nt_xent_cases,
@@ -91,20 +105,22 @@ class TestAccuracy:
         expected = nt_xent_oracle(view1, view2, **settings)
         eager = nt_xent_loss_and_gradients(eager_nt_xent, view1, view2, **settings)
         actual = nt_xent_loss_and_gradients(nt_xent_loss, view1, view2, **settings, backend=backend)
-        # What the last digit of a logit does to terms that cancel is allowed, a few times over.
-        sharpest = 1 / temperature + case.consistency_weight / consistency_temperature
-        digit = torch.finfo(torch.float32).eps / 2 * sharpest
+        sharpness = 1 / temperature + case.consistency_weight / consistency_temperature
+        digits = last_digits(sharpness * max(1, sharpness), rows=2 * case.batch)
         magnified = 1e12 if kind == "zero row" else 1 / scale  # ∂x̂/∂x
-        for a, b, e, factor in zip(actual, eager, expected, (1, magnified), strict=True):
-            allowed = 2 * distance(b, e) + 3e-7 * e.norm() + ORACLE_ERROR
-            terms = 30 * digit * max(1, sharpest) * (2 * case.batch) ** 0.5
-            assert distance(a, e) <= allowed + terms * factor
+        assert_no_worse_than_eager(
+            actual,
+            eager,
+            expected,
+            times=2,
+            rounding=3e-7,
+            cancelling=(ORACLE_ERROR + digits, ORACLE_ERROR + digits * magnified),
+        )
 
     def test_at_simclrs_size(self, backend: str) -> None:
         case = NTXentCase(batch=512 if backend in ("cpu", "reference") else 128, dim=128, temperature=0.1)
         expected = nt_xent_oracle(*case.tensors(), **case.settings())
-        for a, e, relative in zip(evaluate(backend, case), expected, (1e-6, 1e-5), strict=True):
-            assert distance(a, e) <= relative * e.norm()
+        assert_near(evaluate(backend, case), expected, (1e-6, 1e-5))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_dtypes_are_the_arguments_own(self, backend: str, dtype: torch.dtype) -> None:

@@ -17,7 +17,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contrastive_ops import _backends, reference
+from contrastive_ops import reference
+from contrastive_ops._contract import (
+    CO2Partial,
+    ConICPartial,
+    ConICSettings,
+    NTXentPartial,
+    SGDSettings,
+)
 from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase, rows
 from tests.elsewhere import pass_elsewhere
 from tests.oracles import (
@@ -33,8 +40,8 @@ from tests.oracles import (
 triton = pytest.importorskip("triton")
 
 # ruff: noqa: E402
-from contrastive_ops.kernels import _co2, _conic, _nt_xent
-from contrastive_ops.kernels._walk import steps_a_range
+from contrastive_ops.kernels import _co2, _conic, _launch, _nt_xent, _tiles
+from contrastive_ops.kernels._launch import Chip, Products, steps_a_range
 
 from bench import resources
 from contrastive_ops import conic_loss, kernels, nt_xent_loss
@@ -67,7 +74,7 @@ def test_the_interpreter_passes_the_same_tests() -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU, all tests have several ranges")
 def test_ranges_of_co2(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys in twelve ranges, as on a chip of many multiprocessors; the interpreter's own is of one."""
-    monkeypatch.setattr(_co2, "chip_of", lambda device: ((0, 0), 12))
+    monkeypatch.setattr(_co2, "chip_of", lambda device: Chip((0, 0), 12))
     case = Case(batch=5, keys=1500)
     for actual, expected in zip(
         fused(*case.tensors(), backend="triton"), oracle(*case.tensors()), strict=True
@@ -79,7 +86,7 @@ def test_ranges_of_co2(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("batch", "rows"), [(70, 1500), (200, 30)])
 def test_ranges_of_conic(monkeypatch: pytest.MonkeyPatch, batch: int, rows: int) -> None:
     """Many rows of the weight in ranges of several tiles; few of them, and ranges of views."""
-    monkeypatch.setattr(_conic, "chip_of", lambda device: ((0, 0), 3))
+    monkeypatch.setattr(_conic, "chip_of", lambda device: Chip((0, 0), 3))
     case = ConICCase(batch=batch, rows=rows)
     actual = conic_loss_and_gradients(conic_loss, *case.tensors(), **case.settings(), backend="triton")
     for a, e in zip(actual, conic_oracle(*case.tensors(), **case.settings()), strict=True):
@@ -90,9 +97,10 @@ def test_ranges_of_conic(monkeypatch: pytest.MonkeyPatch, batch: int, rows: int)
 @pytest.mark.parametrize("consistency_weight", [0.0, 1.0])
 def test_ranges_of_nt_xent(monkeypatch: pytest.MonkeyPatch, consistency_weight: float) -> None:
     """Three blocks of instances, and their keys in four ranges of which the last is shorter."""
-    monkeypatch.setattr(_nt_xent, "chip_of", lambda device: ((0, 0), 12))
+    chip = Chip((0, 0), 12)
+    monkeypatch.setattr(_nt_xent, "chip_of", lambda device: chip)
     case = NTXentCase(batch=800, consistency_weight=consistency_weight)
-    plan = _nt_xent._plan(800, 16, torch.float32, "tf32x3", bool(consistency_weight), ((0, 0), 12))
+    plan = _nt_xent._plan(800, 800, bool(consistency_weight), Products(16, torch.float32, "tf32x3", chip))
     assert plan.statistics.grid[:2] == plan.gradient.grid[:2] == (4, 3)
     actual = nt_xent_loss_and_gradients(nt_xent_loss, *case.tensors(), **case.settings(), backend="triton")
     for a, e in zip(actual, nt_xent_oracle(*case.tensors(), **case.settings()), strict=True):
@@ -135,18 +143,19 @@ def test_a_target_outside_makes_its_loss_nan(row: int) -> None:
     around = rows(10, 5, 0)
     weight, views = around[2:8], rows(8, 5, 1).view(2, 4, 5)
     target = torch.tensor([3, row, 0, 5])
-    others, settings = torch.tensor([0, 2, 3]), (0.5, 3.0, 2.5)
-    loss, *_, statistics = kernels.conic(views, weight, target, *settings)
-    expected, *_ = reference.conic(views[:, others], weight, target[others], *settings)
+    others, settings = torch.tensor([0, 2, 3]), ConICSettings(0.5, 2.5, 3.0)
+    loss, *_, statistics = kernels.conic(views, weight, target, settings)
+    expected, *_ = reference.conic(views[:, others], weight, target[others], settings)
     assert loss[1].isnan()
     torch.testing.assert_close(loss[others], expected)
     before, buffer = around.clone(), torch.zeros_like(weight)
-    of_backward = torch.ones(4), views, weight, target, statistics, 0.5, 2.5
-    of_views, of_weight = kernels.conic_backward(*of_backward, True, True)
+    known = target, statistics, settings
+    of_views, of_weight = kernels.conic_gradient(torch.ones(4), views, weight, *known, True, True)
     assert of_views[:, 1].isnan().all()
     assert of_views[:, others].isfinite().all()
     assert of_weight.isnan().any()
-    kernels.conic_backward_sgd_(*of_backward[:3], buffer, *of_backward[3:], 0.1, 0.9, 0.0, False)
+    step = SGDSettings(0.1, 0.9, 0.0, False)
+    kernels.conic_gradient_sgd_(torch.ones(4), views, weight, buffer, *known, step)
     assert torch.equal(around[:2], before[:2])
     assert torch.equal(around[8:], before[8:])
 
@@ -157,7 +166,7 @@ HALF: dict[str, Any] = {"dtype": torch.float16}
 
 
 class Call(NamedTuple):
-    """Of `resources.compile_kernel`, with its keyword arguments by name."""
+    """A call of `resources.compile_kernel`, with its keyword arguments by name."""
 
     capability: tuple[int, int]
     name: str
@@ -193,7 +202,7 @@ TILES = [
     Call(capability, name, precision, dim)
     for capability in TENSOR_CORES
     for name in resources.WALKING
-    for precision, dim in resources.entries(name.split(".")[0], capability)
+    for precision, dim in resources.entries(name, capability)
 ]
 
 
@@ -204,7 +213,7 @@ def test_the_table_of_tiles(made: Callable[[Call], resources.Resources], call: C
     """Every entry multiplies on tensor cores, spills no register, fits in shared memory, and lets a
     multiprocessor hold as many programs as the grid is made for."""
     kernel, shared_kib = made(call), resources.SHARED_KIB[call.capability]
-    tiles = resources.tiles_of(call.name, call.capability, call.precision, call.dim)
+    tiles = _tiles.select(call.name, call.capability, call.precision, call.dim)
     assert TENSOR_CORES[call.capability] in kernel.ptx
     assert kernel.spilled_bytes <= SPILLED_BYTES
     assert kernel.shared_bytes <= shared_kib * 1024
@@ -284,19 +293,39 @@ def test_ranges_fill_the_chip(steps: int, blocks: int, slots: int) -> None:
     assert math.ceil(blocks * ranges / slots) * (size + 2) <= math.ceil(blocks / slots) * (steps + 2)
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_no_range_has_more_keys_than_float32_counts(
+    capability: tuple[int, int], multiprocessors: int
+) -> None:
+    """Ranks are counted in it, and exact up to 2²⁴."""
+    keys = (1 << 30) + 1
+    products = Products(128, torch.bfloat16, "half", Chip(capability, multiprocessors))
+    for launch in (
+        _co2._plan(256, keys, products).statistics,
+        _conic._plan(2, 512, keys, products).statistics,
+    ):
+        assert launch.arguments["keys_a_range"] <= 1 << 24
+
+
+def test_calls_are_recorded_and_not_launched() -> None:
+    """By their names, with the arguments of a launch; the plan is that of the chip in question."""
+    calls = resources.record("co2", (9, 0), "half", 128)
+    assert list(calls) == ["co2.statistics", "co2.merge", "co2.gradient", "co2.finish"]
+    assert all(set(call.launch.kernel.arg_names) <= set(call.arguments) for (call,) in calls.values())
+    assert _launch.chip_of(torch.device("cpu")) == Chip((0, 0), 1)
+
+
 def test_reports_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ImportError, match="there is no CUDA device"):
-        _backends._load_triton()
+    assert "there is no CUDA device" in kernels.unavailable()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 0), (7, 5)][device])
-    with pytest.raises(ImportError, match=r"compute capability 8.0 or newer, this one has 7.5"):
-        _backends._load_triton()
+    assert "compute capability 8.0 or newer, this one has 7.5" in kernels.unavailable()
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ImportError, match="triton cannot be imported"):
-        _backends._load_triton()
+    assert "triton cannot be imported" in kernels.unavailable()
 
 
 @pytest.mark.parametrize(
@@ -313,8 +342,12 @@ def test_refuses_what_it_does_not_serve(
     monkeypatch: pytest.MonkeyPatch, query: torch.Tensor, reason: str | None
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    said = _backends._triton_refuses(query)
+    said = kernels.refuses("co2", query)
     assert said == reason or (reason and reason in (said or ""))
+
+
+def bfloat16(dim: int, multiprocessors: int) -> Products:
+    return Products(dim, torch.bfloat16, "half", Chip((9, 0), multiprocessors))
 
 
 @pytest.mark.parametrize("multiprocessors", [4, 108, 132])
@@ -323,8 +356,9 @@ def test_refuses_what_it_does_not_serve(
 def test_memory_is_bounded_whatever_the_queue(multiprocessors: int, keys: int, dim: int) -> None:
     """The ranges' numbers and parts: a few times B·D, or 160 MiB; less than 16 MiB at MoCo's size."""
     for batch in (1, 256, 4096, 100_000):
-        plan = _co2._plan(batch, keys, dim, torch.bfloat16, "half", ((9, 0), multiprocessors))
-        statistics, parts = plan.statistics.ranges * batch * 8 * 4, plan.gradient.ranges * batch * dim * 4
+        plan = _co2._plan(batch, keys, bfloat16(dim, multiprocessors))
+        statistics = plan.statistics.grid[1] * batch * len(CO2Partial._fields) * 4
+        parts = plan.gradient.grid[1] * batch * dim * 4
         assert statistics + parts <= max(160 << 20, 4 * batch * (dim + 8) * 4)
         if (batch, dim) == (256, 128):
             assert statistics + parts <= 16 << 20
@@ -338,9 +372,9 @@ def test_memory_of_conic_is_bounded_whatever_the_classifier(
 ) -> None:
     """The same, of its views; and of the classifier one number a row, its norm."""
     for batch in (1, 512, 8192, 100_000):
-        plan = _conic._plan(2, batch, keys, dim, torch.bfloat16, "half", ((9, 0), multiprocessors))
-        partial = plan.statistics.grid[0] * plan.padded_rows * 3 * 4
-        parts = plan.views.ranges * plan.padded_rows * plan.padded_dim * 4
+        plan = _conic._plan(2, batch, keys, bfloat16(dim, multiprocessors))
+        partial = plan.statistics.grid[0] * plan.padded_rows * len(ConICPartial._fields) * 4
+        parts = plan.views.grid[1] * plan.padded_rows * plan.padded_dim * 4
         assert max(partial, parts) <= max(160 << 20, 4 * plan.padded_rows * (plan.padded_dim + 3) * 4)
         if (batch, dim) == (512, 128):
             assert max(partial, parts) <= 24 << 20
@@ -353,9 +387,9 @@ def test_memory_of_nt_xent_is_bounded_whatever_the_batch(
     multiprocessors: int, consistency: bool, dim: int
 ) -> None:
     for batch in (1, 256, 4096, 100_000):
-        plan = _nt_xent._plan(batch, dim, torch.bfloat16, "half", consistency, ((9, 0), multiprocessors))
-        partial = plan.statistics.ranges * plan.padded_rows * 5 * 4
-        parts = plan.gradient.ranges * plan.padded_rows * plan.padded_dim * 4
+        plan = _nt_xent._plan(batch, batch, consistency, bfloat16(dim, multiprocessors))
+        partial = plan.statistics.grid[1] * plan.padded_rows * len(NTXentPartial._fields) * 4
+        parts = plan.gradient.grid[1] * plan.padded_rows * plan.padded_dim * 4
         assert max(partial, parts) <= max(160 << 20, 4 * plan.padded_rows * (plan.padded_dim + 5) * 4)
         if (batch, dim) == (4096, 128):
             assert max(partial, parts) <= 48 << 20

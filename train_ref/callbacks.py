@@ -201,10 +201,12 @@ class Evaluation(Callback):
         """Raise a UsageError, in all processes, where the evaluation would fail after the training."""
         labels = views.evaluation_labels(self.max_images)
         if len(labels.unique()) == 1:
-            of = "" if self.max_images is None else f", of which evaluation.max_images leaves {len(labels)},"
+            share = (
+                "" if self.max_images is None else f", of which evaluation.max_images leaves {len(labels)},"
+            )
             raise UsageError(
-                f"data.dataset is {views.hparams.dataset}, whose training images{of} are all of one class: "
-                "nothing can be measured; --evaluation.enabled false leaves the evaluation out"
+                f"data.dataset is {views.hparams.dataset}, whose training images{share} are all of one "
+                "class: nothing can be measured; --evaluation.enabled false leaves the evaluation out"
             )
         mistake = None
         if rank() == 0:

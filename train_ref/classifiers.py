@@ -118,7 +118,7 @@ class LabelledImages(Views):
         return TrainingLoader(dataset, order, persistent_workers=workers, **self._loading())
 
     def digest(self) -> str:
-        """Of the labels and, in a folder, the names of the images: others would give other figures."""
+        """A digest of the labels and, in a folder, of the images' names: others would give other figures."""
         digest = hashlib.sha256()
         for train, images in self.sets.items():
             chosen = self.indices[train]

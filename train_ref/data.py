@@ -107,7 +107,7 @@ class Folder(ImageFolder):
             return super().__getitem__(index)
 
     def digest(self, indices: np.ndarray | None = None) -> str:
-        """Of the paths of all images, or of these, in the folder, in their order: classes come first."""
+        """A digest of the paths of all images, or of these, in the folder and in order: classes first."""
         start, paths = len(str(self.root)), hashlib.blake2b(digest_size=6)
         for path, _ in self.samples if indices is None else (self.samples[i] for i in indices):
             paths.update(path[start:].encode(errors="surrogateescape") + b"\0")
@@ -365,7 +365,7 @@ class Views(ResumableData):
         return train, test
 
     def evaluation_labels(self, max_images: int | None = None) -> Tensor:
-        """Those of the training images that `evaluation_dataloaders` takes; none is read for it."""
+        """Labels of the training images that `evaluation_dataloaders` takes; no image is read for it."""
         labels = labels_of(self.train_images)
         return labels[torch.from_numpy(evenly_spaced(len(labels), max_images))]
 
@@ -383,7 +383,7 @@ class Views(ResumableData):
         images = self._evaluated(False, max_images)
         if len(images) >= MANY:
             print(f"Reading {len(images):,} test images once, in case one of them is damaged ...", flush=True)
-        # Of a batch, its length alone comes from the processes that read it.
+        # The processes that read a batch send its length alone.
         for _ in DataLoader(images, self.hparams.batch_size, collate_fn=len, **self._loading()):
             pass
 

@@ -391,7 +391,7 @@ class Evaluator:
         return self.kept_in
 
     def features(self, train: bool) -> Features:
-        """Those of the training or the test images, without augmentation."""
+        """Features of the training or the test images, without augmentation."""
         loader = self.images.in_order(self.images.plain(train))
         return extract_features(self.backbone.network, loader, self.device)
 

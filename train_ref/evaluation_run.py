@@ -117,7 +117,7 @@ class Run:
         }
 
     def accuracies(self, name: str) -> dict[str, float] | None:
-        """Those of a training that is done, of several in this run."""
+        """What a training of this run came to; None where it is not done."""
         path = self.folder / name / DONE if self.folder else None
         if path is None or not path.exists():
             return None
@@ -280,7 +280,7 @@ def resumable(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def known_options(command: Callable[..., Any], checkpoint: str, folder: Path) -> dict[str, Any]:
-    """Those with which a run of a command began, if they are such as the command takes."""
+    """The options with which a run of a command began, if they are such as the command takes."""
     options = read_config(folder, command.__name__)["options"]
     try:
         parser_of(command, command.__name__).parse_object({"checkpoint": checkpoint, **options})

@@ -116,7 +116,7 @@ def record(path: Path, sums: list[str]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's contents, in hexadecimal."""
+    """The SHA-256 sum of a file's contents, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -132,7 +132,7 @@ def verify(path: Path) -> None:
 
 
 def verified_sha256(path: Path) -> str:
-    """Of a file that `verify` has passed: where one sum is recorded it is that, and is not computed again."""
+    """The sum of a file that `verify` has passed: the recorded one where there is one only."""
     sums = recorded(path)
     return sums[0] if len(sums) == 1 else sha256(path)
 

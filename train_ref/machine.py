@@ -1,4 +1,4 @@
-"""The machine that something was measured on, as results tell it, and the memory of the process."""
+"""The machine that something was measured on, as results tell it."""
 
 from __future__ import annotations
 
@@ -53,15 +53,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def resident_mib(field: str) -> float:
-    """VmRSS, resident memory, or VmHWM, its high-water mark (man 5 proc). That of getrusage would remember
-    what the process was forked from."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 def _commit() -> str | None:

@@ -62,11 +62,15 @@ def parser_of(function: Callable[..., Any], called: str, examples: Sequence[str]
     """The parser of a function's arguments; what it parses is ready to be passed as keyword arguments.
 
     Args:
-        function: with type hints, and a docstring in Google's style.
+        function: with type hints, and a docstring in Google's style; or an object that, when called, also
+            takes the arguments of a function, its attribute `describe`, whose docstring is the help.
         called: what the user writes before the arguments.
         examples: arguments that are worth a try.
     """
-    description = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    described = getattr(function, "describe", function)
+    description = (inspect.getdoc(described) or "").partition("\n\nArgs:")[0]
     parser = empty_parser(called, description, examples_text(called, examples))
-    parser.add_function_arguments(function, as_positional=True, as_group=False)
+    parser.add_function_arguments(described, as_positional=True, as_group=False)
+    if described is not function:
+        parser.add_method_arguments(type(function), "__call__", as_group=False)
     return parser

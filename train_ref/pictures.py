@@ -233,7 +233,9 @@ def draw_gallery(axes: Axes, shown: Gallery) -> None:
                 x += pitch
             x += gap - (pitch - 1)
     axes.text(0, 1.15, "test\nimage", fontsize=9, va="bottom", linespacing=1.5)
-    labelled = any(same is not None for row in shown.rows for of in row.neighbours.values() for _, same in of)
+    labelled = any(
+        same is not None for row in shown.rows for near in row.neighbours.values() for _, same in near
+    )
     legend = "✓ green: the test image's label; ✗ orange: another.  " if labelled else ""
     bottom = -pitch * (len(shown.rows) - 1) - 0.15
     most = max((len(near) for row in shown.rows for near in row.neighbours.values()), default=0)

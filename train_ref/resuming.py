@@ -55,7 +55,7 @@ def of_model(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of `Views` that its images and their batches depend on, by the names of their options.
+    """The arguments of `Views` that its images and their batches depend on, by the names of their options.
     What is in a folder shows only when it is opened."""
     names = ["dataset", "batch_size"]
     if settings.get("dataset") == "synthetic":

@@ -54,7 +54,7 @@ recipes only from people whom you would trust with a program.
 --method takes another method than the recipe's: its paper's settings then outrank the recipe's, and options
 outrank both. All options of Lightning's Trainer work, also the many not listed here: --trainer.<name>."""
 
-# What the help says of Lightning's own options. Those of the trainer that are not here work too, unmentioned.
+# What the help says of Lightning's own options. The trainer takes others too, which are not mentioned.
 HELP = {
     "config": "a recipe's name, or a file; of several, the later outrank the earlier",
     "ckpt_path": "go on from this checkpoint; last: from the run's latest, or start if there is none",

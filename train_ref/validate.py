@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,24 +18,25 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, Trainer, seed_everything
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from contrastive_ops import CO2Loss, NTXentLoss, available_backends
+from contrastive_ops import available_backends
 
 from .augmentations import Augmentation
+from .comparison import Compared, CompareGradients, Eager, relative
 from .data import Views
-from .eager import eager_co2, eager_conic, eager_nt_xent
 from .errors import UsageError
 from .evaluation import format_table
 from .files import replacing, writable, write_text
-from .machine import describe, resident_mib
+from .machine import describe
+from .memory import PeakMemory
 from .methods import METHODS, Method, MoCo, method_name
 from .networks import Architecture
 from .parsing import PositiveFinite, Seed
 from .timing import LossClock
 
-# Of SGD, for each image of a batch: the papers' 0.03 for 256, and 0.06 for 512.
+# SGD's learning rate for each image of a batch: the papers' 0.03 for 256, and 0.06 for 512.
 LEARNING_RATE = 0.03 / 256
 ACTIVE = 256  # rows in a sampled softmax, in place of the paper's 65536, which are more than there are digits
 
@@ -51,82 +51,13 @@ LEAST_PERMUTED, MOST_PERMUTED = 2, 32
 FLOAT64_DRIFT = 1e-8  # whatever the eager runs do
 
 Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
+Criterion = Callable[[Method], nn.Module]  # from a method, with whose own criterion it may compute
 
-
-class Eager(nn.Module):
-    """The loss of a criterion of contrastive_ops in eager PyTorch, differentiated by autograd.
-
-    Args:
-        criterion: whose settings are taken.
-        order: if given, the seed of a permutation of the keys, which changes roundings alone.
-    """
-
-    def __init__(self, criterion: nn.Module, order: int | None = None) -> None:
-        super().__init__()
-        self.criterion, self.order = criterion, order
-
-    def forward(self, *tensors: Tensor, **settings: Any) -> tuple[Tensor, None]:
-        settings = self.criterion.settings() | settings
-        for name in ("backend", "return_metrics", "update"):
-            settings.pop(name, None)
-        if isinstance(self.criterion, CO2Loss):
-            query, key, queue = tensors
-            # A copy, as in MoCo's own code: the step overwrites the queue, which autograd needs in backward.
-            queue = queue[self._permutation(queue)].clone()
-            return eager_co2(query, key, queue, **settings), None
-        if isinstance(self.criterion, NTXentLoss):
-            view1, view2 = tensors
-            order = self._permutation(view1)
-            return eager_nt_xent(view1[order], view2[order], **settings), None
-        views, weight, target = tensors
-        order = self._permutation(weight)
-        if self.order is not None:
-            target = order.argsort()[target]
-        return eager_conic(views, weight[order], target, **settings), None
-
-    def _permutation(self, rows: Tensor) -> Any:
-        if self.order is None:
-            return slice(None)
-        order = np.random.default_rng(self.order).permutation(len(rows))
-        return torch.from_numpy(order).to(rows.device)
-
-
-class Compared(nn.Module):
-    """A criterion that also computes the eager loss of the same tensors, and its gradients.
-
-    Attributes:
-        losses: relative difference of each step's losses.
-        gradients: of each step's gradients in all that is trained, taken together.
-    """
-
-    def __init__(self, criterion: nn.Module, trained: Callable[[], list[nn.Parameter]]) -> None:
-        super().__init__()
-        self.criterion, self.trained = criterion, trained
-        self.losses: list[float] = []
-        self.gradients: list[float] = []
-
-    def forward(self, *tensors: Tensor, **settings: Any) -> Any:
-        output = self.criterion(*tensors, **settings)
-        loss, _ = Eager(self.criterion)(*tensors, **settings)
-        self.losses.append(relative(output[0].detach()[None], loss.detach()[None].to(output[0])))
-        # While the graph from the tensors to the weights is whole: backward through the fused loss frees it.
-        self.expected = torch.autograd.grad(loss, self.trained(), retain_graph=True)
-        return output
-
-    def compare(self, scale: float) -> None:
-        """The gradients that backward left, of a loss multiplied by `scale`."""
-        actual = torch.cat([p.grad.flatten() / scale for p in self.trained()])
-        if scale != 1 and not torch.isfinite(actual).all():
-            return  # too large a scale: it will be lowered, and the step left out
-        self.gradients.append(relative(actual, torch.cat([grad.flatten() for grad in self.expected])))
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖; of two zeros it is 0, and infinite where anything is not finite."""
-    difference = (actual.double() - expected.double()).norm()
-    if not torch.isfinite(difference):
-        return math.inf
-    return float(difference / expected.double().norm()) if difference else 0.0
+# The options that numbers and curves depend on.
+KEPT_SETTINGS = (
+    "network", "steps", "precision", "dataset", "image_size", "batch_size", "queue_size", "dim",
+    "learning_rate", "seed",
+)  # fmt: skip
 
 
 @dataclass
@@ -155,8 +86,7 @@ class Measure(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Method) -> None:
         self.clock = LossClock(module.criterion, module.device)
-        self.memory = peak_memory(module.device)
-        next(self.memory)
+        self.memory = PeakMemory(module.device)
 
     def on_train_batch_start(self, trainer: Trainer, module: Method, batch: Any, batch_idx: int) -> None:
         self._synchronize(module)
@@ -172,7 +102,7 @@ class Measure(Callback):
 
     def on_train_end(self, trainer: Trainer, module: Method) -> None:
         self.clock.remove()
-        self.run.peak_mib = next(self.memory)
+        self.run.peak_mib = self.memory.read_mib()
         self.run.step_ms = 1000 * float(np.median(self.steps))
         self.run.loss_ms = 1000 * float(np.median(self.losses))
 
@@ -180,27 +110,6 @@ class Measure(Callback):
     def _synchronize(module: Method) -> None:
         if module.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-class CompareGradients(Callback):
-    def on_after_backward(self, trainer: Trainer, module: Method) -> None:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        module.criterion.compare(1.0 if scaler is None else scaler.get_scale())
-
-
-def peak_memory(device: torch.device) -> Iterator[float]:
-    """Yields at the start, and then the MiB that have been in use beyond those of the start."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-        yield 0.0
-        yield torch.cuda.max_memory_allocated() / 2**20 - before
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds back could be used unseen
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before = resident_mib("VmRSS")
-        yield 0.0
-        yield resident_mib("VmHWM") - before
 
 
 class DrawnOnce(Views):
@@ -278,25 +187,7 @@ def drift(a: Run, b: Run) -> float:
     return relative(*(torch.tensor(run.curve, dtype=torch.float64) for run in (b, a)))
 
 
-def validate(
-    methods: Sequence[str] | str = tuple(METHODS),
-    network: Architecture = "convnet",
-    steps: PositiveInt = 100,
-    backend: str | None = None,
-    precision: Precision = "32-true",
-    dataset: Literal["digits", "folder", "synthetic"] = "digits",
-    root: str | None = None,
-    augmentation: Augmentation | None = None,
-    image_size: PositiveInt = 8,
-    batch_size: PositiveInt = 64,
-    queue_size: PositiveInt = 4096,
-    dim: PositiveInt = 128,
-    learning_rate: PositiveFinite | None = None,
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto",
-    free: bool = True,
-    seed: Seed = 0,
-    output: str = "runs/validate",
-) -> list[Verdict]:
+def validate(**options: Any) -> list[Verdict]:
     """Train each method with the fused losses and in eager PyTorch, and tell how far they are apart.
 
     The same network begins with the same weights and sees the same views. First the fused losses train, and
@@ -307,6 +198,16 @@ def validate(
 
     A table is printed; it, the curves and a picture of them are left as validate.json and validate.png. Ends
     with an error where a difference is larger than the tolerance, which is printed too.
+
+    Args:
+        **options: those of `Validation`.
+    """
+    return Validation(**options).run()
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What trains, on what, and how.
 
     Args:
         methods: which, as a list, [a,b] or a,b, or a single one; all by default.
@@ -327,56 +228,111 @@ def validate(
         seed: of everything.
         output: folder of what is left.
     """
-    if isinstance(methods, str):
-        methods = [name.strip() for name in methods.split(",")]
-    methods = [method_name(name) for name in methods]
-    if not methods:
-        raise UsageError(f"methods must name one at least; there are {', '.join(METHODS)}")
-    folder = writable(Path(output) / "validate.json").parent
-    if learning_rate is None:
-        learning_rate = LEARNING_RATE * batch_size
-    on_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
-    backend = backend or ("triton" if on_gpu else "cpu")
-    status = available_backends().get(backend, "there is none of that name")
-    if not status or isinstance(status, str):
-        raise UsageError(f"backend: {backend} cannot serve here: {status}")
-    seed_everything(seed, verbose=False)
-    views = DrawnOnce(
-        dataset=dataset,
-        root=root,
-        augmentation=augmentation or ("digits_v2" if dataset == "digits" else "moco_v2"),
-        image_size=image_size,
-        batch_size=batch_size,
-        synthetic_size=max(4096, batch_size),
-    )
-    views.draw(steps)
 
-    def train(
-        method: str, criterion: Callable[[Method], nn.Module], *callbacks: Callback
-    ) -> tuple[Run, nn.Module]:
+    methods: Sequence[str] | str = tuple(METHODS)
+    network: Architecture = "convnet"
+    steps: PositiveInt = 100
+    backend: str | None = None
+    precision: Precision = "32-true"
+    dataset: Literal["digits", "folder", "synthetic"] = "digits"
+    root: str | None = None
+    augmentation: Augmentation | None = None
+    image_size: PositiveInt = 8
+    batch_size: PositiveInt = 64
+    queue_size: PositiveInt = 4096
+    dim: PositiveInt = 128
+    learning_rate: PositiveFinite | None = None
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    free: bool = True
+    seed: Seed = 0
+    output: str = "runs/validate"
+
+    def run(self) -> list[Verdict]:
+        """Train all methods, tell what has come of it, and leave it in the folder."""
+        chosen = self.complete()
+        file = writable(Path(self.output) / "validate.json")
+        available(chosen.backend)
+        views = chosen.views()
+        verdicts = []
+        for method in chosen.methods:
+            verdicts.append(chosen.judged(method, views))
+            print(f"{method}: {'ok' if verdicts[-1].passed else 'FAILED'}", flush=True)
+        chosen.keep(verdicts, file)
+        chosen.tell(verdicts)
+        print(f"Curves and numbers are kept in {file.parent}", flush=True)
+        failed = [verdict.method for verdict in verdicts if not verdict.passed]
+        if failed:
+            sys.exit(f"error: not within the tolerance: {', '.join(failed)}")
+        return verdicts
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.accelerator == "gpu" or (self.accelerator == "auto" and torch.cuda.is_available())
+
+    def complete(self) -> Validation:
+        """The same with methods by their names, and with the defaults that depend on other options."""
+        methods = self.methods
+        if isinstance(methods, str):
+            methods = [name.strip() for name in methods.split(",")]
+        methods = [method_name(name) for name in methods]
+        if not methods:
+            raise UsageError(f"methods must name one at least; there are {', '.join(METHODS)}")
+        return replace(
+            self,
+            methods=methods,
+            backend=self.backend or ("triton" if self.on_gpu else "cpu"),
+            augmentation=self.augmentation or ("digits_v2" if self.dataset == "digits" else "moco_v2"),
+            learning_rate=(
+                LEARNING_RATE * self.batch_size if self.learning_rate is None else self.learning_rate
+            ),
+        )
+
+    def views(self) -> DrawnOnce:
+        """The views of all trainings."""
+        seed_everything(self.seed, verbose=False)
+        views = DrawnOnce(
+            dataset=self.dataset,
+            root=self.root,
+            augmentation=self.augmentation,
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            synthetic_size=max(4096, self.batch_size),
+        )
+        views.draw(self.steps)
+        return views
+
+    def module(self, method: str) -> Method:
+        """The untrained method, whose losses are the backend's."""
         kind, settings = METHODS[method]
         if kind is MoCo:
-            settings = {"queue_size": queue_size, **settings}
+            settings = {"queue_size": self.queue_size, **settings}
         if "active" in settings:
             settings = {**settings, "active": ACTIVE}
-        gc.collect()  # networks of earlier runs: the trainer and they refer to each other
-        seed_everything(seed, verbose=False)
+        seed_everything(self.seed, verbose=False)
         module = kind(
-            arch=network,
-            stem="imagenet" if image_size > 64 else "small",
-            dim=dim,
-            learning_rate=learning_rate,
-            seed=seed,
+            arch=self.network,
+            stem="imagenet" if self.image_size > 64 else "small",
+            dim=self.dim,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
             **settings,
         )
-        module.criterion.backend = backend
+        module.criterion.backend = self.backend
+        return module
+
+    def train(
+        self, method: str, views: DrawnOnce, criterion: Criterion, *callbacks: Callback
+    ) -> tuple[Run, nn.Module]:
+        """Train a method with a criterion in place of its own; returns the run, and the criterion."""
+        gc.collect()  # networks of earlier runs: the trainer and they refer to each other
+        module = self.module(method)
         module.criterion = criterion(module)
         measure = Measure()
         trainer = Trainer(
-            accelerator=accelerator,
+            accelerator=self.accelerator,
             devices=1,
-            precision=precision,
-            max_steps=steps,
+            precision=self.precision,
+            max_steps=self.steps,
             max_epochs=-1,
             callbacks=[measure, *callbacks],
             logger=False,
@@ -387,66 +343,69 @@ def validate(
         trainer.fit(module, views)
         return measure.run, module.criterion
 
-    def compared(module: Method) -> Compared:
-        def trained() -> list[nn.Parameter]:
-            return [p for group in module.trainer.optimizers[0].param_groups for p in group["params"]]
+    def compared(self, method: str, views: DrawnOnce) -> tuple[float, float]:
+        """The largest differences of losses and of gradients, of all steps, at the same weights."""
+        _, comparison = self.train(method, views, Compared.in_training, CompareGradients())
+        return max(comparison.losses), max(comparison.gradients, default=math.inf)
 
-        return Compared(module.criterion, trained)
-
-    verdicts = []
-    for method in methods:
-        _, comparison = train(method, compared, CompareGradients())
-        differences = max(comparison.losses), max(comparison.gradients, default=math.inf)
-        del comparison  # and the network with it
-        verdict = Verdict(method, backend, *differences, Run(), Run(), [])
-        if free:
-            verdict.fused, _ = train(method, lambda module: module.criterion)
-            verdict.eager, _ = train(method, lambda module: Eager(module.criterion))
-        verdict.judge(precision)
-        most = MOST_PERMUTED if max(differences) <= TOLERANCE[precision] else LEAST_PERMUTED
-        while free and len(verdict.permuted) < (LEAST_PERMUTED if verdict.passed else most):
+    def judged(self, method: str, views: DrawnOnce) -> Verdict:
+        """Compare at the same weights; then run freely, eager code as often as it takes."""
+        differences = self.compared(method, views)
+        verdict = Verdict(method, self.backend, *differences, Run(), Run(), [])
+        if self.free:
+            verdict.fused, _ = self.train(method, views, lambda module: module.criterion)
+            verdict.eager, _ = self.train(method, views, lambda module: Eager(module.criterion))
+        verdict.judge(self.precision)
+        most = MOST_PERMUTED if max(differences) <= TOLERANCE[self.precision] else LEAST_PERMUTED
+        while self.free and len(verdict.permuted) < (LEAST_PERMUTED if verdict.passed else most):
             order = 1 + len(verdict.permuted)
-            run, _ = train(method, lambda module, order=order: Eager(module.criterion, order))
+            run, _ = self.train(method, views, lambda module, order=order: Eager(module.criterion, order))
             verdict.permuted.append(run)
-            verdict.judge(precision)
-        verdicts.append(verdict)
-        print(f"{method}: {'ok' if verdict.passed else 'FAILED'}", flush=True)
+            verdict.judge(self.precision)
+        return verdict
 
-    settings = {
-        "network": network, "steps": steps, "precision": precision, "dataset": dataset,
-        "image_size": image_size, "batch_size": batch_size, "queue_size": queue_size, "dim": dim,
-        "learning_rate": learning_rate, "seed": seed,
-    }  # fmt: skip
-    result = {
-        "machine": describe("cuda" if on_gpu else "cpu"),
-        "settings": settings,
-        "verdicts": [asdict(verdict) for verdict in verdicts],
-    }
-    write_text(folder / "validate.json", json.dumps(result, indent=1) + "\n")
-    if free:
-        draw(verdicts, folder / "validate.png")
-    print("\n" + format_table([verdict.row() for verdict in verdicts]))
-    print(
-        f"\nAt the same weights, losses and gradients may differ by {TOLERANCE[precision]:g} (relative, the "
-        f"largest of {steps} steps)."
-    )
-    if free:
-        rule = f"{FLOAT64_DRIFT:g} from eager"
-        if precision != "64-true":
-            rule = (
-                "from the nearest of the eager runs, whose keys are in several orders, as far as two of "
-                f"those are apart, or by {TOLERANCE[precision]:g}"
-            )
-        print(f"Fused curves may drift {rule} (relative, root mean square).")
-    print(f"Curves and numbers are kept in {folder}", flush=True)
-    failed = [verdict.method for verdict in verdicts if not verdict.passed]
-    if failed:
-        sys.exit(f"error: not within the tolerance: {', '.join(failed)}")
-    return verdicts
+    def keep(self, verdicts: list[Verdict], file: Path) -> None:
+        """Leave everything as JSON, and the curves' picture beside it."""
+        result = {
+            "machine": describe("cuda" if self.on_gpu else "cpu"),
+            "settings": {name: getattr(self, name) for name in KEPT_SETTINGS},
+            "verdicts": [asdict(verdict) for verdict in verdicts],
+        }
+        write_text(file, json.dumps(result, indent=1) + "\n")
+        if self.free:
+            draw(verdicts, file.with_suffix(".png"))
+
+    def tell(self, verdicts: list[Verdict]) -> None:
+        """Print the table, and by which rule each has passed or failed."""
+        tolerance = TOLERANCE[self.precision]
+        print("\n" + format_table([verdict.row() for verdict in verdicts]))
+        print(
+            f"\nAt the same weights, losses and gradients may differ by {tolerance:g} (relative, the largest "
+            f"of {self.steps} steps)."
+        )
+        if self.free:
+            rule = f"{FLOAT64_DRIFT:g} from eager"
+            if self.precision != "64-true":
+                rule = (
+                    "from the nearest of the eager runs, whose keys are in several orders, as far as two of "
+                    f"those are apart, or by {tolerance:g}"
+                )
+            print(f"Fused curves may drift {rule} (relative, root mean square).")
+
+
+def available(backend: str) -> None:
+    """Refuse a backend that cannot serve here.
+
+    Raises:
+        UsageError: tells why it cannot.
+    """
+    status = available_backends().get(backend, "there is none of that name")
+    if not status or isinstance(status, str):
+        raise UsageError(f"backend: {backend} cannot serve here: {status}")
 
 
 def draw(verdicts: list[Verdict], path: Path) -> None:
-    """Of each method both curves and, below them, how far fused and permuted eager runs are from eager."""
+    """Both curves of each method and, below them, how far fused and permuted eager runs are from eager."""
     columns = min(5, len(verdicts))
     rows = math.ceil(len(verdicts) / columns)
     figure = Figure(figsize=(3.2 * columns, 5 * rows), layout="constrained")

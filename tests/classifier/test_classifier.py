@@ -28,69 +28,14 @@ from torch import Tensor
 from contrastive_ops import ConICLoss, DelayedSGD, InstanceClassifier, MemoryBank, conic_loss
 from contrastive_ops._contract import SGDSettings
 from contrastive_ops.classifier.disk import _Working
+from tests.classifiers import STORAGES, Training, classifier, saved
 
-STORAGES = ("device", "host", "disk")
 EVERY = torch.arange(50)
-
-
-def classifier(storage: str = "device", path: Path | None = None, **arguments: Any) -> InstanceClassifier:
-    arguments = {"num_instances": 50, "dim": 6, "active": 20, "seed": 3} | arguments
-    return InstanceClassifier(**arguments, storage=storage, path=path if storage == "disk" else None)
 
 
 @pytest.fixture(params=STORAGES)
 def storage(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-class Training:
-    """A loop over random batches with a schedule, whose losses are to be compared."""
-
-    def __init__(self, of: InstanceClassifier, **settings: Any) -> None:
-        self.classifier = of
-        self.optimizer = DelayedSGD(of, **({"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01} | settings))
-        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=7, gamma=0.9)
-        self.generator = torch.Generator().manual_seed(5)
-
-    def batch(self) -> Tensor:
-        return torch.randint(self.classifier.num_instances, (8,), generator=self.generator)
-
-    def step(self, indices: Tensor | None = None) -> float:
-        of = self.classifier
-        indices = self.batch() if indices is None else indices
-        views = torch.randn(2, len(indices), of.dim, generator=self.generator).to(of.weight)
-        target = of.activate(indices)
-        loss = conic_loss(views, of.weight, target, num_instances=of.num_instances)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        return loss.item()
-
-    def steps(self, count: int) -> list[float]:
-        return [self.step() for _ in range(count)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "classifier": self.classifier.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.classifier.load_state_dict(state["classifier"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.generator.set_state(state["generator"])
-
-
-def saved(state: Any) -> Any:
-    """Through a file, and without trusting it."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -372,8 +317,8 @@ class TestStorage:
         script = """
 import sys, time, torch
 from pathlib import Path
-from train_ref.machine import resident_mib
-from tests.classifier.test_classifier import Training, classifier
+from train_ref.memory import resident_mib
+from tests.classifiers import Training, classifier
 start = time.perf_counter()
 of = classifier("disk", Path(sys.argv[1]), num_instances=10**9, dim=128, active=65536)
 opened = time.perf_counter() - start
@@ -566,7 +511,7 @@ class TestCheckpoints:
         script = f"""
 import os, sys, torch
 from pathlib import Path
-from tests.classifier.test_classifier import Training, classifier
+from tests.classifiers import Training, classifier
 folder = Path(sys.argv[1])
 training, losses, file = Training(classifier({storage!r}, folder / "rows")), [], folder / "checkpoint.pt"
 if file.exists():

@@ -263,7 +263,7 @@ def test_a_training_that_was_saved_wants_its_checkpoint(tmp_path: Path, how: str
     rows.confirm(state) if how == "confirmed" else rows.load_state_dict(state)
     rows.close()
     rows = open_rows(tmp_path)
-    for call in (rows.peek, rows.fetch, rows.room):
+    for call in (rows.peek, rows.fetch, rows.reserve):
         with pytest.raises(RuntimeError, match=r"load its checkpoint first.*another path.*remove the folder"):
             call(np.arange(2))
     rows.load_state_dict(state)
@@ -515,7 +515,7 @@ def test_one_opener_at_a_time(tmp_path: Path) -> None:
         assert caught.value.filename == str(tmp_path)
     rows.close()
     rows.close()
-    for call in (rows.peek, rows.fetch, rows.room, rows.prefetch):
+    for call in (rows.peek, rows.fetch, rows.reserve, rows.prefetch):
         with pytest.raises(ValueError, match="was closed"):
             call(np.arange(2))
     for call in (rows.state_dict, rows.verify):
@@ -729,7 +729,7 @@ def cut(log: Path, root: Path, random: np.random.Generator, count: int, tally: d
                 assert holds(rows, expected)
             rows.close()
             shutil.rmtree(there)
-        if record.letter == "M":
+        if record.change == power.Change.MARKED:
             what, *words = record.first.decode().split()
             under_way = what == "taking"
             if what == "taking":
@@ -752,7 +752,7 @@ def test_the_log_of_the_shim_is_the_whole_truth(shim: Path, tmp_path: Path) -> N
     run(POWER, root, 1, LD_PRELOAD=str(shim), SHIM_ROOT=str(root), SHIM_LOG=str(log))
     device = power.Disk(root)
     for record in power.read_log(log):
-        if record.letter != "M":
+        if record.change != power.Change.MARKED:
             device.apply(record)
 
     def compare(folder: power.Folder, path: Path) -> None:
@@ -872,7 +872,7 @@ state = rows.state_dict()
 rows.prefetch(np.arange(20))
 child = os.fork()
 if child == 0:
-    for call in (rows.peek, rows.fetch, rows.room, rows.prefetch):
+    for call in (rows.peek, rows.fetch, rows.reserve, rows.prefetch):
         try: call(np.arange(2))
         except RuntimeError as error: assert "is a fork" in str(error) and str(path) in str(error)
         else: os._exit(3)

@@ -51,7 +51,7 @@ def test_two_processes_are_one(tmp_path, which):
         one, two = pool.map(lambda devices: train(which, devices, tmp_path), (1, 2))
     states = [torch.load(run / "last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
     for name, expected in states[0].items():
-        # Of groups' running statistics, a process keeps the means of its own.
+        # Each process keeps the running statistics of its own groups.
         if not isinstance(expected, torch.Tensor) or ("running" in name and which == "moco_in_groups"):
             continue
         torch.testing.assert_close(states[1][name], expected, rtol=1e-10, atol=1e-12, msg=name)

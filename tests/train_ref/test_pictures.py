@@ -13,7 +13,7 @@ from train_ref.pictures import NEIGHBOURS, QUERIES, choose, class_name, gallery,
 
 
 def features(count: int, labels: torch.Tensor, noise: float, seed: int) -> Features:
-    """Of a label, one direction, with noise."""
+    """One direction a label, and noise."""
     random = torch.Generator().manual_seed(seed)
     directions = F.one_hot(labels, 10).float()
     return Features(directions + noise * torch.randn(count, 10, generator=random), labels)
@@ -100,7 +100,7 @@ def test_nothing_is_claimed_without_labels(digits, compared):
     assert "label" not in shown.caption
     for row in shown.rows:
         assert row.label == ""
-        assert all(same is None for of in row.neighbours.values() for _, same in of)
+        assert all(same is None for near in row.neighbours.values() for _, same in near)
 
 
 def test_the_same_features_give_the_same_picture(digits, compared, tmp_path):

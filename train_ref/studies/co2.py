@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
-from matplotlib.figure import Figure
 
 from ..methods import MOCO_V1, MOCO_V2, MoCo
 from ..parsing import PositiveFinite
-from .common import MEASURES, Variant, compare, differences, dots, keep, over, result_file, table
+from .common import Study, Variant, accuracy, command, over, panels
 
 # Name: label in the figure, version, α. The paper's α are 10 for v1 and 0.3 for v2; the recipe's for digits
 # is 1 for v1.
@@ -27,6 +24,7 @@ PAIRS = [
 ]
 
 
+@command("co2")
 def study(
     epochs: PositiveInt = 30,
     seeds: PositiveInt = 5,
@@ -34,9 +32,7 @@ def study(
     learning_rate: PositiveFinite = 0.03,
     queue_size: PositiveInt = 1024,
     momentum: ClosedUnitInterval = 0.99,
-    quick: bool = False,
-    directory: str = "runs/studies",
-) -> dict[str, Any]:
+) -> Study:
     """MoCo against MoCo + CO2, with the settings of MoCo v1 and of v2.
 
     Leaves co2.png and co2.json. All variants have the same views, MoCo v2's like for digits.
@@ -48,36 +44,18 @@ def study(
         learning_rate: at the start of the schedule.
         queue_size: negative keys of 1437 images, so that none is older than an epoch.
         momentum: of the key encoder, which is to follow within few epochs.
-        quick: two seeds of two short epochs, to see that it works.
-        directory: where the figure and its numbers go.
-
-    Returns:
-        What the JSON holds.
     """
-    if quick:
-        epochs, seeds = 2, 2
-    result_file("co2", directory)
     settings = {"learning_rate": learning_rate, "queue_size": queue_size, "momentum": momentum}
-    variants = {
-        name: Variant(MoCo, {**version, **settings, "consistency_weight": weight}, batch_size)
-        for name, (_, version, weight) in VARIANTS.items()
-    }
-    runs = compare(variants, epochs, seeds, quick)
-
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    for row, version in zip(figure.subplots(2, len(MEASURES), sharey="col"), (MOCO_V1, MOCO_V2), strict=True):
-        labels = {name: label for name, (label, which, _) in VARIANTS.items() if which is version}
-        for axes, measure in zip(row, MEASURES, strict=True):
-            dots(axes, runs, labels, measure)
-    figure.suptitle(f"MoCo on digits: {over(seeds)}")
-    return keep(
-        "co2",
-        {"epochs": epochs, "seeds": seeds, "batch_size": batch_size, **settings},
-        {
-            "Accuracy": table(runs, MEASURES),
-            "Paired differences": differences(runs, PAIRS, MEASURES),
+    rows = [
+        {name: label for name, (label, which, _) in VARIANTS.items() if which is version}
+        for version in (MOCO_V1, MOCO_V2)
+    ]
+    return Study(
+        variants={
+            name: Variant(MoCo, {**version, **settings, "consistency_weight": weight}, batch_size)
+            for name, (_, version, weight) in VARIANTS.items()
         },
-        runs,
-        figure,
-        directory,
+        title=f"MoCo on digits: {over(seeds)}",
+        tables=accuracy(PAIRS),
+        draw=lambda runs: panels(runs, rows),
     )

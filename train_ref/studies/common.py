@@ -1,4 +1,4 @@
-"""What the studies share: trainings of every variant with every seed, what they are worth, tables and files.
+"""What the studies share: how they are described and run, what trainings are worth, tables and files.
 
 A study's JSON holds its settings, the values of every training, and the rows of its tables. A value's name
 tells its unit: it ends in "%", in "°", or is a loss in nats.
@@ -6,11 +6,13 @@ tells its unit: it ends in "%", in "°", or is a loss in nats.
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +85,7 @@ class SharedViews(Views):
 
     def __init__(self, seed: int, epochs: int, **views: Any) -> None:
         super().__init__(**views)
-        self.of, self.epochs = seed, epochs
+        self.seed_of_views, self.epochs = seed, epochs
         self.setup()
         needed = 2 * epochs * self.num_instances * 4 * 3 * self.hparams.image_size**2
         if needed > LIMIT:
@@ -92,8 +94,8 @@ class SharedViews(Views):
             )
 
     def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        self.seed = self.of
+        super().setup(stage)  # which takes the seed of torch's generator
+        self.seed = self.seed_of_views
 
     @cached_property
     def kept(self) -> Kept:
@@ -195,7 +197,7 @@ def worth(module: Method, views: SharedViews) -> Run:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """So small networks and probes are slower with more, and differ with their number."""
+    """Networks and probes as small as these are slower with more, and differ with their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -205,49 +207,107 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@one_thread()
-def compare(
-    variants: Mapping[str, Variant],
-    epochs: int,
-    seeds: int,
-    quick: bool = False,
-    views: Callable[[int, int], SharedViews] = SharedViews,
-    measure: AtEnd = worth,
-    at_end: AtEnd | None = None,
-    after: Callable[[list[Run]], Run] | None = None,
-) -> Runs:
-    """Train every variant with every seed. All of a seed see the same views in the same order.
+@dataclass(frozen=True)
+class Study:
+    """What is trained to answer a question, what of it is measured, and how that is told.
 
-    Args:
-        variants: by name.
-        epochs: of each training.
-        seeds: how many; they are 0, 1, …
-        quick: two steps an epoch.
+    Attributes:
+        variants: what is compared, by name.
+        title: heads the figure.
+        tables: from all trainings, rows by the table's title.
+        draw: the figure, from all trainings.
         views: of a seed, and so many epochs.
-        measure: what a network is worth.
+        measure: what a network is worth, untrained and trained.
         at_end: values of an epoch, beside the means of its steps.
         after: what a training came to beside its network, from the values of its epochs.
-
-    Returns:
-        The values of all trainings, and before them of the untrained networks.
     """
-    runs: Runs = {UNTRAINED: [], **{name: [] for name in variants}}
-    for seed in range(seeds):
-        shared = views(seed, epochs)
-        for name, variant in variants.items():
-            shared.hparams.batch_size = variant.batch_size
-            module = variant.module(seed)
-            if len(runs[UNTRAINED]) == seed:
-                runs[UNTRAINED].append(measure(module, shared))
-            means = train(module, shared, epochs, quick, at_end)
-            runs[name].append(measure(module, shared) | (after(means) if after else {}))
-            said = (
-                f"{text(key, value)} {key}"
-                for key, value in runs[name][-1].items()
-                if isinstance(value, float)
-            )
-            print(f"seed {seed}, {name}: {', '.join(said)}", flush=True)
-    return runs
+
+    variants: Mapping[str, Variant]
+    title: str
+    tables: Callable[[Runs], dict[str, list[Row]]]
+    draw: Callable[[Runs], Figure]
+    views: Callable[[int, int], SharedViews] = SharedViews
+    measure: AtEnd = worth
+    at_end: AtEnd | None = None
+    after: Callable[[list[Run]], Run] | None = None
+
+    @one_thread()
+    def train(self, epochs: int, seeds: int, quick: bool) -> Runs:
+        """Train every variant with every seed. All of a seed see the same views in the same order.
+
+        Args:
+            epochs: of each training.
+            seeds: how many; they are 0, 1, …
+            quick: two steps an epoch.
+
+        Returns:
+            The values of all trainings, and before them of the untrained networks.
+        """
+        runs: Runs = {UNTRAINED: [], **{name: [] for name in self.variants}}
+        for seed in range(seeds):
+            shared = self.views(seed, epochs)
+            for name, variant in self.variants.items():
+                shared.hparams.batch_size = variant.batch_size
+                module = variant.module(seed)
+                if len(runs[UNTRAINED]) == seed:
+                    runs[UNTRAINED].append(self.measure(module, shared))
+                means = train(module, shared, epochs, quick, self.at_end)
+                run = self.measure(module, shared) | (self.after(means) if self.after else {})
+                runs[name].append(run)
+                said = (f"{text(key, value)} {key}" for key, value in run.items() if isinstance(value, float))
+                print(f"seed {seed}, {name}: {', '.join(said)}", flush=True)
+        return runs
+
+
+QUICK = {"epochs": 2, "seeds": 2}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs the study that a function describes by its settings, `epochs` and `seeds` among them.
+
+    Attributes:
+        name: of the study, and of the files that it leaves.
+        describe: the function. Its docstring tells of the study.
+    """
+
+    name: str
+    describe: Callable[..., Study]
+
+    def __call__(
+        self, quick: bool = False, directory: str = "runs/studies", **settings: Any
+    ) -> dict[str, Any]:
+        """Leave ``<name>.json`` and ``<name>.png``, and print the tables.
+
+        Args:
+            quick: two seeds of two short epochs, to see that it works.
+            directory: where the figure and its numbers go.
+            **settings: of the study, in place of its defaults.
+
+        Returns:
+            What the JSON holds.
+        """
+        path = result_file(self.name, directory)
+        given = inspect.signature(self.describe).bind(**settings | (QUICK if quick else {}))
+        given.apply_defaults()
+        study = self.describe(**given.arguments)
+        runs = study.train(given.arguments["epochs"], given.arguments["seeds"], quick)
+        result = {
+            "study": self.name,
+            "settings": given.arguments,
+            "torch": torch.__version__,
+            "tables": study.tables(runs),
+            "runs": runs,
+        }
+        figure = study.draw(runs)
+        figure.suptitle(study.title)
+        keep(result, figure, path)
+        return result
+
+
+def command(name: str) -> Callable[[Callable[..., Study]], Runner]:
+    """Decorates the function that describes the study of that name."""
+    return partial(Runner, name)
 
 
 # Tables
@@ -284,6 +344,14 @@ def differences(runs: Runs, pairs: Iterable[tuple[str, str]], columns: Sequence[
             row[column] = score(np.subtract(here, there)) | {"p": float(p) if np.isfinite(p) else None}
         rows.append(row)
     return rows
+
+
+def accuracy(pairs: Iterable[tuple[str, str]]) -> Callable[[Runs], dict[str, list[Row]]]:
+    """A study's tables of what features are worth, and of how far each pair of variants is apart in it."""
+    return lambda runs: {
+        "Accuracy": table(runs, MEASURES),
+        "Paired differences": differences(runs, pairs, MEASURES),
+    }
 
 
 def text(column: str, cell: Any) -> str:
@@ -325,41 +393,31 @@ def dots(axes: Axes, runs: Runs, variants: Mapping[str, str], value: str, **line
     axes.grid(axis="y", alpha=0.3)
 
 
+def panels(runs: Runs, rows: Sequence[Mapping[str, str]]) -> Figure:
+    """What features are worth, a panel a measure: in each row of panels, variants with their labels."""
+    figure = Figure(figsize=(10, 3.5 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(MEASURES), sharey="col", squeeze=False)
+    for row, labels in zip(grid, rows, strict=True):
+        for axes, measure in zip(row, MEASURES, strict=True):
+            dots(axes, runs, labels, measure)
+    return figure
+
+
 def over(seeds: int) -> str:
     """What `dots` has drawn."""
     return f"mean and standard deviation over {seeds} seeds, a pale line a seed"
 
 
 def result_file(name: str, directory: str) -> Path:
-    """Where `keep` writes a study's numbers: asked for at its start, where that they cannot be is told."""
+    """Where a study's numbers are to go: asked for before it starts, so that a mistake costs no training."""
     return writable(Path(directory) / f"{name}.json", "directory")
 
 
-def keep(
-    name: str,
-    settings: Mapping[str, Any],
-    tables: Mapping[str, Sequence[Row]],
-    runs: Runs,
-    figure: Figure,
-    directory: str,
-) -> dict[str, Any]:
-    """Leave ``<name>.json`` and ``<name>.png`` in the directory and print the tables, each under its title.
-
-    Returns:
-        What the JSON holds.
-    """
-    result = {
-        "study": name,
-        "settings": dict(settings),
-        "torch": torch.__version__,
-        "tables": dict(tables),
-        "runs": runs,
-    }
-    path = result_file(name, directory)
+def keep(result: dict[str, Any], figure: Figure, path: Path) -> None:
+    """Leave a study's result and, beside it, its figure; print the tables, each under its title."""
     write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     with replacing(path.with_suffix(".png")) as file:
         figure.savefig(file, format="png", dpi=110)
-    for title, rows in tables.items():
+    for title, rows in result["tables"].items():
         print(f"\n{title}:\n\n{format_table(texts(rows))}")
     print(f"\nFigure and numbers are kept in {path.parent}", flush=True)
-    return result

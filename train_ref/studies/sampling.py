@@ -7,7 +7,6 @@ one more quantity: the classification loss over all N rows, caught up, on views 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +26,10 @@ from .common import (
     Run,
     Runs,
     SharedViews,
+    Study,
     Variant,
-    compare,
+    command,
     differences,
-    keep,
-    result_file,
     score,
 )
 
@@ -76,6 +74,7 @@ def curves(epochs: list[Run]) -> Run:
     }
 
 
+@command("sampling")
 def study(
     epochs: PositiveInt = 40,
     seeds: PositiveInt = 3,
@@ -83,9 +82,7 @@ def study(
     batch_size: PositiveInt = 16,
     learning_rate: PositiveFinite = 0.06,
     consistency_weight: LossWeight = 2.5,
-    quick: bool = False,
-    directory: str = "runs/studies",
-) -> dict[str, Any]:
+) -> Study:
     """ConIC with all rows in the softmax, and with an active set of them, with and without compensation.
 
     Leaves sampling.png and sampling.json.
@@ -97,37 +94,32 @@ def study(
         batch_size: images a step.
         learning_rate: at the start of the cosine.
         consistency_weight: α.
-        quick: two seeds of two short epochs, to see that it works.
-        directory: where the figure and its numbers go.
-
-    Returns:
-        What the JSON holds.
     """
-    if quick:
-        epochs, seeds = 2, 2
-    result_file("sampling", directory)
     count = len(Digits(train=True))
     if active >= count:
         raise UsageError(f"active is {active}: all {count} rows are, and nothing is sampled")
     settings = {"learning_rate": learning_rate, "consistency_weight": consistency_weight}
-    variants = {
-        FULL: Variant(ConIC, settings, batch_size),
-        COMPENSATED: Variant(ConIC, {**settings, "active": active}, batch_size),
-        PLAIN: Variant(ConIC, {**settings, "active": active, "compensation": False}, batch_size),
-    }
-    runs = compare(variants, epochs, seeds, quick, at_end=over_all_rows, after=curves)
-    pairs = [(COMPENSATED, FULL), (PLAIN, FULL)]
-    return keep(
-        "sampling",
-        {"epochs": epochs, "seeds": seeds, "active": active, "batch_size": batch_size, **settings},
-        {
-            "Distance from the full softmax's curves, and where they end": distances(runs),
-            "Paired differences": differences(runs, pairs, (END, *MEASURES)),
+    return Study(
+        variants={
+            FULL: Variant(ConIC, settings, batch_size),
+            COMPENSATED: Variant(ConIC, {**settings, "active": active}, batch_size),
+            PLAIN: Variant(ConIC, {**settings, "active": active, "compensation": False}, batch_size),
         },
-        runs,
-        draw(runs, active, seeds),
-        directory,
+        title=f"ConIC on digits, all {count} rows in the softmax or {active}: "
+        f"mean and standard deviation of {seeds} trainings",
+        tables=tables,
+        draw=draw,
+        at_end=over_all_rows,
+        after=curves,
     )
+
+
+def tables(runs: Runs) -> dict[str, list[Row]]:
+    pairs = [(COMPENSATED, FULL), (PLAIN, FULL)]
+    return {
+        "Distance from the full softmax's curves, and where they end": distances(runs),
+        "Paired differences": differences(runs, pairs, (END, *MEASURES)),
+    }
 
 
 def distances(runs: Runs) -> list[Row]:
@@ -151,7 +143,7 @@ def distances(runs: Runs) -> list[Row]:
     return rows
 
 
-def draw(runs: Runs, active: int, seeds: int) -> Figure:
+def draw(runs: Runs) -> Figure:
     """Both losses of every variant against the epoch: mean over the seeds, and a band of their deviation."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, (loss, title) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):
@@ -164,8 +156,4 @@ def draw(runs: Runs, active: int, seeds: int) -> Figure:
         axes.set(title=title, xlabel="epoch", ylabel="classification loss of a view")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(
-        f"ConIC on digits, all 1437 rows in the softmax or {active}: "
-        f"mean and standard deviation of {seeds} trainings"
-    )
     return figure

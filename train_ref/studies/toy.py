@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 
 from ..methods import ConIC, Method
 from ..parsing import NonNegativeFinite, PositiveFinite, PositiveLossWeight
-from .common import Run, Runs, SharedViews, Variant, compare, differences, keep, result_file, table
+from .common import Row, Run, Runs, SharedViews, Study, Variant, command, differences, table
 
 IMAGES, VIEWS = 8, 20
 BANDWIDTH = 0.04  # the kernel's standard deviation; features have norm 1
@@ -34,7 +34,7 @@ class EightImages(SharedViews):
 
     def _dataset(self, train: bool, transform: Any = None) -> Dataset:
         images = super()._dataset(train, transform)
-        chosen = np.random.default_rng(self.of).choice(len(images), IMAGES, replace=False)
+        chosen = np.random.default_rng(self.seed_of_views).choice(len(images), IMAGES, replace=False)
         return Subset(images, chosen.tolist())
 
 
@@ -104,6 +104,7 @@ def picture(directions: np.ndarray, axis: np.ndarray) -> np.ndarray:
     return drawn
 
 
+@command("toy")
 def study(
     epochs: PositiveInt = 200,
     seeds: PositiveInt = 20,
@@ -111,9 +112,7 @@ def study(
     weight_decay: NonNegativeFinite = 1e-6,
     consistency_weight: PositiveLossWeight = 0.1,
     larger_weight: PositiveLossWeight = 2.5,
-    quick: bool = False,
-    directory: str = "runs/studies",
-) -> dict[str, Any]:
+) -> Study:
     """ConIC on eight images with features of two dimensions, with and without consistency.
 
     Leaves toy.png and toy.json. The picture shows the density of 20 random views of each image after the
@@ -126,45 +125,35 @@ def study(
         weight_decay: of SGD.
         consistency_weight: α, the paper's for its toy.
         larger_weight: another α, the paper's for everything else.
-        quick: two seeds of two epochs, to see that it works.
-        directory: where the figure and its numbers go.
-
-    Returns:
-        What the JSON holds.
     """
-    if quick:
-        epochs, seeds = 2, 2
-    result_file("toy", directory)
-    settings = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-    weights = {f"α = {weight:g}": weight for weight in (0.0, consistency_weight, larger_weight)}
-    variants = {
-        name: Variant(ConIC, {**settings, "dim": 2, "consistency_weight": weight}, batch_size=IMAGES)
-        for name, weight in weights.items()
-    }
-    runs = compare(variants, epochs, seeds, views=EightImages, measure=spread, after=losses)
-    none, *others = variants
-    columns = (*MEASURES, CLASSIFICATION, CONSISTENCY)
-    return keep(
-        "toy",
-        {
-            "epochs": epochs,
-            "seeds": seeds,
-            **settings,
-            "consistency_weight": consistency_weight,
-            "larger_weight": larger_weight,
+    settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "dim": 2}
+    return Study(
+        variants={
+            f"α = {weight:g}": Variant(ConIC, {**settings, "consistency_weight": weight}, batch_size=IMAGES)
+            for weight in (0.0, consistency_weight, larger_weight)
         },
-        {
-            "Angles between views, and the last step's losses": table(runs, columns),
-            "Paired differences": differences(runs, [(name, none) for name in others], columns),
-        },
-        runs,
-        draw(runs, list(variants), seeds=min(seeds, 4)),
-        directory,
+        title=f"Densities of {VIEWS} views of each of eight images, a colour an image",
+        tables=tables,
+        draw=draw,
+        views=EightImages,
+        measure=spread,
+        after=losses,
     )
 
 
-def draw(runs: Runs, variants: list[str], seeds: int) -> Figure:
-    """A row a variant, a picture a seed."""
+def tables(runs: Runs) -> dict[str, list[Row]]:
+    _, none, *others = runs  # the first are untrained
+    columns = (*MEASURES, CLASSIFICATION, CONSISTENCY)
+    return {
+        "Angles between views, and the last step's losses": table(runs, columns),
+        "Paired differences": differences(runs, [(name, none) for name in others], columns),
+    }
+
+
+def draw(runs: Runs) -> Figure:
+    """A row a variant, a picture a seed of the first four."""
+    _, *variants = runs
+    seeds = min(len(runs[variants[0]]), 4)
     axis = np.linspace(-1.2, 1.2, 241)
     figure = Figure(figsize=(2.6 * seeds, 2.8 * len(variants)), layout="constrained")
     panels = figure.subplots(len(variants), seeds, squeeze=False)
@@ -174,5 +163,4 @@ def draw(runs: Runs, variants: list[str], seeds: int) -> Figure:
             axes.imshow(picture(directions, axis), origin="lower", extent=(-1.2, 1.2, -1.2, 1.2))
             axes.set_title(f"{name}, seed {seed}", fontsize=10)
             axes.set(xticks=(), yticks=())
-    figure.suptitle("Densities of 20 views of each of eight images, a colour an image")
     return figure

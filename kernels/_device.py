@@ -1,0 +1,283 @@
+"""What the kernels share on the device: loading, multiplying and merging. `_launch.py` is the host's side.
+
+A matrix is one argument of a kernel, a `Matrix` of its pointer and strides. What is compiled in about the
+tiles that a kernel walks is one too, a `Tile`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+NORM_EPSILON = tl.constexpr(1e-12)  # a row shorter than this is divided by this, as in reference.py
+LOWEST = tl.constexpr(-1e38)  # below every logit, yet finite: a difference of two is no NaN
+LARGEST_FLOAT16 = tl.constexpr(65504.0)
+
+
+class Matrix(NamedTuple):
+    """A matrix of any strides, counted in numbers. In a kernel `data` is the pointer to its first number."""
+
+    data: Any
+    row: Any
+    column: Any
+
+
+class Vector(NamedTuple):
+    """A tensor of one dimension of any stride."""
+
+    data: Any
+    stride: Any
+
+
+class Block(NamedTuple):
+    """Some rows of a matrix that has `count` of them; those outside are read as zeros and not written."""
+
+    matrix: Any
+    rows: Any
+    count: Any
+
+
+class Tile(NamedTuple):
+    """How a kernel that walks cuts its work, and how it multiplies. Known when it is compiled."""
+
+    rows: int
+    keys: int
+    depth: int  # dimensions multiplied at once
+    width: int  # dimensions of the gradient that a program adds up; 0 where there is none
+    chunked: bool  # whether rows have more dimensions than `depth`
+    whole_keys: bool  # whether no tile ends past the last key
+    whole_columns: bool  # whether no chunk ends past the last dimension
+    dtype: Any  # in which rows are multiplied
+    precision: str  # "half", "wide", "tf32" or "tf32x3"; see `precision_of`
+
+
+@triton.jit
+def at(matrix, rows, columns):
+    """Pointers to the numbers (rows, columns) of a matrix."""
+    offsets = rows.to(tl.int64)[:, None] * matrix.row + columns.to(tl.int64)[None, :] * matrix.column
+    return matrix.data + offsets
+
+
+@triton.jit
+def load(block, columns, dim, WHOLE_ROWS: tl.constexpr = False, WHOLE_COLUMNS: tl.constexpr = False):
+    """A (rows, columns) tile of a block; zeros outside, unless it is known to be inside."""
+    if WHOLE_ROWS and WHOLE_COLUMNS:
+        return tl.load(at(block.matrix, block.rows, columns))
+    inside = (columns < dim)[None, :]
+    if not WHOLE_ROWS:
+        inside = (block.rows < block.count)[:, None] & inside
+    return tl.load(at(block.matrix, block.rows, columns), mask=inside, other=0.0)
+
+
+@triton.jit
+def store(block, tile, columns, dim, WHOLE_ROWS: tl.constexpr = False, WHOLE_COLUMNS: tl.constexpr = False):
+    """The reverse of `load`, rounded to the matrix's dtype."""
+    to = at(block.matrix, block.rows, columns)
+    tile = tile.to(block.matrix.data.dtype.element_ty)
+    if WHOLE_ROWS and WHOLE_COLUMNS:
+        tl.store(to, tile)
+    else:
+        tl.store(to, tile, mask=(block.rows < block.count)[:, None] & (columns < dim)[None, :])
+
+
+@triton.jit
+def load_fields(record, COUNT: tl.constexpr, mask=None):
+    """The fields of records, a tuple for a class of `_contract.py`; where masked, 0."""
+    other: tl.constexpr = None if mask is None else 0.0
+    fields = (tl.load(record, mask=mask, other=other),)
+    for i in tl.static_range(1, COUNT):  # Triton unpacks no tuple in another.
+        fields = fields + (tl.load(record + i, mask=mask, other=other),)  # noqa: RUF005
+    return fields
+
+
+@triton.jit
+def store_fields(record, fields, mask):
+    """The reverse of `load_fields`."""
+    for i in tl.static_range(len(fields)):
+        tl.store(record + i, fields[i], mask=mask)
+
+
+@triton.jit
+def _round_to_tf32(x):
+    """To nearest. A NaN whose bits are all ones, as GPUs make them, comes out as 0."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """total + a b. "tf32x3" is as exact as float32: of a = high + low, both TF32, only low·low is lost."""
+    if PRECISION == "tf32x3":
+        a_high, b_high = _round_to_tf32(a), _round_to_tf32(b)
+        small = tl.dot(a - a_high, b_high, input_precision="tf32")  # the low part of a NaN is one
+        small = tl.dot(a_high, b - b_high, small, input_precision="tf32")
+        # Tensor cores cut off what their sum cannot hold, so a long sum shrinks. This addition rounds.
+        return total + tl.dot(a_high, b_high, small, input_precision="tf32")
+    if PRECISION == "tf32":  # as they are, tensor cores would cut the operands off, not round them
+        a, b = tl.where(a == a, _round_to_tf32(a), a), tl.where(b == b, _round_to_tf32(b), b)
+    return tl.dot(a, b, total, input_precision="tf32")
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x as it is multiplied. A finite number that float16 cannot hold becomes the nearest that it can."""
+    if tl.float16 == DTYPE and x.dtype != tl.float16:
+        x = tl.where(tl.abs(x) < float("inf"), tl.clamp(x, -LARGEST_FLOAT16, LARGEST_FLOAT16), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def move(old, new, scale):
+    """λ (old − new) of two maxima, of which the older may be LOWEST."""
+    return tl.maximum((old - new) * scale, LOWEST)
+
+
+@triton.jit
+def measure_rows(query, key, dim, DEPTH: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE_COLUMNS: tl.constexpr):
+    """max(‖q‖, ε), max(‖k‖, ε) (1 unless NORMALIZE) and q·k̂ of each row; float64 holds any square."""
+    zero = tl.zeros_like(query.rows).to(tl.float64)
+    qq, kk, qk = zero, zero, zero
+    for first in tl.range(0, dim, DEPTH, loop_unroll_factor=4):
+        columns = first + tl.arange(0, DEPTH)
+        q = load(query, columns, dim, WHOLE_COLUMNS=WHOLE_COLUMNS).to(tl.float32).to(tl.float64)
+        k = load(key, columns, dim, WHOLE_COLUMNS=WHOLE_COLUMNS).to(tl.float32).to(tl.float64)
+        qq += tl.sum(q * q, axis=1)
+        kk += tl.sum(k * k, axis=1)
+        qk += tl.sum(q * k, axis=1)
+    norm_q, norm_k = zero + 1.0, zero + 1.0
+    if NORMALIZE:
+        norm_q, norm_k = tl.maximum(tl.sqrt(qq), NORM_EPSILON), tl.maximum(tl.sqrt(kk), NORM_EPSILON)
+    return norm_q, norm_k, qk / norm_k
+
+
+@triton.jit
+def similarities(query, key, keys, held, dim, CONSISTENCY: tl.constexpr, TILE: tl.constexpr):
+    """q Nᵀ and k Nᵀ of a tile of keys, and the tile.
+
+    `held` are q and k, rounded. Of chunked rows these are loaded here, `TILE.depth` dimensions at a time, and
+    no tile is returned.
+    """
+    ROWS: tl.constexpr = TILE.rows
+    KEYS: tl.constexpr = TILE.keys
+    s, y = tl.zeros([ROWS, KEYS], tl.float32), tl.zeros([ROWS, KEYS], tl.float32)
+    columns = tl.arange(0, TILE.depth)
+    if TILE.chunked:
+        tile = columns  # Unused: both branches must give a variable a value.
+        for first in range(0, dim, TILE.depth):
+            chunk = first + columns
+            n = load(keys, chunk, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
+            n = tl.trans(rounded(n, TILE.dtype))
+            q = load(query, chunk, dim, WHOLE_COLUMNS=TILE.whole_columns)
+            s = product(rounded(q, TILE.dtype), n, s, TILE.precision)
+            if CONSISTENCY:
+                k = load(key, chunk, dim, WHOLE_COLUMNS=TILE.whole_columns)
+                y = product(rounded(k, TILE.dtype), n, y, TILE.precision)
+    else:
+        tile = load(keys, columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
+        tile = rounded(tile, TILE.dtype)
+        s = product(held[0], tl.trans(tile), s, TILE.precision)
+        if CONSISTENCY:
+            y = product(held[1], tl.trans(tile), y, TILE.precision)
+    return s, y, tile
+
+
+@triton.jit
+def add_tile(sums, a, b, moved_s, moved_y):
+    """What a tile's logits a and b, relative to the highest yet, add to the sums of 2^a, 2^b, 2^a d and 2^b d
+    with d = a − b; the older ones are moved to that maximum first."""
+    z_query, z_key, d_query, d_key = sums
+    e_query, e_key, d = tl.exp2(a), tl.exp2(b), a - b
+    moved_query, moved_key, shift = tl.exp2(moved_s), tl.exp2(moved_y), moved_s - moved_y
+    d_query = (d_query + shift * z_query) * moved_query + tl.sum(e_query * d, axis=1)
+    d_key = (d_key + shift * z_key) * moved_key + tl.sum(e_key * d, axis=1)
+    z_query = z_query * moved_query + tl.sum(e_query, axis=1)
+    z_key = z_key * moved_key + tl.sum(e_key, axis=1)
+    return z_query, z_key, d_query, d_key
+
+
+class Merged(NamedTuple):
+    """What `merge` returns: the highest maxima, by how much each was moved, and the sums relative to them."""
+
+    max_s: Any
+    max_y: Any
+    moved_s: Any
+    moved_y: Any
+    z_query: Any
+    z_key: Any
+    d_query: Any
+    d_key: Any
+
+
+@triton.jit
+def merge(top_s, top_y, sums, scale_q, scale_k, AXIS: tl.constexpr):
+    """Sums of `add_tile` that are relative to different maxima, as ones relative to the highest."""
+    z_query, z_key, d_query, d_key = sums
+    max_s, max_y = tl.max(top_s, axis=AXIS), tl.max(top_y, axis=AXIS)
+    moved_s = move(top_s, tl.expand_dims(max_s, AXIS), scale_q)
+    moved_y = move(top_y, tl.expand_dims(max_y, AXIS), scale_k)
+    factor_query, factor_key = tl.exp2(moved_s), tl.exp2(moved_y)
+    shift = moved_s - moved_y  # of every d
+    d_query = tl.sum((d_query + shift * z_query) * factor_query, axis=AXIS)
+    d_key = tl.sum((d_key + shift * z_key) * factor_key, axis=AXIS)
+    z_query, z_key = tl.sum(z_query * factor_query, axis=AXIS), tl.sum(z_key * factor_key, axis=AXIS)
+    return Merged(max_s, max_y, moved_s, moved_y, z_query, z_key, d_query, d_key)
+
+
+@triton.jit
+def load_double(numbers, there, other):
+    return tl.load(numbers, mask=there, other=other).to(tl.float64)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) and its derivative, of a float64, to the last digit."""
+    e = tl.exp(-tl.abs(x))
+    value = tl.maximum(x, 0.0) + tl.where(e < 1e-8, e, tl.log(1.0 + e))
+    return value, tl.where(x > 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def largest_size(sizes, count):
+    """max |x|, which each program that needs it finds for itself."""
+    largest = tl.zeros([1024], tl.float32)
+    for first in range(0, count, 1024):
+        index = first + tl.arange(0, 1024)
+        largest = tl.maximum(largest, tl.abs(tl.load(sizes + index, mask=index < count, other=0.0)))
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
+def store_unit(unit, unit_rows, block, norm, dim, DEPTH: tl.constexpr):
+    """x̂ of some rows, with zeros where a row has less dimensions than `unit`, or is outside."""
+    for first in range(0, unit.row, DEPTH):
+        columns = first + tl.arange(0, DEPTH)
+        x = load(block, columns, dim).to(tl.float32).to(tl.float64) / norm[:, None]
+        tl.store(at(unit, unit_rows, columns), x.to(tl.float32).to(unit.data.dtype.element_ty))
+
+
+@triton.jit
+def sum_of_parts(parts, rows, columns, there, ranges, padded_rows):
+    """What the ranges of keys added to the gradients of some rows, added up in their order.
+
+    `parts` is a Matrix of (ranges · padded_rows, padded dimensions).
+    """
+    total = tl.zeros_like(there).to(tl.float32)
+    first_part, part_stride = at(parts, rows, columns), padded_rows.to(tl.int64) * parts.row
+    for part in tl.range(0, ranges, loop_unroll_factor=8):
+        total += tl.load(first_part + part * part_stride, mask=there, other=0.0)
+    return total.to(tl.float64)
+
+
+@triton.jit
+def through_norm(grad, x, norm):
+    """dx = (dx̂ − x̂ (x̂·dx̂)) / ‖x‖; a row below the epsilon was only scaled, so it has no projection."""
+    radial = tl.where(norm > NORM_EPSILON, tl.sum(x * grad, axis=1), 0.0)
+    return (grad - x * radial[:, None]) / norm[:, None]
+
+
+@triton.jit
+def split(x):
+    """A float64 as the sum of two float32."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
