@@ -7,7 +7,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -490,12 +490,12 @@ class InstanceClassifier(nn.Module):
         """Take a step with the gradients of active rows, and those of evicted ones."""
         whole, carried = self._gradients.whole, self._gradients.carried
         assert whole is not None
-        step = _Step(settings, len(self.history), versions(*self._rows), GradientVersion.of(whole))
+        evicted = None
         if carried is not None:
-            step.evicted = carried.instances
-            weight, momentum = self._caught_up(step.evicted)
+            weight, momentum = self._caught_up(carried.instances)
             _ops.sgd_(weight, momentum, carried.gradient, *settings, None)
-            step.records = torch.stack([weight, momentum], 1)
+            evicted = carried.instances, torch.stack([weight, momentum], 1)
+        step = _Step(settings, len(self.history), versions(*self._rows), GradientVersion.of(whole), evicted)
         self._guard.unfinished = partial(self._finish_interrupted, step)
         self._gradients.stepping = step.gradient
         self._guard.launch(_ops.sgd_, *self._rows, whole.detach(), *settings, None)
@@ -504,8 +504,8 @@ class InstanceClassifier(nn.Module):
 
     def _finish(self, step: _Step) -> None:
         """Do what is left when the active rows have taken a step."""
-        if step.records is not None:
-            self._overwrite_stored(step.evicted, step.records, step.length + 1)
+        if step.evicted is not None:
+            self._overwrite_stored(*step.evicted, step.length + 1)
         self._gradients.spend(step.gradient)
         self._record(step.length, step.settings)
 
@@ -573,7 +573,7 @@ class _Exchange:
     gradient: GradientExchange | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Step:
     """A step on a gradient that may have to be completed.
 
@@ -582,13 +582,11 @@ class _Step:
         length: of the history before.
         versions: of momentum and weight before.
         gradient: the weight's.
-        evicted: (n,) instances with a gradient that are not active.
-        records: (n, 2, D) their rows after the step; None where there are none.
+        evicted: instances (n,) with a gradient that are not active, and their rows (n, 2, D) after the step.
     """
 
     settings: SGDSettings
     length: int
     versions: Versions
     gradient: GradientVersion
-    evicted: Indices = field(default_factory=lambda: np.empty(0, np.int64))
-    records: Tensor | None = None
+    evicted: tuple[Indices, Tensor] | None
