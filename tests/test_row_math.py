@@ -1,4 +1,4 @@
-"""csrc/row_math.h, the scalar mathematics of a row, under compilers of device code: none of them needs a GPU."""
+"""csrc/row_math.h, the scalar mathematics of a row, under compilers of device code: no GPU is needed."""
 
 from __future__ import annotations
 
