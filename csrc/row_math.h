@@ -243,7 +243,7 @@ CONTRASTIVE_OPS_HOST_DEVICE inline double gradient_bound(const Coefficients& row
   return row.instance + row.query * (1 + 4 * largest / consistency_temperature) + row.key;
 }
 
-// A power of two that takes numbers up to `bound` to the upper end of half precision, with room for sums of two.
+// A power of two that takes numbers up to `bound` to the upper end of half precision, with room for a sum.
 CONTRASTIVE_OPS_HOST_DEVICE inline double scale_to_half(double bound) {
   const bool usable = bound > 0 && bound <= -kLowest;
   return usable ? exp2(14 - ceil(log2(bound))) : 1;
