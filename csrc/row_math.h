@@ -37,8 +37,7 @@ struct Parts {
   long long count, stride;
 };
 
-// A part's sums are relative to its own maxima: they move to those of all parts, and every d shifts with
-// them.
+// A part's sums are relative to its own maxima: they move to the maxima of all parts, and so does every d.
 CONTRASTIVE_OPS_HOST_DEVICE inline CO2Partial merge(const CO2Partial* row, Parts parts,
                                                     const CO2Settings& settings) {
   CO2Partial total{.max_s = kLowest, .max_y = kLowest};
@@ -238,15 +237,13 @@ CONTRASTIVE_OPS_HOST_DEVICE inline Coefficients coefficients(const ConICCoeffici
   return {.max_s = view.max_s, .instance = weight * view.instance};
 }
 
-// What no |dL/ds_j| of a row exceeds, where no similarity exceeds `largest`: |d - mean| is at most four times
-// that.
+// What no |dL/ds_j| of a row exceeds, where no |s_j| or |y_j| exceeds `largest`: |d - mean| <= 4 largest.
 CONTRASTIVE_OPS_HOST_DEVICE inline double gradient_bound(const Coefficients& row, double largest,
                                                          double consistency_temperature) {
   return row.instance + row.query * (1 + 4 * largest / consistency_temperature) + row.key;
 }
 
-// A power of two that takes numbers up to `bound` to the upper end of half precision, with room for a sum of
-// two.
+// A power of two that takes numbers up to `bound` to the upper end of half precision, with room for a sum.
 CONTRASTIVE_OPS_HOST_DEVICE inline double scale_to_half(double bound) {
   const bool usable = bound > 0 && bound <= -kLowest;
   return usable ? exp2(14 - ceil(log2(bound))) : 1;
