@@ -86,7 +86,7 @@ def extensions():
         Extension(
             f"contrastive_ops._cpu_{name}_torch_{minor}",
             sorted(glob.glob("csrc/cpu/*.cpp")),
-            depends=["setup.py", *sorted(glob.glob("csrc/cpu/*.h"))],
+            depends=["setup.py", *sorted(glob.glob("csrc/*.h")), *sorted(glob.glob("csrc/cpu/*.h"))],
             language="c++",
             # Without a path to them: torch is imported first, and has them loaded.
             libraries=["c10", "torch", "torch_cpu", "torch_python"],

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import ceilings
-from bench.cases import Case
-from bench.memory import peak_extra_mib
+from bench.cases import Case, implementation, inputs, step
 from bench.records import Result, record, write
+from train_ref.memory import PeakMemory, in_fresh_process
 
 
 def run(machine: dict[str, Any], chosen: Callable[[str], bool], output: Path) -> int:
@@ -61,7 +62,7 @@ def timings(chosen: Callable[[str], bool]) -> tuple[int, list[tuple[Case, dict[s
 def measured(case: Case, stats: dict[str, Any]) -> dict[str, Any]:
     """The measured fields of a record."""
     try:
-        peak_mib = round(peak_extra_mib(case), 1)
+        peak_mib = round(in_fresh_process(peak_extra_mib, case), 1)
     except BrokenProcessPool:  # there was not enough of it
         peak_mib = None
     print(f"{case}: peak memory {peak_mib} MiB", flush=True)
@@ -72,3 +73,16 @@ def measured(case: Case, stats: dict[str, Any]) -> dict[str, Any]:
         "wall_ms": median_ms,  # the same on a CPU
         "peak_mib": peak_mib,
     }
+
+
+def peak_extra_mib(case: Case) -> float:
+    """Peak memory in MiB that a step takes beyond its input."""
+    loss, tensors = implementation(case), inputs(case)
+    # A small step first, which loads libraries and starts threads. What torch.compile makes serves one size
+    # only, and compiling is not part of a step: there it is a whole one.
+    step(loss, *(tensors if case.impl == "compile" else inputs(case.small())))
+    for tensor in tensors:
+        tensor.grad = None
+    peak = PeakMemory(torch.device("cpu"))
+    step(loss, *tensors)
+    return peak.read_mib()

@@ -6,6 +6,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,34 @@ def compiled_shim(folder: Path) -> Path:
     return library
 
 
+class Change(StrEnum):
+    """What a record of the log tells, by its letter."""
+
+    CREATED = "C"
+    FOLDER_CREATED = "D"
+    WRITTEN = "W"
+    TRUNCATED = "T"
+    SYNCED = "S"
+    LINKED = "L"
+    RENAMED = "R"
+    REMOVED = "U"
+    MARKED = "M"  # by the program itself
+
+
 @dataclass
 class Record:
-    letter: str
+    """A change of a file or a folder.
+
+    Attributes:
+        inode: its number.
+        number: the offset of what was written, or the size that was truncated to.
+        first: a path, the old one of what was renamed; what was written; or the mark's text.
+        second: the new path of what was renamed.
+    """
+
+    change: Change
     inode: int
-    number: int  # an offset or a size
+    number: int
     first: bytes
     second: bytes
 
@@ -36,23 +60,24 @@ def read_log(path: Path) -> Iterator[Record]:
         inode, number, _, first, second = struct.unpack_from("=qqqqq", data, at + 1)
         start = at + 41
         middle, end = start + first, start + first + second
-        yield Record(chr(data[at]), inode, number, data[start:middle], data[middle:end])
+        yield Record(Change(chr(data[at])), inode, number, data[start:middle], data[middle:end])
         at = end
 
 
 @dataclass
 class File:
     content: bytearray = field(default_factory=bytearray)  # what is on the disk for sure
-    pending: list[tuple[str, int, bytes]] = field(default_factory=list)  # since the last sync
+    pending: list[Record] = field(default_factory=list)  # since the last sync
 
     def sync(self) -> None:
         self.content, self.pending = self.crashed(None), []
 
     def crashed(self, random: np.random.Generator | None, chance: float = 1) -> bytearray:
-        """Each block of each pending write is there or not, as is each truncation; without `random`, all."""
+        """Each block of a pending write is there or not, and so is each truncation; all without `random`."""
         content = bytearray(self.content)
-        for letter, at, data in self.pending:
-            if letter == "T":
+        for record in self.pending:
+            at, data = record.number, record.first
+            if record.change == Change.TRUNCATED:
                 if random is None or random.random() < chance:
                     del content[at:]
                     content.extend(bytes(at - len(content)))
@@ -71,9 +96,8 @@ class File:
 class Folder:
     durable: dict[str, File | Folder] = field(default_factory=dict)
     now: dict[str, File | Folder] = field(default_factory=dict)
-    pending: list[tuple[str, str, File | Folder | None]] = field(
-        default_factory=list
-    )  # names taken and given
+    # Names that were removed and given since the last sync, and what they were given to.
+    pending: list[tuple[str, str, File | Folder | None]] = field(default_factory=list)
 
     def change(self, old: str, new: str = "", target: File | Folder | None = None) -> None:
         """Remove the old name, give the new one, or both at once."""
@@ -105,26 +129,26 @@ class Disk:
         self.by_inode: dict[int, File | Folder] = {}
 
     def apply(self, record: Record) -> None:
-        letter = record.letter
-        if letter in "WT":
+        change = record.change
+        if change in (Change.WRITTEN, Change.TRUNCATED):
             file = self.by_inode[record.inode]
             assert isinstance(file, File)
-            file.pending.append((letter, record.number, record.first))
-        elif letter == "S":
+            file.pending.append(record)
+        elif change == Change.SYNCED:
             self.by_inode[record.inode].sync()
-        elif letter in "CDL":
-            if letter != "L":  # an inode's number may have been another's
-                self.by_inode[record.inode] = File() if letter == "C" else Folder()
+        elif change in (Change.CREATED, Change.FOLDER_CREATED, Change.LINKED):
+            if change != Change.LINKED:  # an inode's number may have been another's
+                self.by_inode[record.inode] = File() if change == Change.CREATED else Folder()
             parent, name = self._find(record.first)
             if parent is None:
                 self.by_inode[record.inode] = self.tree
             else:
                 parent.change("", name, self.by_inode[record.inode])
-        elif letter == "U":
+        elif change == Change.REMOVED:
             parent, name = self._find(record.first)
             if parent is not None:
                 parent.change(name)
-        elif letter == "R":
+        elif change == Change.RENAMED:
             (parent, old), (other, new) = self._find(record.first), self._find(record.second)
             assert parent is not None
             assert parent is other
@@ -144,7 +168,7 @@ class Disk:
     def crash(self, target: Path, random: np.random.Generator) -> None:
         """Write down what may be there after a power cut now."""
         chance = random.choice([0, 0.2, 0.5, 0.8, 1])
-        files: dict[int, bytes] = {}  # of a file with two names there is one content
+        files: dict[int, bytes] = {}  # a file with two names has one content
 
         def put(folder: Folder, path: Path) -> None:
             path.mkdir()

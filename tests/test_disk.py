@@ -725,7 +725,7 @@ def cut(log: Path, root: Path, random: np.random.Generator, count: int, tally: d
                 assert holds(rows, expected)
             rows.close()
             shutil.rmtree(there)
-        if record.letter == "M":
+        if record.change == power.Change.MARKED:
             what, *words = record.first.decode().split()
             under_way = what == "taking"
             if what == "taking":
@@ -748,7 +748,7 @@ def test_the_log_of_the_shim_is_the_whole_truth(shim: Path, tmp_path: Path) -> N
     run(POWER, root, 1, LD_PRELOAD=str(shim), SHIM_ROOT=str(root), SHIM_LOG=str(log))
     device = power.Disk(root)
     for record in power.read_log(log):
-        if record.letter != "M":
+        if record.change != power.Change.MARKED:
             device.apply(record)
 
     def compare(folder: power.Folder, path: Path) -> None:

@@ -18,14 +18,14 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, Trainer, seed_everything
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from contrastive_ops import CO2Loss, NTXentLoss, available_backends
+from contrastive_ops import available_backends
 
 from .augmentations import Augmentation
+from .comparison import Compared, CompareGradients, Eager, relative
 from .data import Views
-from .eager import eager_co2, eager_conic, eager_nt_xent
 from .errors import UsageError
 from .evaluation import format_table
 from .files import replacing, writable, write_text
@@ -58,91 +58,6 @@ KEPT_SETTINGS = (
     "network", "steps", "precision", "dataset", "image_size", "batch_size", "queue_size", "dim",
     "learning_rate", "seed",
 )  # fmt: skip
-
-
-class Eager(nn.Module):
-    """The loss of a criterion of contrastive_ops in eager PyTorch, differentiated by autograd.
-
-    Args:
-        criterion: whose settings are taken.
-        order: if given, the seed of a permutation of the keys, which changes roundings alone.
-    """
-
-    def __init__(self, criterion: nn.Module, order: int | None = None) -> None:
-        super().__init__()
-        self.criterion, self.order = criterion, order
-
-    def forward(self, *tensors: Tensor, **settings: Any) -> tuple[Tensor, None]:
-        settings = self.criterion.settings() | settings
-        for name in ("backend", "return_metrics", "update"):
-            settings.pop(name, None)
-        if isinstance(self.criterion, CO2Loss):
-            query, key, queue = tensors
-            # A copy, as in MoCo's own code: the step overwrites the queue, which autograd needs in backward.
-            queue = queue[self._permutation(queue)].clone()
-            return eager_co2(query, key, queue, **settings), None
-        if isinstance(self.criterion, NTXentLoss):
-            view1, view2 = tensors
-            order = self._permutation(view1)
-            return eager_nt_xent(view1[order], view2[order], **settings), None
-        views, weight, target = tensors
-        order = self._permutation(weight)
-        if self.order is not None:
-            target = order.argsort()[target]
-        return eager_conic(views, weight[order], target, **settings), None
-
-    def _permutation(self, rows: Tensor) -> Any:
-        if self.order is None:
-            return slice(None)
-        order = np.random.default_rng(self.order).permutation(len(rows))
-        return torch.from_numpy(order).to(rows.device)
-
-
-class Compared(nn.Module):
-    """A criterion that also computes the eager loss of the same tensors, and its gradients.
-
-    Attributes:
-        losses: relative difference of each step's losses.
-        gradients: of each step's gradients in all that is trained, taken together.
-    """
-
-    def __init__(self, criterion: nn.Module, trained: Callable[[], list[nn.Parameter]]) -> None:
-        super().__init__()
-        self.criterion, self.trained = criterion, trained
-        self.losses: list[float] = []
-        self.gradients: list[float] = []
-
-    @classmethod
-    def in_training(cls, module: Method) -> Compared:
-        """Compares a method's criterion, and gradients of the parameters that its optimiser has by then."""
-
-        def trained() -> list[nn.Parameter]:
-            return [p for group in module.trainer.optimizers[0].param_groups for p in group["params"]]
-
-        return cls(module.criterion, trained)
-
-    def forward(self, *tensors: Tensor, **settings: Any) -> Any:
-        output = self.criterion(*tensors, **settings)
-        loss, _ = Eager(self.criterion)(*tensors, **settings)
-        self.losses.append(relative(output[0].detach()[None], loss.detach()[None].to(output[0])))
-        # While the graph from the tensors to the weights is whole: backward through the fused loss frees it.
-        self.expected = torch.autograd.grad(loss, self.trained(), retain_graph=True)
-        return output
-
-    def compare(self, scale: float) -> None:
-        """The gradients that backward left, of a loss multiplied by `scale`."""
-        actual = torch.cat([p.grad.flatten() / scale for p in self.trained()])
-        if scale != 1 and not torch.isfinite(actual).all():
-            return  # too large a scale: it will be lowered, and the step left out
-        self.gradients.append(relative(actual, torch.cat([grad.flatten() for grad in self.expected])))
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖; of two zeros it is 0, and infinite where anything is not finite."""
-    difference = (actual.double() - expected.double()).norm()
-    if not torch.isfinite(difference):
-        return math.inf
-    return float(difference / expected.double().norm()) if difference else 0.0
 
 
 @dataclass
@@ -195,12 +110,6 @@ class Measure(Callback):
     def _synchronize(module: Method) -> None:
         if module.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-class CompareGradients(Callback):
-    def on_after_backward(self, trainer: Trainer, module: Method) -> None:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        module.criterion.compare(1.0 if scaler is None else scaler.get_scale())
 
 
 class DrawnOnce(Views):

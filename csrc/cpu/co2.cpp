@@ -1,4 +1,5 @@
-// CO2 and InfoNCE on CPUs: the operator that contrastive_ops/reference.py specifies.
+// CO2 and InfoNCE on CPUs: the operator `co2` and its three steps, which contrastive_ops/reference.py
+// specifies.
 //
 // Plan. Threads share out (block of query rows) x (range of keys). Each walks its range twice, a tile of keys
 // at a time, and for each tile over the panels of its block:
@@ -16,9 +17,10 @@
 
 #include <numeric>
 
+#include "losses.h"
 #include "operators.h"
-#include "panel.h"
-#include "product.h"
+#include "panels.h"
+#include "tile_math.h"
 
 namespace contrastive_ops {
 namespace {
@@ -26,77 +28,108 @@ namespace {
 constexpr int64_t kBlockPanels = 8;          // panels that share a loaded tile
 constexpr int64_t kPartialBytes = 16 << 20;  // at most this for gradients of separate key ranges
 
-// The whole call, for one product engine and one choice of terms.
+// The passes over the queue, for one product engine and one choice of terms.
 template <typename Product, bool kInstance, bool kConsistency>
 class CO2 {
-  using T = typename Product::Sum;
   using Operand = typename Product::Operand;
 
  public:
-  CO2(const Rows& query, const Rows& key, const Rows& queue, const Settings& settings)
-      : query_(query, settings.normalize),
-        key_(key, settings.normalize),
-        positive_(query_, key_),
+  using T = typename Product::Sum;
+
+  CO2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue, const CO2Settings& settings)
+      : query_(Matrix(query), settings.normalize),
+        key_(Matrix(key), settings.normalize),
         queue_(queue),
-        settings_(settings),
+        normalize_(settings.normalize),
+        temperatures_{settings.temperature, settings.consistency_temperature},
         panels_(query_.panels),
         rows_(panels_ * kPanel<T>),
-        dim_(query.dim),
-        tiles_(at::divup(queue.count, kTile)) {
+        dim_(query_.dim),
+        tiles_(at::divup(queue_.rows, kTile)) {
     share_out();
   }
 
-  // loss, instance loss, consistency loss, rank, gradient
-  LossTensors operator()() {
-    statistics_.resize(ranges_ * panels_);
-    for_each_tile([this](const Step& step) {
+  // The statistics of each range of keys (ranges, B, 8), and what is known of the rows without keys (B, 11).
+  std::tuple<at::Tensor, at::Tensor> statistics() const {
+    const Positives<T> positive(query_, key_);
+    std::vector<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
+    for_each_tile([&](const Step& step) {
       step.product.load(step.keys, false);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         similarities(step, panel);
-        add_tile<kInstance, kConsistency>(step.s, step.y, step.keys.count,
-                                          &positive_.threshold[panel * kPanel<T>], settings_,
-                                          statistics_[step.range * panels_ + panel]);
+        add_tile<kInstance, kConsistency>(step.s, step.y, step.keys.rows,
+                                          &positive.threshold[panel * kPanel<T>], temperatures_,
+                                          statistics[step.range * panels_ + panel]);
       }
     });
-    finish_losses();
 
-    const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
-    gradient_ = at::empty({settings_.compute_gradient ? query_.count : 0, dim_}, options);
-    if (settings_.compute_gradient) {
-      partial_.resize(ranges_ * rows_ * dim_);
-      for_each_tile([this](const Step& step) {
-        step.product.load(step.keys, true);
-        for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
-          similarities(step, panel);
-          replace_by_gradient<kInstance, kConsistency>(step.s, step.y, step.keys.count, settings_,
-                                                       coefficients_[panel]);
-          step.product.accumulate(step.s, &partial_[(step.range * panels_ + panel) * kPanel<T> * dim_]);
+    auto [partial, part] = empty_records<CO2Partial>({ranges_, query_.count});
+    for (int64_t range = 0; range < ranges_; ++range)
+      for (int64_t row = 0; row < query_.count; ++row)
+        *part++ = statistics[range * panels_ + row / kPanel<T>].row(row % kPanel<T>);
+    auto [rows, known] = empty_records<CO2Row>({query_.count});
+    for (int64_t row = 0; row < query_.count; ++row)
+      known[row] = {
+          .norm_query = query_.norm[row], .norm_key = key_.norm[row], .positive = positive.similarity[row]};
+    return {partial, rows};
+  }
+
+  // dL/dq (B, D), of completed rows.
+  at::Tensor gradient(const at::Tensor& rows) const {
+    const Records<CO2Row> known(rows);
+    std::vector<PanelCoefficients<T>> panel_coefficients(panels_);
+    for (int64_t row = 0; row < query_.count; ++row)
+      panel_coefficients[row / kPanel<T>].set(row % kPanel<T>, coefficients(known[row]));
+
+    std::vector<T> partial(ranges_ * rows_ * dim_);  // (ranges, panels, D, lanes)
+    for_each_tile([&](const Step& step) {
+      step.product.load(step.keys, true);
+      for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
+        similarities(step, panel);
+        replace_by_gradient<kInstance, kConsistency>(step.s, step.y, step.keys.rows, temperatures_,
+                                                     panel_coefficients[panel]);
+        step.product.accumulate(step.s, &partial[(step.range * panels_ + panel) * kPanel<T> * dim_]);
+      }
+    });
+
+    // dL/dq^ = sum_j g_j n_j + (dL/ds_+) k^, then dq = (dq^ - q^ (q^.dq^)) / |q|.
+    at::Tensor gradient = at::empty({query_.count, dim_}, c10::CppTypeToScalarType<T>::value);
+    T* out = gradient.mutable_data_ptr<T>();
+    at::parallel_for(0, query_.count, 1, [&](int64_t begin, int64_t end) {
+      std::vector<double> grad(dim_);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t panel = row / kPanel<T>, lane = row % kPanel<T>;
+        for (int64_t d = 0; d < dim_; ++d) {
+          grad[d] = known[row].grad_positive * key_.unit(row)[d];
+          for (int64_t range = 0; range < ranges_; ++range)
+            grad[d] += partial[((range * panels_ + panel) * dim_ + d) * kPanel<T> + lane];
         }
-      });
-      finish_gradient();
-    }
-    return {loss_, instance_loss_, consistency_loss_, rank_, gradient_};
+        if (normalize_) differentiate_norm(grad.data(), query_.unit(row), query_.norm[row], dim_);
+        std::copy(grad.begin(), grad.end(), out + row * dim_);
+      }
+    });
+    return gradient;
   }
 
  private:
   // One tile of keys, met by the panels of one block.
   struct Step {
     Product& product;
-    Rows keys;
+    Matrix keys;
     int64_t range, first_panel, last_panel;
     T *s, *y;  // (kTile x kPanel) each
   };
 
   // Gives every thread as many (block of rows) x (range of keys) as every other, and bounds the partial
-  // gradients that separate ranges need.
+  // gradients that separate ranges need. There is a range where there are no keys, and no block without rows.
   void share_out() {
-    const int64_t operations = rows_ * queue_.count * dim_;
+    const int64_t operations = rows_ * queue_.rows * dim_;
     const int64_t threads = std::clamp<int64_t>(operations / kTaskOperations, 1, at::get_num_threads());
-    block_panels_ = std::min(panels_, kBlockPanels);
+    const int64_t row_bytes = std::max<int64_t>(1, rows_ * dim_ * static_cast<int64_t>(sizeof(T)));
+    block_panels_ = std::clamp<int64_t>(panels_, 1, kBlockPanels);
     blocks_ = at::divup(panels_, block_panels_);
-    const int64_t most =
-        std::max<int64_t>(1, kPartialBytes / (rows_ * dim_ * static_cast<int64_t>(sizeof(T))));
-    ranges_ = std::min({threads / std::gcd(threads, blocks_), most, tiles_});
+    ranges_ = std::min({threads / std::gcd(threads, blocks_), kPartialBytes / row_bytes, tiles_});
+    ranges_ = std::max<int64_t>(1, ranges_);
     if (blocks_ * ranges_ < threads) {
       block_panels_ = std::max<int64_t>(1, panels_ * ranges_ / threads);
       blocks_ = at::divup(panels_, block_panels_);
@@ -113,7 +146,7 @@ class CO2 {
         const int64_t first = task / ranges_ * block_panels_, last = std::min(first + block_panels_, panels_);
         const int64_t range = task % ranges_;
         for (int64_t tile = range * tiles_ / ranges_; tile < (range + 1) * tiles_ / ranges_; ++tile) {
-          const Rows keys = queue_.slice(tile * kTile, std::min((tile + 1) * kTile, queue_.count));
+          const Matrix keys = queue_.slice(tile * kTile, std::min((tile + 1) * kTile, queue_.rows));
           function(Step{product, keys, range, first, last, s.data(), y.data()});
         }
       }
@@ -125,87 +158,75 @@ class CO2 {
     if constexpr (kConsistency) step.product.similarities(key_.packed(panel), step.y);
   }
 
-  void finish_losses() {
-    const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
-    loss_ = at::empty({query_.count}, options);
-    instance_loss_ = at::empty({query_.count}, options);
-    consistency_loss_ = at::empty({query_.count}, options);
-    rank_ = at::empty({query_.count}, options.dtype(at::kLong));
-    coefficients_.resize(panels_), grad_positive_.resize(rows_);
-    for (int64_t row = 0; row < query_.count; ++row) {
-      const int64_t panel = row / kPanel<T>, lane = row % kPanel<T>;
-      const FinishedRow finished = finish_row<kInstance, kConsistency>(
-          &statistics_[panel], ranges_, panels_, lane, positive_.similarity[row], settings_);
-      coefficients_[panel].set(lane, finished);
-      int64_t rank = 0;
-      for (int64_t range = 0; range < ranges_; ++range)
-        rank += statistics_[range * panels_ + panel].rank[lane];
-      grad_positive_[row] = finished.grad_positive;
-      loss_.mutable_data_ptr<T>()[row] =
-          static_cast<T>(settings_.instance_weight * finished.instance_loss +
-                         settings_.consistency_weight * finished.consistency_loss);
-      instance_loss_.mutable_data_ptr<T>()[row] = static_cast<T>(finished.instance_loss);
-      consistency_loss_.mutable_data_ptr<T>()[row] = static_cast<T>(finished.consistency_loss);
-      rank_.mutable_data_ptr<int64_t>()[row] = rank;
-    }
-  }
-
-  // dL/dq^ = sum_j g_j n_j + (dL/ds_+) k^, then dq = (dq^ - q^ (q^.dq^)) / |q|.
-  void finish_gradient() {
-    at::parallel_for(0, query_.count, 1, [&](int64_t begin, int64_t end) {
-      std::vector<double> grad(dim_);
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t panel = row / kPanel<T>, lane = row % kPanel<T>;
-        for (int64_t d = 0; d < dim_; ++d) {
-          grad[d] = grad_positive_[row] * key_.unit(row)[d];
-          for (int64_t range = 0; range < ranges_; ++range)
-            grad[d] += partial_[((range * panels_ + panel) * dim_ + d) * kPanel<T> + lane];
-        }
-        if (settings_.normalize) differentiate_norm(grad.data(), query_.unit(row), query_.norm[row], dim_);
-        std::copy(grad.begin(), grad.end(), gradient_.mutable_data_ptr<T>() + row * dim_);
-      }
-    });
-  }
-
   const Panels<Product> query_, key_;
-  const Positives<T> positive_;
-  const Rows queue_;
-  const Settings settings_;
+  const Matrix queue_;
+  const bool normalize_;
+  const Temperatures temperatures_;
   const int64_t panels_, rows_, dim_;  // rows_ counts the padding of the last panel
   const int64_t tiles_;
   int64_t block_panels_ = 0, blocks_ = 0, ranges_ = 0;
-  std::vector<T> partial_;
-  std::vector<double> grad_positive_;
-  std::vector<PanelStatistics<T>> statistics_;      // (ranges, panels)
-  std::vector<PanelCoefficients<T>> coefficients_;  // (panels)
-  at::Tensor loss_, instance_loss_, consistency_loss_, rank_, gradient_;
 };
 
-template <typename Product>
-LossTensors run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue,
-                const Settings& settings) {
-  const Rows q = Rows::of(query), k = Rows::of(key), n = Rows::of(queue);
-  if (settings.consistency_weight == 0) return CO2<Product, true, false>(q, k, n, settings)();
-  if (settings.instance_weight == 0) return CO2<Product, false, true>(q, k, n, settings)();
-  return CO2<Product, true, true>(q, k, n, settings)();
+// The losses in the dtype T, and the completed rows.
+template <typename T>
+Losses merge_rows(const at::Tensor& partial, const at::Tensor& rows, const CO2Settings& settings) {
+  const Records<CO2Partial> parts(partial);
+  const Records<CO2Row> known(rows);
+  const int64_t batch = rows.size(0);
+  LossWriter<T> losses(batch);
+  auto [completed, row] = empty_records<CO2Row>({batch});
+  for (int64_t i = 0; i < batch; ++i) {
+    const CO2Partial sums = merge(&parts[i], {partial.size(0), batch}, settings);
+    row[i] = known[i];
+    losses.write(i, finish(sums, settings, row[i]), sums.rank);
+  }
+  return losses.with(completed);
 }
 
-}  // namespace
-
-LossTensors co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue, double temperature,
-                double consistency_temperature, double instance_weight, double consistency_weight,
-                bool include_positive, bool normalize, bool compute_gradient) {
-  const Settings settings{temperature,        consistency_temperature, instance_weight,
-                          consistency_weight, include_positive,        normalize,
-                          compute_gradient};
+// Calls `function` with the passes for these tensors and settings.
+template <typename Function>
+auto with_passes(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue,
+                 const CO2Settings& settings, const Function& function) {
   // Rows are multiplied in the query's dtype, the queue rounded to it a tile at a time as it is loaded; but
   // float16 may not hold what a queue of another dtype does.
   const bool holds = query.scalar_type() != at::kHalf || queue.scalar_type() == at::kHalf;
   return with_product(query.scalar_type(), holds, [&](auto product) {
-    LossTensors result = run<typename decltype(product)::type>(query, key, queue, settings);
-    if (instance_weight == 0) std::get<1>(result).zero_();  // also where neither term was asked for
-    return result;
+    using Product = typename decltype(product)::type;
+    if (settings.consistency_weight == 0)
+      return function(CO2<Product, true, false>(query, key, queue, settings));
+    if (settings.instance_weight == 0)
+      return function(CO2<Product, false, true>(query, key, queue, settings));
+    return function(CO2<Product, true, true>(query, key, queue, settings));
   });
+}
+
+}  // namespace
+
+Losses co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue,
+           const CO2Settings& settings, bool compute_gradient) {
+  return with_passes(query, key, queue, settings, [&](const auto& passes) {
+    using T = typename std::decay_t<decltype(passes)>::T;
+    const auto [partial, rows] = passes.statistics();
+    const auto [loss, instance, consistency, rank, completed] = merge_rows<T>(partial, rows, settings);
+    const at::Tensor gradient = compute_gradient
+                                    ? passes.gradient(completed)
+                                    : at::empty({0, query.size(1)}, c10::CppTypeToScalarType<T>::value);
+    return Losses(loss, instance, consistency, rank, gradient);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> co2_statistics(const at::Tensor& query, const at::Tensor& key,
+                                                  const at::Tensor& queue, const CO2Settings& settings) {
+  return with_passes(query, key, queue, settings, [](const auto& passes) { return passes.statistics(); });
+}
+
+Losses co2_merge(const at::Tensor& partial, const at::Tensor& rows, const CO2Settings& settings) {
+  return merge_rows<double>(partial, rows, settings);
+}
+
+at::Tensor co2_gradient(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue,
+                        const at::Tensor& rows, const CO2Settings& settings) {
+  return with_passes(query, key, queue, settings, [&](const auto& passes) { return passes.gradient(rows); });
 }
 
 }  // namespace contrastive_ops

@@ -1,4 +1,5 @@
-// ConIC on CPUs: the operators `conic` and its backward, which contrastive_ops/reference.py specifies.
+// ConIC on CPUs: the operators `conic` and its backward and the steps of the loss, which
+// contrastive_ops/reference.py specifies.
 //
 // Plan. Threads share out the rows of the weight; each walks its range of them a tile at a time, normalises
 // the tile, and meets it with every panel of views:
@@ -17,107 +18,142 @@
 // that is 34 GFLOP, 73 ms on two cores of 234 GFLOP/s each, beside about 6 ms of exponentials; the weight is
 // read twice and its gradient written once, 96 MiB.
 
-#include <optional>
+#include <limits>
 
 #include "operators.h"
-#include "panel.h"
-#include "product.h"
+#include "panels.h"
 #include "sgd.h"
+#include "tile_math.h"
 
 namespace contrastive_ops {
 namespace {
 
 constexpr int64_t kPartialBytes = 32 << 20;  // at most this for the views' gradients of separate ranges
 
+// The views (V, B, D) normalised, a row each, and what the loss makes of them without the weight.
+template <typename Product>
+struct UnitViews : Panels<Product> {
+  using T = typename Product::Sum;
+
+  UnitViews(const at::Tensor& views, bool for_keys)
+      : Panels<Product>(Matrix(views.reshape({-1, views.size(2)})), true, for_keys),
+        tensor(views),
+        views(views.size(0)),
+        batch(views.size(1)) {}
+
+  // 1 - x^i.x^j of an instance's two views.
+  double disagreement(int64_t i, int64_t j, int64_t instance) const {
+    const T *a = this->unit(i * batch + instance), *b = this->unit(j * batch + instance);
+    return 1 - sum_of(this->dim, [&](int64_t d) { return static_cast<double>(a[d]) * b[d]; });
+  }
+
+  const at::Tensor tensor;
+  const int64_t views, batch;
+};
+
+// Which gradients are asked for. With `sgd`, that of the weight is spent on a step.
+struct Wanted {
+  bool views, weight;
+  const SGD* sgd = nullptr;
+};
+
+// The passes over the weight, for one product engine.
 template <typename Product>
 class ConIC {
   using T = typename Product::Sum;
   using Operand = typename Product::Operand;
 
  public:
-  ConIC(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target, const Settings& settings,
-        bool weight_needs_grad = false)
+  ConIC(const UnitViews<Product>& views, const at::Tensor& weight, const at::Tensor& target,
+        const ConICSettings& settings)
       : views_(views),
         weight_(weight),
+        target_(target.contiguous()),
         settings_(settings),
-        batch_(views.size(1)),
-        dim_(views.size(2)),
-        unit_views_(Rows::of(views.reshape({-1, dim_})), true, weight_needs_grad),
+        temperatures_{.instance = settings.temperature},
+        dim_(views.dim),
         tiles_(at::divup(weight.size(0), kTile)),
-        ranges_(std::min<int64_t>(at::get_num_threads(), tiles_)),
-        own_(unit_views_.panels * kPanel<T>, -1) {
-    const at::Tensor targets = target.contiguous();
-    for (int64_t row = 0; row < unit_views_.count; ++row)
-      own_[row] = targets.const_data_ptr<int64_t>()[row % batch_];
+        ranges_(std::clamp<int64_t>(tiles_, 1, at::get_num_threads())),
+        own_(views_.panels * kPanel<T>, -1) {
+    for (int64_t row = 0; row < views_.count; ++row)
+      own_[row] = target_.const_data_ptr<int64_t>()[row % views_.batch];
     const int64_t a_panel = ranges_ * kPanel<T> * dim_ * static_cast<int64_t>(sizeof(T));
-    block_ = std::clamp<int64_t>(kPartialBytes / a_panel, 1, unit_views_.panels);
+    block_ = std::clamp<int64_t>(kPartialBytes / a_panel, 1, std::max<int64_t>(1, views_.panels));
   }
 
-  LossTensors forward(const at::Tensor& target) {
-    const at::Tensor own = weight_.index_select(0, target).repeat({views_.size(0), 1});
-    const Positives<T> positive(unit_views_, Panels<Product>(Rows::of(own), true));
+  // What the views have in common with their own rows (V B, 2).
+  at::Tensor positives() const {
+    auto [positives, record] = empty_records<ConICPositives>({views_.count});
+    if (weight_.size(0) == 0) return positives.fill_(std::numeric_limits<double>::quiet_NaN());
+    // A row that is elsewhere is replaced by any.
+    const at::Tensor own = weight_.index_select(0, target_.clamp_min(0)).repeat({views_.views, 1});
+    const Positives<T> positive(views_, Panels<Product>(Matrix(own), true));
+    constexpr double kElsewhere = std::numeric_limits<double>::quiet_NaN();
+    for (int64_t row = 0; row < views_.count; ++row) {
+      record[row] = {.positive = positive.similarity[row], .threshold = positive.threshold[row]};
+      if (own_[row] < 0) record[row] = {.positive = kElsewhere, .threshold = kElsewhere};
+    }
+    return positives;
+  }
 
-    std::vector<PanelStatistics<T>> parts(ranges_ * unit_views_.panels);  // (ranges, panels)
+  // The statistics of each range of the weight's rows (ranges, V B, 3).
+  at::Tensor statistics(const at::Tensor& positives) const {
+    const Records<ConICPositives> positive(positives);
+    std::vector<T> threshold(own_.size());
+    for (int64_t row = 0; row < views_.count; ++row) threshold[row] = static_cast<T>(positive[row].threshold);
+
+    std::vector<PanelStatistics<T>> statistics(ranges_ * views_.panels);  // (ranges, panels)
     for_each_tile(false, [&](const Step& step) {
-      for (int64_t panel = 0; panel < unit_views_.panels; ++panel) {
-        step.product.similarities(unit_views_.packed(panel), step.s);
+      for (int64_t panel = 0; panel < views_.panels; ++panel) {
+        step.product.similarities(views_.packed(panel), step.s);
         for_own_rows(step, panel, [](T& s, int64_t) { s = -std::numeric_limits<T>::infinity(); });
-        add_tile<true, false, T>(step.s, nullptr, step.count, &positive.threshold[panel * kPanel<T>],
-                                 settings_, parts[step.range * unit_views_.panels + panel]);
+        add_tile<true, false, T>(step.s, nullptr, step.count, &threshold[panel * kPanel<T>], temperatures_,
+                                 statistics[step.range * views_.panels + panel]);
       }
     });
 
-    const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
-    const at::IntArrayRef shape = views_.sizes().slice(0, 2);
-    at::Tensor classification = at::empty(shape, options), rank = at::empty(shape, options.dtype(at::kLong));
-    at::Tensor statistics = at::empty({shape[0], shape[1], 3}, options.dtype(at::kDouble));
-    for (int64_t row = 0; row < unit_views_.count; ++row) {
-      const int64_t panel = row / kPanel<T>, lane = row % kPanel<T>;
-      const FinishedRow finished = finish_row<true, false>(&parts[panel], ranges_, unit_views_.panels, lane,
-                                                           positive.similarity[row], settings_);
-      classification.mutable_data_ptr<T>()[row] = static_cast<T>(finished.instance_loss);
-      int64_t above = 0;
-      for (int64_t range = 0; range < ranges_; ++range)
-        above += parts[range * unit_views_.panels + panel].rank[lane];
-      rank.mutable_data_ptr<int64_t>()[row] = above;
-      double* out = statistics.mutable_data_ptr<double>() + 3 * row;
-      // The only row has no negatives.
-      out[0] = weight_.size(0) > 1 ? finished.max_s : positive.similarity[row];
-      out[1] = finished.instance, out[2] = finished.grad_positive;
-    }
-    auto [loss, consistency] = finish_losses(classification);
-    return {loss, classification, consistency, rank, statistics};
+    auto [partial, part] = empty_records<ConICPartial>({ranges_, views_.count});
+    for (int64_t range = 0; range < ranges_; ++range)
+      for (int64_t row = 0; row < views_.count; ++row) {
+        const CO2Partial sums = statistics[range * views_.panels + row / kPanel<T>].row(row % kPanel<T>);
+        *part++ = {.max_s = sums.max_s, .z_instance = sums.z_instance, .rank = sums.rank};
+      }
+    return partial;
   }
 
-  // The gradients that are needed; with `step`, that of the weight is spent on it.
-  std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const at::Tensor& statistics,
-                                              bool views_need_grad, bool weight_needs_grad,
-                                              const std::optional<SGD>& step) {
-    const at::Tensor incoming = grad_loss.to(at::kDouble).contiguous();
-    prepare_coefficients(incoming, statistics.contiguous());
-    std::vector<T> parts(views_need_grad ? ranges_ * block_ * kPanel<T> * dim_ : 0);
-    at::Tensor grad_views = at::empty({views_need_grad ? views_.size(0) : 0, batch_, dim_}, views_.options());
-    at::Tensor grad_weight =
-        at::empty({weight_needs_grad && !step ? weight_.size(0) : 0, dim_}, weight_.options());
+  // The gradients in the views (V, B, D) and in the weight (A, D), without rows where not wanted or spent.
+  // For that of the weight the views need to be prepared as keys are.
+  std::tuple<at::Tensor, at::Tensor> gradient(const at::Tensor& grad_loss, const at::Tensor& statistics,
+                                              const Wanted& wanted) {
+    const at::Tensor weights = grad_loss.to(at::kDouble).contiguous();
+    const double* loss_weight = weights.const_data_ptr<double>();
+    prepare_coefficients(loss_weight, Records<ConICCoefficients>(statistics));
+    const bool writes = wanted.weight && !wanted.sgd;
+    at::Tensor grad_views =
+        at::empty({wanted.views ? views_.views : 0, views_.batch, dim_}, views_.tensor.options());
+    at::Tensor grad_weight = at::empty({writes ? weight_.size(0) : 0, dim_}, weight_.options());
+    std::vector<T> parts(wanted.views ? ranges_ * block_ * kPanel<T> * dim_ : 0);
     // Views that come in several blocks leave the weight's gradient unfinished in between.
-    const bool several = block_ < unit_views_.panels && weight_needs_grad;
+    const bool several = block_ < views_.panels && wanted.weight;
     std::vector<T> unfinished(several ? weight_.size(0) * dim_ : 0);
 
-    for (int64_t first = 0; first < unit_views_.panels; first += block_) {
-      const int64_t last = std::min(first + block_, unit_views_.panels);
+    int64_t first = 0, last = 0;
+    do {  // once where there are no views, too: the weight's gradient is 0
+      first = last, last = std::min(first + block_, views_.panels);
       std::fill(parts.begin(), parts.end(), T(0));
-      for_each_tile(views_need_grad, [&](Step& tile) {
-        if (weight_needs_grad) std::fill(tile.grad.begin(), tile.grad.end(), T(0));
+      for_each_tile(wanted.views, [&](Step& tile) {
+        if (wanted.weight) std::fill(tile.grad.begin(), tile.grad.end(), T(0));
         for (int64_t panel = first; panel < last; ++panel) {
-          tile.product.similarities(unit_views_.packed(panel), tile.s);
-          replace_by_gradient<true, false, T>(tile.s, nullptr, tile.count, settings_, coefficients_[panel]);
+          tile.product.similarities(views_.packed(panel), tile.s);
+          replace_by_gradient<true, false, T>(tile.s, nullptr, tile.count, temperatures_,
+                                              coefficients_[panel]);
           for_own_rows(tile, panel, [this](T& g, int64_t row) { g = grad_own_[row]; });
-          if (views_need_grad)
+          if (wanted.views)
             tile.product.accumulate(tile.s, &parts[(tile.range * block_ + panel - first) * kPanel<T> * dim_]);
-          if (weight_needs_grad)
-            tile.product.accumulate_keys(tile.s, unit_views_.packed_rows(panel), tile.grad.data());
+          if (wanted.weight)
+            tile.product.accumulate_keys(tile.s, views_.packed_rows(panel), tile.grad.data());
         }
-        if (!weight_needs_grad) return;
+        if (!wanted.weight) return;
         std::vector<T>& row = tile.row;
         for (int64_t key = 0; key < tile.count; ++key) {
           tile.product.copy_key_grad(tile.grad.data(), key, row.data());
@@ -126,17 +162,17 @@ class ConIC {
             T* sum = &unfinished[index * dim_];
             for (int64_t d = 0; d < dim_; ++d) sum[d] = row[d] += sum[d];
           }
-          if (last < unit_views_.panels) continue;
+          if (last < views_.panels) continue;
           for (T& x : row) x = static_cast<T>(x / scale_);
           differentiate_norm(row.data(), &tile.unit[key * dim_], tile.norm[key], dim_);
-          if (step)
-            step->take(index, row.data());
+          if (wanted.sgd)
+            wanted.sgd->take(index, row.data());
           else
             write_row(grad_weight, index, row.data());
         }
       });
-      if (views_need_grad) finish_views(first, last, parts, incoming.const_data_ptr<double>(), grad_views);
-    }
+      if (wanted.views) finish_views(first, last, parts, loss_weight, grad_views);
+    } while (last < views_.panels);
     return {grad_views, grad_weight};
   }
 
@@ -152,7 +188,7 @@ class ConIC {
 
   template <typename Function>
   void for_each_tile(bool transposed_too, const Function& function) const {
-    const Rows weight = Rows::of(weight_);
+    const Matrix weight(weight_);
     at::parallel_for(0, ranges_, 1, [&](int64_t begin, int64_t end) {
       std::vector<T> unit(kTile * dim_), grad(Product::keys_grad_elements(dim_)), row(dim_),
           s(kTile * kPanel<T>);
@@ -164,11 +200,11 @@ class ConIC {
         for (int64_t tile = step.range * tiles_ / ranges_; tile < (step.range + 1) * tiles_ / ranges_;
              ++tile) {
           step.begin = tile * kTile;
-          const Rows rows = weight.slice(step.begin, std::min(step.begin + kTile, weight.count));
-          step.count = rows.count;
+          const Matrix rows = weight.slice(step.begin, std::min(step.begin + kTile, weight.rows));
+          step.count = rows.rows;
           copy(rows, unit.data(), dim_, 1);
-          for (int64_t key = 0; key < rows.count; ++key) norm[key] = normalize(&unit[key * dim_], dim_);
-          product.load(Rows::of(unit.data(), rows.count, dim_), transposed_too);
+          for (int64_t key = 0; key < rows.rows; ++key) norm[key] = normalize(&unit[key * dim_], dim_);
+          product.load(Matrix(unit.data(), rows.rows, dim_), transposed_too);
           function(step);
         }
     });
@@ -183,48 +219,25 @@ class ConIC {
     }
   }
 
-  // 1 - x^i.x^j of an instance's two views.
-  double disagreement(int64_t i, int64_t j, int64_t instance) const {
-    const T *a = unit_views_.unit(i * batch_ + instance), *b = unit_views_.unit(j * batch_ + instance);
-    return 1 - sum_of(dim_, [&](int64_t d) { return static_cast<double>(a[d]) * b[d]; });
-  }
-
-  // Loss and consistency loss of every instance.
-  std::tuple<at::Tensor, at::Tensor> finish_losses(const at::Tensor& classification) const {
-    at::Tensor loss = at::empty({batch_}, classification.options()), consistency = at::empty_like(loss);
-    for (int64_t instance = 0; instance < batch_; ++instance) {
-      double of_views = 0, of_pairs = 0;
-      for (int64_t i = 0; i < views_.size(0); ++i) {
-        of_views += classification.const_data_ptr<T>()[i * batch_ + instance];
-        for (int64_t j = 0; j < i; ++j) of_pairs += 2 * std::pow(disagreement(i, j, instance), 2);
-      }
-      loss.mutable_data_ptr<T>()[instance] =
-          static_cast<T>(of_views + settings_.consistency_weight * of_pairs);
-      consistency.mutable_data_ptr<T>()[instance] = static_cast<T>(of_pairs);
-    }
-    return {loss, consistency};
-  }
-
   // What the second pass multiplies e^{(s - m)/tau} by, and the g of a view's own row, both scaled by a power
-  // of two that keeps them within half precision: a g is less than the incoming gradient over tau.
-  void prepare_coefficients(const at::Tensor& grad_loss, const at::Tensor& statistics) {
-    const double *incoming = grad_loss.const_data_ptr<double>(), *of = statistics.const_data_ptr<double>();
+  // of two that keeps them within half precision: a g is less than the loss's weight over tau.
+  void prepare_coefficients(const double* loss_weight, const Records<ConICCoefficients>& rows) {
     double largest = 0;
-    for (int64_t instance = 0; instance < batch_; ++instance)
-      largest = std::max(largest, std::abs(incoming[instance]));
+    for (int64_t instance = 0; instance < views_.batch; ++instance)
+      largest = std::max(largest, std::abs(loss_weight[instance]));
     scale_ = scale_to_half(largest / settings_.temperature);
-    coefficients_.resize(unit_views_.panels), grad_own_.resize(own_.size());
-    for (int64_t row = 0; row < unit_views_.count; ++row, of += 3) {
-      coefficients_[row / kPanel<T>].set(
-          row % kPanel<T>, {.max_s = of[0], .instance = scale_ * incoming[row % batch_] * of[1]});
-      grad_own_[row] = static_cast<T>(scale_ * incoming[row % batch_] * of[2]);
+    coefficients_.resize(views_.panels), grad_own_.resize(own_.size());
+    for (int64_t row = 0; row < views_.count; ++row) {
+      const double weight = scale_ * loss_weight[row % views_.batch];
+      coefficients_[row / kPanel<T>].set(row % kPanel<T>, coefficients(rows[row], weight));
+      grad_own_[row] = static_cast<T>(weight * rows[row].grad_positive);
     }
   }
 
   // dL/dx^ = sum_j g_j n_j - 4 alpha sum_j (1 - x^.x^j) x^j, then the derivative of the norm.
   void finish_views(int64_t first_panel, int64_t last_panel, const std::vector<T>& parts,
-                    const double* incoming, at::Tensor& out) const {
-    const int64_t last = std::min(last_panel * kPanel<T>, unit_views_.count);
+                    const double* loss_weight, at::Tensor& out) const {
+    const int64_t last = std::min(last_panel * kPanel<T>, views_.count);
     at::parallel_for(first_panel * kPanel<T>, last, 1, [&](int64_t begin, int64_t end) {
       std::vector<double> grad(dim_);
       for (int64_t row = begin; row < end; ++row) {
@@ -235,70 +248,121 @@ class ConIC {
             grad[d] += parts[((range * block_ + panel) * dim_ + d) * kPanel<T> + lane];
           grad[d] /= scale_;
         }
-        const int64_t view = row / batch_, instance = row % batch_;
-        for (int64_t other = 0; other < views_.size(0); ++other) {
+        const int64_t view = row / views_.batch, instance = row % views_.batch;
+        for (int64_t other = 0; other < views_.views; ++other) {
           if (other == view || settings_.consistency_weight == 0) continue;
-          const double factor =
-              -4 * settings_.consistency_weight * disagreement(view, other, instance) * incoming[instance];
-          const T* x = unit_views_.unit(other * batch_ + instance);
+          const double factor = -4 * settings_.consistency_weight *
+                                views_.disagreement(view, other, instance) * loss_weight[instance];
+          const T* x = views_.unit(other * views_.batch + instance);
           for (int64_t d = 0; d < dim_; ++d) grad[d] += factor * x[d];
         }
-        differentiate_norm(grad.data(), unit_views_.unit(row), unit_views_.norm[row], dim_);
+        differentiate_norm(grad.data(), views_.unit(row), views_.norm[row], dim_);
         write_row(out, row, grad.data());
       }
     });
   }
 
-  const at::Tensor views_, weight_;
-  const Settings settings_;
-  const int64_t batch_, dim_;
-  const Panels<Product> unit_views_;
-  const int64_t tiles_, ranges_;
-  std::vector<int64_t> own_;  // of each view its row of the weight; -1 for what pads the last panel
-  int64_t block_ = 0;         // panels that backward walks the weight with
+  const UnitViews<Product>& views_;
+  const at::Tensor weight_, target_;
+  const ConICSettings settings_;
+  const Temperatures temperatures_;
+  const int64_t dim_, tiles_, ranges_;
+  std::vector<int64_t> own_;  // which row of the weight each view owns; -1 for one elsewhere, and for padding
+  int64_t block_ = 0;         // panels that the gradient's pass walks the weight with
   double scale_ = 1;
   std::vector<PanelCoefficients<T>> coefficients_;
   std::vector<T> grad_own_;
 };
 
-auto backward(const at::Tensor& grad_loss, const at::Tensor& views, const at::Tensor& weight,
-              const at::Tensor& target, const at::Tensor& statistics, double temperature,
-              double consistency_weight, bool views_need_grad, bool weight_needs_grad,
-              const std::optional<SGD>& step) {
-  const Settings settings{.temperature = temperature, .consistency_weight = consistency_weight};
+// The losses in the dtype L, and the coefficients of their gradients.
+template <typename L, typename Product>
+Losses merge_rows(const at::Tensor& partial, const at::Tensor& positives, const UnitViews<Product>& views,
+                  const ConICSettings& settings) {
+  const Records<ConICPartial> parts(partial);
+  const Records<ConICPositives> positive(positives);
+  const auto options = at::TensorOptions(c10::CppTypeToScalarType<L>::value);
+  at::Tensor loss = at::empty({views.batch}, options), consistency = at::empty({views.batch}, options),
+             classification = at::empty({views.views, views.batch}, options),
+             rank = at::empty({views.views, views.batch}, options.dtype(at::kLong));
+  auto [statistics, view] = empty_records<ConICCoefficients>({views.views, views.batch});
+  L* view_losses = classification.mutable_data_ptr<L>();
+  for (int64_t row = 0; row < views.count; ++row) {
+    const ConICPartial sums = merge(&parts[row], {partial.size(0), views.count}, settings);
+    view_losses[row] = static_cast<L>(finish(sums, positive[row].positive, settings, view[row]));
+    rank.mutable_data_ptr<int64_t>()[row] = static_cast<int64_t>(sums.rank);
+  }
+  for (int64_t instance = 0; instance < views.batch; ++instance) {
+    double classified = 0, disagreement = 0;
+    for (int64_t i = 0; i < views.views; ++i) {
+      classified += view_losses[i * views.batch + instance];
+      for (int64_t j = 0; j < i; ++j) disagreement += 2 * std::pow(views.disagreement(i, j, instance), 2);
+    }
+    loss.mutable_data_ptr<L>()[instance] =
+        static_cast<L>(classified + settings.consistency_weight * disagreement);
+    consistency.mutable_data_ptr<L>()[instance] = static_cast<L>(disagreement);
+  }
+  return {loss, classification, consistency, rank, statistics};
+}
+
+// Calls `function` with the views as the engine of their dtype takes them.
+template <typename Function>
+auto with_views(const at::Tensor& views, bool for_keys, const Function& function) {
   return with_product(views.scalar_type(), true, [&](auto product) {
-    return ConIC<typename decltype(product)::type>(views, weight, target, settings, weight_needs_grad)
-        .backward(grad_loss, statistics, views_need_grad, weight_needs_grad, step);
+    return function(UnitViews<typename decltype(product)::type>(views, for_keys));
   });
 }
 
 }  // namespace
 
-LossTensors conic(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target,
-                  double temperature, double compensation, double consistency_weight) {
-  const Settings settings{
-      .temperature = temperature, .consistency_weight = consistency_weight, .compensation = compensation};
-  return with_product(views.scalar_type(), true, [&](auto product) {
-    return ConIC<typename decltype(product)::type>(views, weight, target, settings).forward(target);
+Losses conic(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target,
+             const ConICSettings& settings) {
+  return with_views(views, false, [&](const auto& unit_views) {
+    const ConIC passes(unit_views, weight, target, settings);
+    const at::Tensor positives = passes.positives(), partial = passes.statistics(positives);
+    return merge_rows<typename std::decay_t<decltype(unit_views)>::T>(partial, positives, unit_views,
+                                                                      settings);
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> conic_backward(const at::Tensor& grad_loss, const at::Tensor& views,
-                                                  const at::Tensor& weight, const at::Tensor& target,
-                                                  const at::Tensor& statistics, double temperature,
-                                                  double consistency_weight, bool views_need_grad,
-                                                  bool weight_needs_grad) {
-  return backward(grad_loss, views, weight, target, statistics, temperature, consistency_weight,
-                  views_need_grad, weight_needs_grad, std::nullopt);
+at::Tensor conic_positives(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target) {
+  return with_views(views, false, [&](const auto& unit_views) {
+    return ConIC(unit_views, weight, target, {.temperature = 1}).positives();
+  });
 }
 
-at::Tensor conic_backward_sgd_(const at::Tensor& grad_loss, const at::Tensor& views, const at::Tensor& weight,
+at::Tensor conic_statistics(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target,
+                            const at::Tensor& positives, const ConICSettings& settings) {
+  return with_views(views, false, [&](const auto& unit_views) {
+    return ConIC(unit_views, weight, target, settings).statistics(positives);
+  });
+}
+
+Losses conic_merge(const at::Tensor& partial, const at::Tensor& positives, const at::Tensor& views,
+                   const ConICSettings& settings) {
+  return with_views(views, false, [&](const auto& unit_views) {
+    return merge_rows<double>(partial, positives, unit_views, settings);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> conic_gradient(const at::Tensor& grad_loss, const at::Tensor& views,
+                                                  const at::Tensor& weight, const at::Tensor& target,
+                                                  const at::Tensor& statistics, const ConICSettings& settings,
+                                                  bool views_need_grad, bool weight_needs_grad) {
+  return with_views(views, weight_needs_grad, [&](const auto& unit_views) {
+    return ConIC(unit_views, weight, target, settings)
+        .gradient(grad_loss, statistics, {.views = views_need_grad, .weight = weight_needs_grad});
+  });
+}
+
+at::Tensor conic_gradient_sgd_(const at::Tensor& grad_loss, const at::Tensor& views, const at::Tensor& weight,
                                const at::Tensor& momentum_buffer, const at::Tensor& target,
-                               const at::Tensor& statistics, double temperature, double consistency_weight,
-                               double lr, double momentum, double weight_decay, bool nesterov) {
-  const SGD step(weight, momentum_buffer, lr, momentum, weight_decay, nesterov);
-  const at::Tensor grad_views = std::get<0>(backward(grad_loss, views, weight, target, statistics,
-                                                     temperature, consistency_weight, true, true, step));
+                               const at::Tensor& statistics, const ConICSettings& settings,
+                               const SGDSettings& sgd) {
+  const SGD step(weight, momentum_buffer, sgd);
+  const at::Tensor grad_views = with_views(views, true, [&](const auto& unit_views) {
+    return std::get<0>(ConIC(unit_views, weight, target, settings)
+                           .gradient(grad_loss, statistics, {.views = true, .weight = true, .sgd = &step}));
+  });
   mark_written({momentum_buffer, weight});
   return grad_views;
 }

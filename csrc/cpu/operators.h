@@ -1,46 +1,70 @@
-// The operators on CPUs: contrastive_ops/reference.py specifies each under its name.
+// The operators on CPUs and the steps that losses are made of: contrastive_ops/reference.py specifies each
+// under its name, contrastive_ops/_contract.py what they hand to each other.
 #pragma once
 
 #include <ATen/ATen.h>
 
+#include <initializer_list>
+#include <optional>
 #include <tuple>
+
+#include "../records.h"
 
 namespace contrastive_ops {
 
-// A loss's first output is its rows; the others are named in contrastive_ops/_ops.py.
-using LossTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// loss, instance loss, consistency loss, rank, and what the gradient needs (from `co2` the gradient itself)
+using Losses = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-LossTensors co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue, double temperature,
-                double consistency_temperature, double instance_weight, double consistency_weight,
-                bool include_positive, bool normalize, bool compute_gradient);
+Losses co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue,
+           const CO2Settings& settings, bool compute_gradient);
+std::tuple<at::Tensor, at::Tensor> co2_statistics(const at::Tensor& query, const at::Tensor& key,
+                                                  const at::Tensor& queue, const CO2Settings& settings);
+Losses co2_merge(const at::Tensor& partial, const at::Tensor& rows, const CO2Settings& settings);
+at::Tensor co2_gradient(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue,
+                        const at::Tensor& rows, const CO2Settings& settings);
 
-LossTensors nt_xent(const at::Tensor& views, double temperature, double consistency_temperature,
-                    double consistency_weight, bool normalize);
+struct NTXentKeys {
+  at::Tensor views, target;
+  std::optional<at::Tensor> grad_loss, coefficients;
+};
 
-at::Tensor nt_xent_backward(const at::Tensor& grad_loss, const at::Tensor& views,
-                            const at::Tensor& statistics, double temperature, double consistency_temperature,
-                            double consistency_weight, bool normalize);
+Losses nt_xent(const at::Tensor& views, const NTXentSettings& settings);
+std::tuple<at::Tensor, at::Tensor> nt_xent_statistics(const at::Tensor& views, const NTXentSettings& settings,
+                                                      const std::optional<NTXentKeys>& keys);
+Losses nt_xent_merge(const at::Tensor& partial, const at::Tensor& positive, const NTXentSettings& settings);
+at::Tensor nt_xent_gradient(const at::Tensor& grad_loss, const at::Tensor& views,
+                            const at::Tensor& statistics, const NTXentSettings& settings,
+                            const std::optional<NTXentKeys>& keys);
 
-LossTensors conic(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target,
-                  double temperature, double compensation, double consistency_weight);
-
-std::tuple<at::Tensor, at::Tensor> conic_backward(const at::Tensor& grad_loss, const at::Tensor& views,
+Losses conic(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target,
+             const ConICSettings& settings);
+at::Tensor conic_positives(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target);
+at::Tensor conic_statistics(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target,
+                            const at::Tensor& positives, const ConICSettings& settings);
+Losses conic_merge(const at::Tensor& partial, const at::Tensor& positives, const at::Tensor& views,
+                   const ConICSettings& settings);
+std::tuple<at::Tensor, at::Tensor> conic_gradient(const at::Tensor& grad_loss, const at::Tensor& views,
                                                   const at::Tensor& weight, const at::Tensor& target,
-                                                  const at::Tensor& statistics, double temperature,
-                                                  double consistency_weight, bool views_need_grad,
-                                                  bool weight_needs_grad);
-
-at::Tensor conic_backward_sgd_(const at::Tensor& grad_loss, const at::Tensor& views, const at::Tensor& weight,
+                                                  const at::Tensor& statistics, const ConICSettings& settings,
+                                                  bool views_need_grad, bool weight_needs_grad);
+at::Tensor conic_gradient_sgd_(const at::Tensor& grad_loss, const at::Tensor& views, const at::Tensor& weight,
                                const at::Tensor& momentum_buffer, const at::Tensor& target,
-                               const at::Tensor& statistics, double temperature, double consistency_weight,
-                               double lr, double momentum, double weight_decay, bool nesterov);
+                               const at::Tensor& statistics, const ConICSettings& settings,
+                               const SGDSettings& sgd);
 
-void sgd_(const at::Tensor& weight, const at::Tensor& momentum_buffer, const at::Tensor& grad, double lr,
-          double momentum, double weight_decay, bool nesterov);
-
+void sgd_(const at::Tensor& weight, const at::Tensor& momentum_buffer, const at::Tensor& grad,
+          const SGDSettings& sgd);
 void exchange_rows_(const at::Tensor& weight, const at::Tensor& momentum_buffer, const at::Tensor& slots,
                     const at::Tensor& incoming, const at::Tensor& incoming_rows,
                     const at::Tensor& coefficients, const at::Tensor& outgoing,
                     const at::Tensor& outgoing_rows);
+
+// Moves on the versions of tensors that an operator has written, which autograd compares. The last act of the
+// operator, and the weight's come last of all: who is interrupted in the interpreter can tell by them whether
+// the operator has run.
+inline void mark_written(std::initializer_list<at::Tensor> tensors) {
+  for (const auto& tensor : tensors)
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
 
 }  // namespace contrastive_ops

@@ -16,10 +16,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
-#include <functional>
-#include <vector>
+#include <type_traits>
 
-#include "rows.h"
+#include "matrix.h"
 
 namespace contrastive_ops {
 
@@ -106,8 +105,8 @@ class DirectProduct {
         }
   }
 
-  void load(const Rows& keys, bool /*transposed_too*/) {
-    count_ = keys.count;
+  void load(const Matrix& keys, bool /*transposed_too*/) {
+    count_ = keys.rows;
     if (keys.dtype == c10::CppTypeToScalarType<T>::value && keys.column_stride == 1) {
       tile_ = static_cast<const T*>(keys.data);
       row_stride_ = keys.row_stride, column_stride_ = 1;
@@ -207,8 +206,8 @@ class LibraryProduct {
   }
 
   // `transposed_too` must be set before `accumulate`.
-  void load(const Rows& keys, bool transposed_too) {
-    count_ = keys.count;
+  void load(const Matrix& keys, bool transposed_too) {
+    count_ = keys.rows;
     const bool same = keys.dtype == c10::CppTypeToScalarType<T>::value;
     if (keys.row_stride == 1 && keys.column_stride != 1) {
       copy(keys, columns_, 1, kTile);
@@ -302,92 +301,5 @@ auto with_product(at::ScalarType dtype, bool half_precision, const Function& fun
     return function(std::type_identity<LibraryProduct<at::Half>>{});
   return function(std::type_identity<DirectProduct<float>>{});
 }
-
-// Rows as numbers, normalised if asked for, and as operands by panels. Panels that are not full are padded
-// with zero rows.
-template <typename Product>
-class Panels {
-  using T = typename Product::Sum;
-  using Operand = typename Product::Operand;
-
- public:
-  // `for_keys`: also as accumulate_keys takes them.
-  Panels(const Rows& rows, bool normalized, bool for_keys = false)
-      : Panels(rows.count, at::divup(rows.count, kPanel<T>), rows.dim, normalized, for_keys,
-               [&rows](int64_t panel) {
-                 return rows.slice(panel * kPanel<T>, std::min((panel + 1) * kPanel<T>, rows.count));
-               }) {}
-
-  // `rows_of` gives the rows of a panel, at most kPanel.
-  template <typename RowsOf>
-  Panels(int64_t count, int64_t panels, int64_t dim, bool normalized, bool for_keys, const RowsOf& rows_of)
-      : count(count),
-        dim(dim),
-        panels(panels),
-        norm(panels * kPanel<T>, 1),
-        operand_(Product::padded_dim(dim) * kPanel<T>),
-        unit_(panels * kPanel<T> * dim),
-        packed_(panels * operand_),
-        packed_rows_(for_keys ? panels * Product::packed_rows_elements(dim) : 0) {
-    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const Rows rows = rows_of(panel);
-        const int64_t first = panel * kPanel<T>;
-        T* unit = &unit_[first * dim];
-        copy(rows, unit, dim, 1);
-        for (int64_t row = 0; normalized && row < rows.count; ++row)
-          norm[first + row] = contrastive_ops::normalize(unit + row * dim, dim);
-        Product::pack(unit, dim, &packed_[panel * operand_]);
-        if (for_keys)
-          Product::pack_rows(unit, dim, &packed_rows_[panel * Product::packed_rows_elements(dim)]);
-      }
-    });
-  }
-
-  const T* unit(int64_t row) const { return &unit_[row * dim]; }
-  const Operand* packed(int64_t panel) const { return &packed_[panel * operand_]; }
-  const Operand* packed_rows(int64_t panel) const {
-    return &packed_rows_[panel * Product::packed_rows_elements(dim)];
-  }
-
-  const int64_t count, dim, panels;  // count: of rows, without the padding
-  std::vector<double> norm;
-
- private:
-  const int64_t operand_;
-  std::vector<T> unit_;
-  std::vector<Operand> packed_, packed_rows_;
-};
-
-// What each query row has in common with the key that is its positive: the one of its lane, in the panel of
-// keys that `panel_of` gives for its own.
-template <typename T>
-struct Positives {
-  std::vector<double> similarity;  // s_+
-  std::vector<T> threshold;        // the same from the product that gives every s_j, so that equal keys tie
-
-  // In double: this error would be divided by tau, and no sum over keys averages it.
-  template <typename Product, typename PanelOf = std::identity>
-  Positives(const Panels<Product>& queries, const Panels<Product>& keys, const PanelOf& panel_of = {})
-      : similarity(queries.panels * kPanel<T>), threshold(similarity.size()) {
-    static_assert(kPanel<T> <= kTile);
-    const int64_t dim = queries.dim;
-    at::parallel_for(0, queries.panels, 1, [&](int64_t begin, int64_t end) {
-      std::vector<T> similarities(kPanel<T> * kPanel<T>);
-      std::vector<typename Product::Operand> buffer(Product::tile_elements(dim));
-      Product product(dim, buffer.data());
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t first = panel * kPanel<T>, first_key = panel_of(panel) * kPanel<T>;
-        product.load(Rows::of(keys.unit(first_key), kPanel<T>, dim), false);
-        product.similarities(queries.packed(panel), similarities.data());
-        for (int64_t lane = 0; lane < kPanel<T>; ++lane) {
-          const T *q = queries.unit(first + lane), *k = keys.unit(first_key + lane);
-          similarity[first + lane] = sum_of(dim, [&](int64_t d) { return static_cast<double>(q[d]) * k[d]; });
-          threshold[first + lane] = similarities[lane * kPanel<T> + lane];
-        }
-      }
-    });
-  }
-};
 
 }  // namespace contrastive_ops

@@ -3,21 +3,16 @@
 
 #include <type_traits>
 
-#include "rows.h"
+#include "../records.h"
+#include "matrix.h"
 
 namespace contrastive_ops {
 
 // g = grad + lambda w;  v <- m v + g;  w <- w - eta v, or with nesterov w - eta (g + m v).
 class SGD {
  public:
-  SGD(const at::Tensor& weight, const at::Tensor& momentum_buffer, double lr, double momentum,
-      double weight_decay, bool nesterov)
-      : weight_(weight),
-        buffer_(momentum_buffer),
-        lr_(lr),
-        momentum_(momentum),
-        weight_decay_(weight_decay),
-        nesterov_(nesterov) {}
+  SGD(const at::Tensor& weight, const at::Tensor& momentum_buffer, const SGDSettings& settings)
+      : weight_(weight), buffer_(momentum_buffer), settings_(settings) {}
 
   // A row's step, given its gradient.
   template <typename Grad>
@@ -30,22 +25,24 @@ class SGD {
                                 weight_.stride(1)};
       const Strided<weight_t> v{buffer_.mutable_data_ptr<weight_t>() + row * buffer_.stride(0),
                                 buffer_.stride(1)};
-      const T lr = static_cast<T>(lr_), momentum = static_cast<T>(momentum_);
-      const T weight_decay = static_cast<T>(weight_decay_), ahead = nesterov_ ? momentum : T(1);
-      const T of_gradient = nesterov_ ? T(1) : T(0);
+      const T lr = static_cast<T>(settings_.lr), momentum = static_cast<T>(settings_.momentum);
+      const T weight_decay = static_cast<T>(settings_.weight_decay);
+      // The step is lr (along_gradient g + along_velocity v).
+      const T along_gradient = settings_.nesterov ? T(1) : T(0);
+      const T along_velocity = settings_.nesterov ? momentum : T(1);
       for (int64_t d = 0; d < dim; ++d) {
         const T g = static_cast<T>(grad[d]) + weight_decay * static_cast<T>(w[d]);
         const T moved = momentum * static_cast<T>(v[d]) + g;
         v[d] = static_cast<weight_t>(moved);
-        w[d] = static_cast<weight_t>(static_cast<T>(w[d]) - lr * (of_gradient * g + ahead * moved));
+        w[d] =
+            static_cast<weight_t>(static_cast<T>(w[d]) - lr * (along_gradient * g + along_velocity * moved));
       }
     });
   }
 
  private:
   const at::Tensor weight_, buffer_;
-  const double lr_, momentum_, weight_decay_;
-  const bool nesterov_;
+  const SGDSettings settings_;
 };
 
 }  // namespace contrastive_ops

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from contrastive_ops import CO2Loss, ConICLoss, NTXentLoss
+from train_ref import comparison
 from train_ref import validate as module
+from train_ref.comparison import Eager
 from train_ref.methods import METHODS
-from train_ref.validate import Eager, Run, Verdict, validate
+from train_ref.validate import Run, Verdict, validate
 
 
 @pytest.fixture
@@ -60,17 +62,17 @@ def test_bfloat16_is_measured_too(run):
 
 @pytest.mark.parametrize(("method", "eager"), [("moco_v1", "eager_co2"), ("conic", "eager_conic")])
 def test_a_slightly_different_loss_fails(run, monkeypatch, method, eager):
-    right = getattr(module, eager)
-    monkeypatch.setattr(module, eager, lambda *args, **settings: 1.0001 * right(*args, **settings))
+    right = getattr(comparison, eager)
+    monkeypatch.setattr(comparison, eager, lambda *args, **settings: 1.0001 * right(*args, **settings))
     with pytest.raises(SystemExit, match=f"error: not within the tolerance: {method}"):
         run(methods=[method], steps=2)
 
 
 def test_a_nan_on_the_way_fails(run, monkeypatch):
     steps = itertools.count()
-    right = module.eager_co2
+    right = comparison.eager_co2
     monkeypatch.setattr(
-        module,
+        comparison,
         "eager_co2",
         lambda *args, **settings: right(*args, **settings) * [1, math.nan, 1][next(steps)],
     )

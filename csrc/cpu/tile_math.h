@@ -1,21 +1,20 @@
-// The mathematics of the losses on one panel of query rows: what a pass over a tile of keys adds up, and what
-// the losses and the gradient make of it. The formulas stand in contrastive_ops/reference.py; here the sums
-// are online, relative to maxima that grow as tiles go by.
+// The mathematics of the losses where a tile of keys meets a panel of query rows: what a first pass adds up,
+// and the gradients that a second one puts in place of the similarities. Sums are online, relative to maxima
+// that grow as tiles go by. What follows from a row's sums is in csrc/row_math.h.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "../row_math.h"
 #include "vector.h"
 
 namespace contrastive_ops {
 
-// Those of CO2; ConIC's classification is the instance term with every negative counted `compensation` times.
-struct Settings {
-  double temperature = 1, consistency_temperature = 1, instance_weight = 1, consistency_weight = 0;
-  bool include_positive = false, normalize = true, compute_gradient = false;
-  double compensation = 1;
+// CO2 and NT-Xent have both; ConIC has no consistency term over keys.
+struct Temperatures {
+  double instance = 1, consistency = 1;
 };
 
 // Statistics of a panel's rows over the keys seen so far. With a = s - max_s, b = y - max_y and d = a - b:
@@ -36,34 +35,34 @@ struct PanelStatistics {
     std::fill_n(max_s, kPanel<T>, std::numeric_limits<T>::lowest());
     std::fill_n(max_y, kPanel<T>, std::numeric_limits<T>::lowest());
   }
+
+  CO2Partial row(int64_t lane) const {
+    return {.max_s = max_s[lane],
+            .max_y = max_y[lane],
+            .z_instance = z_instance[lane],
+            .z_query = z_query[lane],
+            .z_key = z_key[lane],
+            .d_query = d_query[lane],
+            .d_key = d_key[lane],
+            .rank = static_cast<double>(rank[lane])};
+  }
 };
 
-// What a row's statistics come to, in double: its losses, the gradient of its positive, and what the second
-// pass needs. With a, b and d as above,
-//
-//   Q = query e^{a/tau_c}     P = key e^{b/tau_c}     g = instance e^{a/tau} + Q - P + Q (d - mean)/tau_c
-//
-// is d loss / d s. mean and mean_of_key are those of d under Q and P.
-struct FinishedRow {
-  double instance_loss = 0, consistency_loss = 0, grad_positive = 0;  // grad_positive: d loss / d s_+
-  double max_s = 0, max_y = 0, instance = 0, query = 0, key = 0, mean = 0, mean_of_key = 0;
-};
-
-// The second pass's coefficients in vectors: a panel's rows in their lanes, or one row in all lanes.
+// The coefficients of the second pass in vectors: those of a panel's rows in its lanes, or of one row in all.
 template <typename T>
-struct Coefficients {
+struct VectorCoefficients {
   Vec<T> max_s, max_y, instance, mean, query, query_low, minus_key, minus_key_low;
 };
 
-// Those of a panel's rows. Where Q and P nearly agree, an error of their factors would be all that is left of
-// them, and the same for every key: the factors are kept in two parts, high and low.
+// The coefficients of a panel's rows. Where Q and P nearly agree, an error of their factors would be all that
+// is left of them, and the same for every key: the factors are kept in two parts, high and low.
 template <typename T>
 struct PanelCoefficients {
   T max_s[kPanel<T>] = {}, max_y[kPanel<T>] = {}, instance[kPanel<T>] = {}, mean[kPanel<T>] = {};
   T query[kPanel<T>] = {}, query_low[kPanel<T>] = {}, minus_key[kPanel<T>] = {},
     minus_key_low[kPanel<T>] = {};
 
-  void set(int64_t lane, const FinishedRow& row) {
+  void set(int64_t lane, const Coefficients& row) {
     max_s[lane] = static_cast<T>(row.max_s), max_y[lane] = static_cast<T>(row.max_y);
     instance[lane] = static_cast<T>(row.instance), mean[lane] = static_cast<T>(row.mean);
     query[lane] = static_cast<T>(row.query), minus_key[lane] = static_cast<T>(-row.key);
@@ -71,17 +70,17 @@ struct PanelCoefficients {
     minus_key_low[lane] = static_cast<T>(-row.key - minus_key[lane]);
   }
 
-  Coefficients<T> lanes(int64_t first) const {
+  VectorCoefficients<T> lanes(int64_t first) const {
     return vectors([first](const T* field) { return Vec<T>::loadu(field + first); });
   }
 
-  Coefficients<T> row(int64_t lane) const {
+  VectorCoefficients<T> row(int64_t lane) const {
     return vectors([lane](const T* field) { return Vec<T>(field[lane]); });
   }
 
  private:
   template <typename Load>
-  Coefficients<T> vectors(const Load& load) const {
+  VectorCoefficients<T> vectors(const Load& load) const {
     return {load(max_s), load(max_y),     load(instance),  load(mean),
             load(query), load(query_low), load(minus_key), load(minus_key_low)};
   }
@@ -89,11 +88,11 @@ struct PanelCoefficients {
 
 // Adds a tile's similarities s and y (keys x panel). `threshold` holds each row's s_+, for the rank.
 template <bool kInstance, bool kConsistency, typename T>
-void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Settings& settings,
+void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Temperatures& temperatures,
               PanelStatistics<T>& total) {
   constexpr int64_t kRun = 16;  // keys whose terms are summed before they join the tile's sums
-  const Vec<T> scale(static_cast<T>(M_LOG2E / settings.temperature));
-  const Vec<T> scale_c(static_cast<T>(M_LOG2E / settings.consistency_temperature));
+  const Vec<T> scale(static_cast<T>(M_LOG2E / temperatures.instance));
+  const Vec<T> scale_c(static_cast<T>(M_LOG2E / temperatures.consistency));
   const Vec<T> zero(T(0));
   for (int64_t lane = 0; lane < kPanel<T>; lane += kWidth<T>) {
     const auto load_s = [&](int64_t j) { return Vec<T>::loadu(s + j * kPanel<T> + lane); };
@@ -160,107 +159,46 @@ template <typename T>
 struct Scales {
   Vec<T> instance, consistency, inverse_tau_c;  // log2(e)/tau, log2(e)/tau_c, 1/tau_c
 
-  explicit Scales(const Settings& settings)
-      : instance(static_cast<T>(M_LOG2E / settings.temperature)),
-        consistency(static_cast<T>(M_LOG2E / settings.consistency_temperature)),
-        inverse_tau_c(static_cast<T>(1 / settings.consistency_temperature)) {}
+  explicit Scales(const Temperatures& temperatures)
+      : instance(static_cast<T>(M_LOG2E / temperatures.instance)),
+        consistency(static_cast<T>(M_LOG2E / temperatures.consistency)),
+        inverse_tau_c(static_cast<T>(1 / temperatures.consistency)) {}
 };
 
 // g = d loss / d s of a vector of pairs; e_query = e^{a/tau_c} and e_key = e^{b/tau_c}.
 template <bool kInstance, bool kConsistency, typename T>
-inline Vec<T> gradient(Vec<T> a, Vec<T> d, Vec<T> e_query, Vec<T> e_key, const Coefficients<T>& of,
+inline Vec<T> gradient(Vec<T> a, Vec<T> d, Vec<T> e_query, Vec<T> e_key, const VectorCoefficients<T>& row,
                        const Scales<T>& scales) {
   Vec<T> g(T(0));
   if constexpr (kConsistency) {
-    const auto q = e_query * of.query;
-    g = q + e_key * of.minus_key;  // not fused: equal terms must cancel
-    g = at::vec::fmadd(e_query, of.query_low, g);
-    g = at::vec::fmadd(e_key, of.minus_key_low, g);
-    g = at::vec::fmadd(q, (d - of.mean) * scales.inverse_tau_c, g);
+    const auto q = e_query * row.query;
+    g = q + e_key * row.minus_key;  // not fused: equal terms must cancel
+    g = at::vec::fmadd(e_query, row.query_low, g);
+    g = at::vec::fmadd(e_key, row.minus_key_low, g);
+    g = at::vec::fmadd(q, (d - row.mean) * scales.inverse_tau_c, g);
   }
-  if constexpr (kInstance) g = at::vec::fmadd(exp2_nonpositive(a * scales.instance), of.instance, g);
+  if constexpr (kInstance) g = at::vec::fmadd(exp2_nonpositive(a * scales.instance), row.instance, g);
   return g;
 }
 
-// Replaces s by g.
+// Replaces a tile's s (keys x panel) by g.
 template <bool kInstance, bool kConsistency, typename T>
-void replace_by_gradient(T* s, const T* y, int64_t keys, const Settings& settings,
+void replace_by_gradient(T* s, const T* y, int64_t keys, const Temperatures& temperatures,
                          const PanelCoefficients<T>& coefficients) {
-  const Scales<T> scales(settings);
+  const Scales<T> scales(temperatures);
   for (int64_t lane = 0; lane < kPanel<T>; lane += kWidth<T>) {
-    const auto of = coefficients.lanes(lane);
+    const auto rows = coefficients.lanes(lane);
     for (int64_t j = 0; j < keys; ++j) {
       T* at = s + j * kPanel<T> + lane;
-      const auto a = Vec<T>::loadu(at) - of.max_s;
+      const auto a = Vec<T>::loadu(at) - rows.max_s;
       Vec<T> b(T(0)), e_query(T(0)), e_key(T(0));
       if constexpr (kConsistency) {
-        b = Vec<T>::loadu(y + j * kPanel<T> + lane) - of.max_y;
+        b = Vec<T>::loadu(y + j * kPanel<T> + lane) - rows.max_y;
         e_query = exp2_nonpositive(a * scales.consistency), e_key = exp2_nonpositive(b * scales.consistency);
       }
-      gradient<kInstance, kConsistency>(a, a - b, e_query, e_key, of, scales).store(at);
+      gradient<kInstance, kConsistency>(a, a - b, e_query, e_key, rows, scales).store(at);
     }
   }
-}
-
-// A power of two that takes numbers up to `bound` to the upper end of half precision, with room for a sum of
-// two.
-inline double scale_to_half(double bound) {
-  const bool usable = bound > 0 && std::isfinite(bound);
-  return usable ? std::exp2(14 - std::ceil(std::log2(bound))) : 1;
-}
-
-// Merges one row's statistics over separate ranges of keys (`parts`, lane `lane` of each) and adds its
-// positive.
-template <bool kInstance, bool kConsistency, typename T>
-FinishedRow finish_row(const PanelStatistics<T>* parts, int64_t ranges, int64_t stride, int64_t lane,
-                       double positive, const Settings& settings) {
-  const double tau = settings.temperature, tau_c = settings.consistency_temperature;
-  double max_s = std::numeric_limits<T>::lowest(), max_y = max_s;
-  for (int64_t range = 0; range < ranges; ++range) {
-    max_s = std::max<double>(parts[range * stride].max_s[lane], max_s);
-    max_y = std::max<double>(parts[range * stride].max_y[lane], max_y);
-  }
-  double z_instance = 0, z_query = 0, z_key = 0, d_query = 0, d_key = 0;
-  for (int64_t range = 0; range < ranges; ++range) {
-    const auto& part = parts[range * stride];
-    const double moved_s = part.max_s[lane] - max_s, moved_y = part.max_y[lane] - max_y,
-                 shift = moved_s - moved_y;
-    const double scale_query = std::exp(moved_s / tau_c), scale_key = std::exp(moved_y / tau_c);
-    z_instance += part.z_instance[lane] * std::exp(moved_s / tau);
-    d_query += (part.d_query[lane] + shift * part.z_query[lane]) * scale_query;
-    d_key += (part.d_key[lane] + shift * part.z_key[lane]) * scale_key;
-    z_query += part.z_query[lane] * scale_query;
-    z_key += part.z_key[lane] * scale_key;
-  }
-
-  FinishedRow row{.max_s = max_s, .max_y = max_y};
-  if constexpr (kInstance) {
-    // Relative to the largest logit, be it the positive's; log1p keeps a small loss's digits.
-    const double gap = (positive - max_s) / tau,
-                 to_top = settings.compensation * std::exp(std::min(-gap, 0.));
-    const double negatives = z_instance * to_top, sum = negatives + std::exp(std::min(gap, 0.));
-    row.instance_loss = gap > 0 ? std::log1p(negatives) : std::log(sum) - gap;
-    const double weight = settings.instance_weight / tau / sum;
-    row.instance = weight * to_top;
-    row.grad_positive -= weight * negatives;  // (p_+ - 1)/tau
-  }
-  if constexpr (kConsistency) {
-    double scale_query = 1, scale_key = 1, e_query = 0, e_key = 0;
-    const double d_positive = max_y - max_s;  // (s_+ - max_s) - (s_+ - max_y)
-    if (settings.include_positive) {          // s_+ joins both lists, where it may be the largest entry
-      const double top_query = std::max(max_s, positive), top_key = std::max(max_y, positive);
-      scale_query = std::exp((max_s - top_query) / tau_c), scale_key = std::exp((max_y - top_key) / tau_c);
-      e_query = std::exp((positive - top_query) / tau_c), e_key = std::exp((positive - top_key) / tau_c);
-      z_query = z_query * scale_query + e_query, d_query = d_query * scale_query + d_positive * e_query;
-      z_key = z_key * scale_key + e_key, d_key = d_key * scale_key + d_positive * e_key;
-    }
-    const double weight = settings.consistency_weight / (2 * tau_c);
-    row.mean = d_query / z_query, row.mean_of_key = d_key / z_key;
-    row.query = weight * scale_query / z_query, row.key = weight * scale_key / z_key;
-    row.consistency_loss = (row.mean - row.mean_of_key) / (2 * tau_c);
-    row.grad_positive += weight * (e_query / z_query * ((d_positive - row.mean) / tau_c + 1) - e_key / z_key);
-  }
-  return row;
 }
 
 }  // namespace contrastive_ops

@@ -1,52 +1,36 @@
-// The operators on rows of a classifier: a step of SGD, and the exchange of rows with their storage.
-//
-// Both are bound by memory. `sgd_` reads weight, momentum and gradient once and writes the first two, 20
-// bytes an element in float32; `exchange_rows_` reads and writes two records of 2 D elements for each row.
+// The operator `exchange_rows_`, which moves records of a classifier's rows between slots and their storage.
+// It is bound by memory: for each row it reads and writes two records of 2 D elements.
 
 #include <ATen/Parallel.h>
 
 #include <array>
 
+#include "matrix.h"
 #include "operators.h"
-#include "sgd.h"
 
 namespace contrastive_ops {
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
-// The weight and the momentum of a record.
+// The weight and the momentum of a record of `tensor`, whose data are `data`.
 template <typename T>
-std::array<Strided<T>, 2> halves(T* records, const at::Tensor& of, int64_t record) {
-  T* first = records + record * of.stride(0);
-  return {Strided<T>{first, of.stride(2)}, Strided<T>{first + of.stride(1), of.stride(2)}};
+std::array<Strided<T>, 2> halves(T* data, const at::Tensor& tensor, int64_t record) {
+  T* first = data + record * tensor.stride(0);
+  return {Strided<T>{first, tensor.stride(2)}, Strided<T>{first + tensor.stride(1), tensor.stride(2)}};
 }
 
 }  // namespace
-
-void sgd_(const at::Tensor& weight, const at::Tensor& momentum_buffer, const at::Tensor& grad, double lr,
-          double momentum, double weight_decay, bool nesterov) {
-  const SGD step(weight, momentum_buffer, lr, momentum, weight_decay, nesterov);
-  const at::Tensor rows = grad.contiguous();
-  const int64_t dim = weight.size(1);
-  with_dtype(rows.scalar_type(), [&](auto element) {
-    const auto* data = rows.const_data_ptr<decltype(element)>();
-    at::parallel_for(0, weight.size(0), at::divup(kGrain, dim), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) step.take(row, data + row * dim);
-    });
-  });
-  mark_written({momentum_buffer, weight});
-}
 
 void exchange_rows_(const at::Tensor& weight, const at::Tensor& momentum_buffer, const at::Tensor& slots,
                     const at::Tensor& incoming, const at::Tensor& incoming_rows,
                     const at::Tensor& coefficients, const at::Tensor& outgoing,
                     const at::Tensor& outgoing_rows) {
   const int64_t count = slots.size(0), dim = weight.size(1);
-  const at::Tensor of_slots = slots.contiguous(), come = incoming_rows.contiguous(),
-                   go = outgoing_rows.contiguous(), matrices = coefficients.contiguous();
-  const auto *slot = of_slots.const_data_ptr<int64_t>(), *from = come.const_data_ptr<int64_t>(),
-             *to = go.const_data_ptr<int64_t>();
+  const at::Tensor slot_list = slots.contiguous(), from_list = incoming_rows.contiguous(),
+                   to_list = outgoing_rows.contiguous(), matrices = coefficients.contiguous();
+  const auto *slot = slot_list.const_data_ptr<int64_t>(), *from = from_list.const_data_ptr<int64_t>(),
+             *to = to_list.const_data_ptr<int64_t>();
   const auto* c = matrices.const_data_ptr<double>();
 
   with_dtype(weight.scalar_type(), [&](auto element) {

@@ -1,12 +1,13 @@
-// Matrices as they lie in memory, copied, and their rows normalised.
+// Matrices and records as they lie in memory; matrices copied, and their rows normalised.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
 #include <cmath>
-#include <initializer_list>
+#include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "vector.h"
 
@@ -15,26 +16,64 @@ namespace contrastive_ops {
 inline constexpr double kNormEpsilon = 1e-12;  // a row shorter than this is divided by this
 
 // A matrix in memory, of any floating dtype and strides.
-struct Rows {
+struct Matrix {
   const void* data;
   at::ScalarType dtype;
-  int64_t count, dim, row_stride, column_stride;
+  int64_t rows, columns, row_stride, column_stride;
 
-  static Rows of(const at::Tensor& matrix) {
-    return {matrix.const_data_ptr(), matrix.scalar_type(), matrix.size(0),
-            matrix.size(1),          matrix.stride(0),     matrix.stride(1)};
-  }
+  explicit Matrix(const at::Tensor& matrix)
+      : data(matrix.const_data_ptr()),
+        dtype(matrix.scalar_type()),
+        rows(matrix.size(0)),
+        columns(matrix.size(1)),
+        row_stride(matrix.stride(0)),
+        column_stride(matrix.stride(1)) {}
 
   template <typename T>
-  static Rows of(const T* rows, int64_t count, int64_t dim) {
-    return {rows, c10::CppTypeToScalarType<T>::value, count, dim, dim, 1};
-  }
+  Matrix(const T* data, int64_t rows, int64_t columns)
+      : data(data),
+        dtype(c10::CppTypeToScalarType<T>::value),
+        rows(rows),
+        columns(columns),
+        row_stride(columns),
+        column_stride(1) {}
 
-  Rows slice(int64_t begin, int64_t end) const {
-    const auto offset = begin * row_stride * static_cast<int64_t>(c10::elementSize(dtype));
-    return {static_cast<const char*>(data) + offset, dtype, end - begin, dim, row_stride, column_stride};
+  Matrix slice(int64_t begin, int64_t end) const {
+    Matrix part = *this;
+    part.data =
+        static_cast<const char*>(data) + begin * row_stride * static_cast<int64_t>(c10::elementSize(dtype));
+    part.rows = end - begin;
+    return part;
   }
 };
+
+// A tensor whose last dimension is the fields of a record, read.
+template <typename Record>
+class Records {
+ public:
+  static constexpr int64_t kFields = sizeof(Record) / sizeof(double);
+
+  explicit Records(const at::Tensor& tensor)
+      : tensor_((tensor.scalar_type() == at::kDouble ? tensor : tensor.to(at::kDouble)).contiguous()),
+        data_(reinterpret_cast<const Record*>(tensor_.const_data_ptr<double>())) {
+    TORCH_CHECK_VALUE(tensor.size(-1) == kFields, "expected a last dimension of ", kFields, " fields (",
+                      Record::kFields, "), got ", tensor.size(-1));
+  }
+
+  const Record& operator[](int64_t index) const { return data_[index]; }
+
+ private:
+  const at::Tensor tensor_;
+  const Record* data_;
+};
+
+// A tensor for records of this shape, and where they are to be written.
+template <typename Record>
+std::tuple<at::Tensor, Record*> empty_records(std::vector<int64_t> shape) {
+  shape.push_back(Records<Record>::kFields);
+  at::Tensor tensor = at::empty(shape, at::kDouble);
+  return {tensor, reinterpret_cast<Record*>(tensor.mutable_data_ptr<double>())};
+}
 
 // A vector in memory, to be written.
 template <typename T>
@@ -63,19 +102,19 @@ void with_dtype(at::ScalarType dtype, Function&& function) {
 
 // Copies a matrix into the layout given by the strides of `out`, walking along whichever side is contiguous.
 template <typename T>
-void copy(const Rows& from, T* out, int64_t row_stride, int64_t column_stride) {
+void copy(const Matrix& from, T* out, int64_t row_stride, int64_t column_stride) {
   with_dtype(from.dtype, [&](auto element) {
     using source_t = decltype(element);
     const auto* in = static_cast<const source_t*>(from.data);
     if (from.column_stride == 1 && column_stride == 1) {
-      for (int64_t i = 0; i < from.count; ++i)
-        at::vec::convert(in + i * from.row_stride, out + i * row_stride, from.dim);
+      for (int64_t i = 0; i < from.rows; ++i)
+        at::vec::convert(in + i * from.row_stride, out + i * row_stride, from.columns);
     } else if (from.row_stride == 1 && row_stride == 1) {
-      for (int64_t d = 0; d < from.dim; ++d)
-        at::vec::convert(in + d * from.column_stride, out + d * column_stride, from.count);
+      for (int64_t d = 0; d < from.columns; ++d)
+        at::vec::convert(in + d * from.column_stride, out + d * column_stride, from.rows);
     } else {
-      for (int64_t i = 0; i < from.count; ++i)
-        for (int64_t d = 0; d < from.dim; ++d)
+      for (int64_t i = 0; i < from.rows; ++i)
+        for (int64_t d = 0; d < from.columns; ++d)
           out[i * row_stride + d * column_stride] =
               static_cast<T>(in[i * from.row_stride + d * from.column_stride]);
     }
@@ -91,14 +130,6 @@ void write_row(const at::Tensor& out, int64_t row, const T* values) {
     to_t* to = out.mutable_data_ptr<to_t>() + row * dim;
     for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<to_t>(values[d]);
   });
-}
-
-// Moves on the versions of tensors that an operator has written, which autograd compares. The last act of the
-// operator, and the weight's come last of all: who is interrupted in the interpreter can tell by them whether
-// the operator has run.
-inline void mark_written(std::initializer_list<at::Tensor> tensors) {
-  for (const auto& tensor : tensors)
-    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
 // Sum of a function's values, in eight chains so that the compiler makes vectors of them.

@@ -1,0 +1,41 @@
+// The losses of rows, as tensors.
+#pragma once
+
+#include "../row_math.h"
+#include "operators.h"
+
+namespace contrastive_ops {
+
+// Writes losses of rows in the dtype T.
+template <typename T>
+class LossWriter {
+ public:
+  explicit LossWriter(int64_t rows)
+      : loss_(at::empty({rows}, c10::CppTypeToScalarType<T>::value)),
+        instance_(at::empty_like(loss_)),
+        consistency_(at::empty_like(loss_)),
+        rank_(at::empty({rows}, at::kLong)),
+        to_{loss_.mutable_data_ptr<T>(), instance_.mutable_data_ptr<T>(), consistency_.mutable_data_ptr<T>()},
+        ranks_(rank_.mutable_data_ptr<int64_t>()) {}
+
+  void write(int64_t row, const RowLosses& losses, double rank) {
+    to_.loss[row] = static_cast<T>(losses.loss);
+    to_.instance[row] = static_cast<T>(losses.instance);
+    to_.consistency[row] = static_cast<T>(losses.consistency);
+    ranks_[row] = static_cast<int64_t>(rank);
+  }
+
+  // The losses, with what their gradients need.
+  Losses with(const at::Tensor& coefficients) const {
+    return {loss_, instance_, consistency_, rank_, coefficients};
+  }
+
+ private:
+  const at::Tensor loss_, instance_, consistency_, rank_;
+  const struct {
+    T *loss, *instance, *consistency;
+  } to_;
+  int64_t* const ranks_;
+};
+
+}  // namespace contrastive_ops
