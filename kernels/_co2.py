@@ -95,23 +95,10 @@ def _relative(s, top, scale, valid, WHOLE_KEYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _statistics_kernel(
-    query,
-    key,
-    queue,
-    partial,
-    row_records,
-    batch,
-    keys,
-    dim,
-    scale,
-    ratio,
-    keys_a_range,
-    INSTANCE: tl.constexpr,
-    CONSISTENCY: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    LANES: tl.constexpr,
+    query, key, queue, partial, row_records, batch, keys, dim, scale, ratio, keys_a_range,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, NORMALIZE: tl.constexpr, LANES: tl.constexpr,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """What a range of keys knows of a block of rows.
 
     Args:
@@ -192,22 +179,11 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["batch", "parts"])
 def _merge_kernel(
-    partial,
-    losses,
-    batch,
-    parts,
-    scale,
-    ratio,
-    tau: tl.float64,
-    tau_c: tl.float64,
-    instance_weight: tl.float64,
-    consistency_weight: tl.float64,
-    INSTANCE: tl.constexpr,
-    CONSISTENCY: tl.constexpr,
-    INCLUDE_POSITIVE: tl.constexpr,
-    ROWS: tl.constexpr,
+    partial, losses, batch, parts, scale, ratio,
+    tau: tl.float64, tau_c: tl.float64, instance_weight: tl.float64, consistency_weight: tl.float64,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, INCLUDE_POSITIVE: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr,
-):
+):  # fmt: skip
     """In float64, which costs nothing here: what a row's sums lose now, all of its gradient loses.
 
     Args:
@@ -315,21 +291,9 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _gradient_kernel(
-    query,
-    key,
-    queue,
-    row_records,
-    grad_parts,
-    batch,
-    keys,
-    dim,
-    scale,
-    ratio,
-    keys_a_range,
-    INSTANCE: tl.constexpr,
-    CONSISTENCY: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    query, key, queue, row_records, grad_parts, batch, keys, dim, scale, ratio, keys_a_range,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """What a range of keys adds to g N of a block of rows, for a chunk of dimensions.
 
     Args:
@@ -396,18 +360,9 @@ def _gradient_kernel(
 
 @triton.jit(do_not_specialize=["batch", "ranges"])
 def _finish_kernel(
-    query,
-    key,
-    row_records,
-    grad_parts,
-    gradient,
-    batch,
-    dim,
-    ranges,
-    NORMALIZE: tl.constexpr,
-    RANGES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    query, key, row_records, grad_parts, gradient, batch, dim, ranges,
+    NORMALIZE: tl.constexpr, RANGES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """The gradient in a row: the ranges' parts, the positive's pull, and the chain rule.
 
     Args:

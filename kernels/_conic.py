@@ -172,26 +172,10 @@ def _field(pull, FIELD: tl.constexpr, rows, padded_rows):
 
 @triton.jit(do_not_specialize=["count", "batch", "keys", "padded_rows"])
 def _prepare_kernel(
-    views,
-    weight,
-    target,
-    positives,
-    grad_loss,
-    coefficients,
-    unit,
-    own,
-    threshold,
-    norm,
-    pull,
-    count,
-    batch,
-    keys,
-    dim,
-    padded_rows,
-    FIND: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    views, weight, target, positives, grad_loss, coefficients, unit, own, threshold, norm, pull, count,
+    batch, keys, dim, padded_rows,
+    FIND: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """x̂ of some views, and what other kernels need of each. What is None is left out.
 
     Args:
@@ -251,19 +235,9 @@ def _prepare_kernel(
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _statistics_kernel(
-    unit,
-    own,
-    threshold,
-    weight,
-    partial,
-    keys,
-    dim,
-    padded_rows,
-    scale,
-    keys_a_range,
-    rows_a_range,
+    unit, own, threshold, weight, partial, keys, dim, padded_rows, scale, keys_a_range, rows_a_range,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """What a range of keys knows of a range of views.
 
     Args:
@@ -314,23 +288,10 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["part_stride", "views_count", "batch", "parts"])
 def _merge_kernel(
-    partial,
-    positives,
-    views,
-    losses,
-    part_stride,
-    views_count,
-    batch,
-    dim,
-    parts,
-    scale: tl.float64,
-    tau: tl.float64,
-    log_compensation: tl.float64,
-    consistency_weight: tl.float64,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    partial, positives, views, losses, part_stride, views_count, batch, dim, parts,
+    scale: tl.float64, tau: tl.float64, log_compensation: tl.float64, consistency_weight: tl.float64,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """The losses of a block of instances, all in float64.
 
     Args:
@@ -388,23 +349,10 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _weight_kernel(
-    unit,
-    own,
-    pull,
-    weight,
-    gradient,
-    momentum_buffer,
-    keys,
-    dim,
-    padded_rows,
-    scale,
-    lr,
-    momentum,
+    unit, own, pull, weight, gradient, momentum_buffer, keys, dim, padded_rows, scale, lr, momentum,
     weight_decay,
-    NESTEROV: tl.constexpr,
-    WHOLE_ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    NESTEROV: tl.constexpr, WHOLE_ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """dw of a tile of keys; where there is a momentum buffer, a step of SGD in its place.
 
     Args:
@@ -491,19 +439,9 @@ def _norms_kernel(
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _views_kernel(
-    unit,
-    own,
-    pull,
-    weight,
-    inverse,
-    grad_parts,
-    keys,
-    dim,
-    padded_rows,
-    scale,
-    keys_a_range,
+    unit, own, pull, weight, inverse, grad_parts, keys, dim, padded_rows, scale, keys_a_range,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """What a range of keys adds to dx̂ of a block of views.
 
     Args:
@@ -549,20 +487,10 @@ def _views_kernel(
 
 @triton.jit(do_not_specialize=["count", "batch", "padded_rows", "ranges"])
 def _finish_kernel(
-    views,
-    norm,
-    grad_parts,
-    grad_loss,
-    gradient,
-    count,
-    batch,
-    dim,
-    padded_rows,
-    ranges,
+    views, norm, grad_parts, grad_loss, gradient, count, batch, dim, padded_rows, ranges,
     consistency_weight: tl.float64,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """dx of some views: the ranges' parts, the consistency's −4 α Σ_j (1 − x̂ⁱ·x̂ʲ) x̂ʲ, and the chain rule.
 
     Args:
@@ -643,14 +571,14 @@ def _plan(count: int, batch: int, keys: int, products: Products) -> _Plan:
     views = products.walk("conic.views", _views_kernel, rows, keys)
 
     tiles = [each.arguments["TILE"] for each in (statistics, weight, views)]
-    block, cut = max(tile.rows for tile in tiles), max(tile.width or tile.depth for tile in tiles)
+    block, widest = max(tile.rows for tile in tiles), max(tile.width or tile.depth for tile in tiles)
     padded_rows = triton.cdiv(rows, block) * block
     depth = _padded_depth(dim, 32)
     columns = triton.next_power_of_2(dim)
     finished = max(1, larger * 512 // columns)
     return _Plan(
         padded_rows,
-        triton.cdiv(dim, cut) * cut,
+        triton.cdiv(dim, widest) * widest,
         prepare=Launch(
             "conic.prepare",
             _prepare_kernel,

@@ -140,7 +140,10 @@ _PARTIAL, _COEFFICIENTS, _PULL = (
     tl.constexpr(len(record._fields)) for record in (NTXentPartial, NTXentCoefficients, _Pull)
 )
 _LAST_INSTANCE = tl.constexpr(1 << 29)  # more do not fit any memory
-_TOP = tl.constexpr(_Pull._fields.index("top"))
+_QUERY, _SLOPE, _KEY, _TOP, _QUERY_LOW, _KEY_LOW = (
+    tl.constexpr(_Pull._fields.index(name))
+    for name in ("query", "slope", "key", "top", "query_low", "key_low")
+)
 
 # log2(e)/τ up to which exponentials of similarities within ±1 need no maximum.
 _LARGEST_SCALE = 64.0
@@ -153,22 +156,10 @@ _LOG2_UNIT, _LEAST_LOG2_SIZE = tl.constexpr(6.0), tl.constexpr(-54.0)
 
 @triton.jit(do_not_specialize=["batch"])
 def _prepare_kernel(
-    views,
-    grad_loss,
-    coefficients,
-    rows,
-    norm,
-    positive,
-    batch,
-    dim,
-    scale: tl.float64,
-    scale_c: tl.float64,
-    tau_c: tl.float64,
-    NORMALIZE: tl.constexpr,
-    RELATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    views, grad_loss, coefficients, rows, norm, positive, batch, dim,
+    scale: tl.float64, scale_c: tl.float64, tau_c: tl.float64,
+    NORMALIZE: tl.constexpr, RELATIVE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """z of both views of some instances, padded with zeros, and what is known of them. What is None is left
     out.
 
@@ -257,21 +248,9 @@ def _excluded(own, index, keys):
 
 @triton.jit(do_not_specialize=["batch", "keys", "padded_rows"])
 def _statistics_kernel(
-    unit,
-    key_unit,
-    target,
-    positive,
-    partial,
-    batch,
-    keys,
-    padded_rows,
-    scale,
-    ratio,
-    keys_a_range,
-    CONSISTENCY: tl.constexpr,
-    LANES: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    unit, key_unit, target, positive, partial, batch, keys, padded_rows, scale, ratio, keys_a_range,
+    CONSISTENCY: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """s of a block's first views and y of its second ones; what a range of keys knows of both.
 
     Args:
@@ -350,20 +329,11 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["batch", "parts"])
 def _merge_kernel(
-    partial,
-    positive,
-    losses,
-    batch,
-    parts,
-    scale: tl.float64,
-    ratio: tl.float64,
-    tau: tl.float64,
-    tau_c: tl.float64,
+    partial, positive, losses, batch, parts,
+    scale: tl.float64, ratio: tl.float64, tau: tl.float64, tau_c: tl.float64,
     consistency_weight: tl.float64,
-    CONSISTENCY: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    CONSISTENCY: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """A view of a block of instances, all in float64.
 
     Args:
@@ -432,11 +402,12 @@ def _pull_of_rows(pull, instance, view, CONSISTENCY: tl.constexpr, RELATIVE: tl.
     weight, query, slope, key = tl.load(record), None, None, None
     top, query_low, key_low = None, None, None
     if CONSISTENCY:
-        query, slope, key = tl.load(record + 2), tl.load(record + 4), tl.load(record + 6)
+        query, slope = tl.load(record + 2 * _QUERY), tl.load(record + 2 * _SLOPE)
+        key = tl.load(record + 2 * _KEY)
     if RELATIVE:
         top = tl.load(record + 2 * _TOP)
         if CONSISTENCY and LOW:
-            query_low, key_low = tl.load(record + 2 * _TOP + 2), tl.load(record + 2 * _TOP + 4)
+            query_low, key_low = tl.load(record + 2 * _QUERY_LOW), tl.load(record + 2 * _KEY_LOW)
     return _Pull(weight, query, slope, key, top, query_low, key_low, None)
 
 
@@ -493,22 +464,9 @@ def _add_pull(
 
 @triton.jit(do_not_specialize=["batch", "keys", "padded_rows", "padded_keys"])
 def _gradient_kernel(
-    rows,
-    key_rows,
-    target,
-    grad_parts,
-    batch,
-    keys,
-    padded_rows,
-    padded_keys,
-    scale,
-    scale_c,
-    keys_a_range,
-    CONSISTENCY: tl.constexpr,
-    RELATIVE: tl.constexpr,
-    STACKED: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    rows, key_rows, target, grad_parts, batch, keys, padded_rows, padded_keys, scale, scale_c, keys_a_range,
+    CONSISTENCY: tl.constexpr, RELATIVE: tl.constexpr, STACKED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """What a range of keys adds to dz of both views of a block of instances.
 
     Args:
@@ -606,21 +564,9 @@ def _gradient_kernel(
 
 @triton.jit(do_not_specialize=["batch", "padded_rows", "ranges"])
 def _finish_kernel(
-    views,
-    norm,
-    grad_parts,
-    coefficients,
-    grad_loss,
-    target,
-    gradient,
-    batch,
-    dim,
-    padded_rows,
-    ranges,
-    NORMALIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    views, norm, grad_parts, coefficients, grad_loss, target, gradient, batch, dim, padded_rows, ranges,
+    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """The gradient of some rows of a view: the ranges' parts, the positive's pull, and the chain rule.
 
     Args:
@@ -681,7 +627,7 @@ def _plan(batch: int, keys: int, consistency: bool, products: Products) -> _Plan
         )
     )
     tiles = [launch.arguments["TILE"] for launch in (statistics, gradient)]
-    cut = max(tile.width or tile.depth for tile in tiles)
+    widest = max(tile.width or tile.depth for tile in tiles)
 
     prepared = 16 * larger
     block = max(prepared, *(max(tile.rows, tile.keys // 2) for tile in tiles))
@@ -699,7 +645,7 @@ def _plan(batch: int, keys: int, consistency: bool, products: Products) -> _Plan
         (triton.cdiv(batch, finished), 2),
         {"ROWS": finished, "COLUMNS": columns},
     )
-    padded_dim = triton.cdiv(dim, cut) * cut
+    padded_dim = triton.cdiv(dim, widest) * widest
     return _Plan(
         2 * padded_batch, 2 * padded_keys, padded_dim, prepare, prepare_keys, statistics, gradient, finish
     )
