@@ -47,7 +47,7 @@ test-installed: dist
 	cp -r tests bench docs README.md pyproject.toml $(ELSEWHERE)
 	cd $(ELSEWHERE) && CONTRASTIVE_OPS_SOURCE=$(CURDIR) .venv/bin/python -m pytest -m "not slow" \
 		tests/test_installation.py tests/test_readme.py tests/test_backends.py tests/test_functional.py \
-		tests/test_instances.py tests/train_ref/test_cli.py tests/train_ref/test_help.py
+		tests/classifier/test_classifier.py tests/train_ref/test_cli.py tests/train_ref/test_help.py
 
 # Calls of the operators, right and wrong, and the tests of the active set, on C++ whose every access to memory gcc's
 # sanitizers watch: their first report ends it. It has a build of its own.
@@ -57,7 +57,8 @@ asan: $(VENV)/.installed
 	cp -r tests pyproject.toml $(ASAN)
 	cd $(ASAN) && CONTRASTIVE_OPS_FUZZ_CALLS=10000 ATEN_CPU_CAPABILITY=default ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-		$(abspath $(BIN))/python -m pytest -q -p no:faulthandler --capture=sys tests/test_ops_fuzz.py tests/test_rows.py
+		$(abspath $(BIN))/python -m pytest -q -p no:faulthandler --capture=sys tests/test_ops_fuzz.py \
+		tests/classifier/test_store.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench

@@ -106,15 +106,15 @@ def extensions():
         )
         for name, flags in INSTRUCTION_SETS.items()
     ]
-    rows = Extension(  # uses the pybind11 that comes with torch's headers, and nothing else of torch
-        "contrastive_ops._rows",
-        sorted(glob.glob("csrc/rows/*.cpp")),
-        depends=["setup.py", *sorted(glob.glob("csrc/rows/*.h"))],
+    store = Extension(  # uses the pybind11 that comes with torch's headers, and nothing else of torch
+        "contrastive_ops._store",
+        sorted(glob.glob("csrc/store/*.cpp")),
+        depends=["setup.py", *sorted(glob.glob("csrc/store/*.h"))],
         language="c++",
         extra_compile_args=[*COMPILE_ARGS, *SANITIZERS],
         extra_link_args=SANITIZERS,
     )
-    return [*cpu, rows]
+    return [*cpu, store]
 
 
 class BuildPython(build_py):
@@ -207,7 +207,7 @@ def readme():
 
 setup(
     packages=[
-        *find_packages(include=["contrastive_ops", "train_ref", "train_ref.*"]),
+        *find_packages(include=["contrastive_ops", "contrastive_ops.classifier", "train_ref", "train_ref.*"]),
         "contrastive_ops.kernels",
     ],
     package_dir={"contrastive_ops.kernels": "kernels"},

@@ -27,14 +27,16 @@ import torch
 from bench import ceilings
 from bench.files import replace_in_readme, result_file
 from contrastive_ops import DelayedSGD, InstanceClassifier, _ops, conic_loss
-from contrastive_ops._history import History
-from contrastive_ops._storage import Storage
+from contrastive_ops._contract import SGDSettings
+from contrastive_ops.classifier.history import History
+from contrastive_ops.classifier.storage import Storage
 from train_ref.machine import describe
 from train_ref.markdown import table
 
 DIM, ACTIVE, BATCH = 128, 65536, 512
 COUNTS = (100_000, 1_000_000, 10_000_000)
 TIERS = ("device", "host", "disk")
+STEP = SGDSettings(lr=0.06, momentum=0.9, weight_decay=1e-4, nesterov=False)
 
 
 def seconds(run: Callable[[], Any], rounds: int, device: str) -> list[float]:
@@ -72,7 +74,8 @@ class Training:
     def activate(self) -> None:
         """A batch of rows, and the end of the step, so that the next may evict them."""
         self.classifier.activate(self.batch(BATCH))
-        self.classifier._take_step(0.06, 0.9, 1e-4, False)
+        self.classifier.history.append(STEP)
+        self.optimizer.zero_grad()
 
     def step_ahead(self) -> None:
         self.step(ahead=True)
@@ -133,9 +136,9 @@ def fill(store: Storage, count: int) -> None:
     """Keep every row once."""
     for first in range(0, count, 4096):
         instances = np.arange(first, min(first + 4096, count))
-        room, at = store.room(instances)
-        room[at] = torch.randn(len(instances), 2, DIM)
-        store.keep(instances, 0)
+        reserved, at = store.reserve(instances)
+        reserved[at] = torch.randn(len(instances), 2, DIM)
+        store.commit(instances, 0)
     store.state_dict()
 
 
@@ -150,9 +153,9 @@ def calls_of_stores(stores: dict[str, Storage], count: int, rounds: int) -> list
         taken.setdefault((what, name), []).append(time.perf_counter() - start)
 
     def keep(store: Storage, instances: np.ndarray) -> None:
-        room, at = store.room(instances)
-        room[at] = records
-        store.keep(instances, 0)
+        reserved, at = store.reserve(instances)
+        reserved[at] = records
+        store.commit(instances, 0)
 
     for _ in range(rounds):
         for name, store in stores.items():
@@ -198,7 +201,7 @@ def kernels(device: str, rounds: int, copy_gb_s: float) -> list[dict[str, Any]]:
     """The two operators alone; `floor_ms` is what copying their bytes takes."""
     history = History()
     for _ in range(10_000):
-        history.append(0.06, 0.9, 1e-4, False)
+        history.append(STEP)
     weight, momentum, grad = (torch.randn(ACTIVE, DIM, device=device) for _ in range(3))
     count = 16384
     rows = torch.randn(10 * count, 2, DIM, device=device)

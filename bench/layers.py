@@ -39,7 +39,7 @@ LAYERS = (
     Layer("operators: schemas, checks, fake kernels, autograd", ("_ops", "_checks")),
     Layer("which implementation serves", ("_backends",)),
     Layer("implementations: statistics, merge, gradient", ("reference", "_cpu", "kernels", "_cuda")),
-    Layer("what all of them share", ("_contract", "_installation", "_eager", "_state")),
+    Layer("what all of them share", ("_contract", "_store", "_installation", "_eager", "_state")),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.modules}
 

@@ -5,6 +5,7 @@ from ._installation import installed_instead
 __path__ = installed_instead(__path__)
 
 from ._backends import BackendStatus, available_backends, serving_backend, use_backend
+from .classifier import DelayedSGD, InstanceClassifier, MemoryBank
 from .functional import (
     ConICMetrics,
     LossMetrics,
@@ -14,7 +15,6 @@ from .functional import (
     info_nce_loss,
     nt_xent_loss,
 )
-from .instances import DelayedSGD, InstanceClassifier, MemoryBank
 from .modules import CO2Loss, ConICLoss, ConsistencyLoss, InfoNCELoss, NTXentLoss
 from .queue import KeyQueue
 

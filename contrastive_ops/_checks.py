@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -54,6 +55,48 @@ def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> N
     """Refuse a tensor that is elsewhere than a call's first."""
     if tensor.device != first.device:
         raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+
+
+def check_number(name: str, value: Any, *, above: float | None = None, minimum: float = 0) -> float:
+    """The value as Python's own number; NumPy's are numbers too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol. Integers
+    # and NumPy's longer floats may be finite and yet beyond Python's own.
+    finite = value <= sys.float_info.max if isinstance(value, int) else float(value) < math.inf
+    if above is not None:
+        valid, wanted = value > above, f"> {above}"
+    else:
+        valid, wanted = value >= minimum, f">= {minimum}"
+    if not (finite and valid):
+        raise ValueError(f"{name} must be finite and {wanted}, got {value}")
+    return float(value)
+
+
+def check_integer(name: str, value: Any, minimum: int) -> int:
+    """The value as Python's own integer; NumPy's are integers too."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def check_floating(name: str, value: Any) -> None:
+    """Whether it is a tensor of a floating-point dtype."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {got}")
+
+
+def check_floating_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 @dataclass(frozen=True)

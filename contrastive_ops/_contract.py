@@ -21,7 +21,9 @@ maxima, a_j = s_j − m, b_j = y_j − m', and d_j = a_j − b_j.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -61,6 +63,31 @@ class SGDSettings(NamedTuple):
     momentum: float
     weight_decay: float
     nesterov: bool
+
+
+@dataclass
+class PendingStep:
+    """A step of SGD that the backward of `conic_loss` is to take; see `DelayedSGD.in_backward`.
+
+    Attributes:
+        momentum_buffer: (A, D) v, of the weight's dtype; overwritten with the weight.
+        settings: as it is to be taken.
+        taken: whether backward has taken it. It does so once.
+        withdrawn: whether it must not be taken any more.
+        begun: versions of `momentum_buffer` and weight when backward began to take it.
+        recorded: number of the steps before it, once the optimiser knows of it.
+        weight: the only weight that it may be taken on; None for any.
+        lock: held while it is taken.
+    """
+
+    momentum_buffer: Tensor
+    settings: SGDSettings
+    taken: bool = False
+    withdrawn: bool = False
+    begun: tuple[int, int] | None = None
+    recorded: int | None = None
+    weight: Tensor | None = None
+    lock: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
 
 class Losses(NamedTuple):

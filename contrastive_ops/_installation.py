@@ -77,7 +77,7 @@ def installed_instead(here: list[str]) -> list[str]:
     folder = Path(here[0]).resolve()
     tree = folder.parent
     built = extensions(folder)
-    is_whole = "_rows" in built and any(name.endswith(f"_torch_{torch_minor()}") for name in built)
+    is_whole = "_store" in built and any(name.endswith(f"_torch_{torch_minor()}") for name in built)
     if is_whole or not (tree / "csrc").is_dir() or _is_installed_editable(tree):
         return here
     installed = _installed_elsewhere(tree)

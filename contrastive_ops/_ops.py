@@ -37,6 +37,7 @@ from ._contract import (
     ConICSettings,
     NTXentCoefficients,
     NTXentSettings,
+    PendingStep,
     SGDSettings,
 )
 from ._eager import eager
@@ -222,12 +223,17 @@ _steps = eager("the step that backward takes is recorded on the host")
 
 
 class _ConICWithUpdate(torch.autograd.Function):
-    """`conic` whose backward takes a step of SGD on the weight (`update`, a `functional.SGDStep`) and returns
-    no gradient for it. The weight is an argument so that a backward exists where the views need none."""
+    """`conic` whose backward takes a step of SGD on the weight (`update`) and returns no gradient for it. The
+    weight is an argument so that a backward exists where the views need none."""
 
     @staticmethod
     def forward(
-        ctx: Any, views: Tensor, weight: Tensor, target: Tensor, update: Any, *settings_and_backend: Any
+        ctx: Any,
+        views: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        update: PendingStep,
+        *settings_and_backend: Any,
     ) -> tuple[Tensor, ...]:
         ctx.update = update
         return _ConIC.forward(ctx, views, weight, target, *settings_and_backend)
@@ -243,7 +249,7 @@ class _ConICWithUpdate(torch.autograd.Function):
 
 
 def _backward_with_a_step(ctx: Any, grad_loss: Tensor) -> Tensor:
-    update = ctx.update
+    update: PendingStep = ctx.update
     if torch.is_grad_enabled():
         raise RuntimeError("contrastive_ops: double backward is not supported")
     if update.taken:
@@ -261,8 +267,7 @@ def _backward_with_a_step(ctx: Any, grad_loss: Tensor) -> Tensor:
     update.begun = update.momentum_buffer._version, weight._version
     grad_views = conic_backward_sgd_(
         grad_loss, views, weight.detach(), update.momentum_buffer, target, statistics,
-        *ctx.settings, update.lr, update.momentum,
-        update.weight_decay, update.nesterov, ctx.backend,
+        *ctx.settings, *update.settings, ctx.backend,
     )  # fmt: skip
     update.taken = True
     return grad_views

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
@@ -15,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import check_device, check_filled, check_tensor
-from ._contract import CO2Settings, NTXentSettings
+from ._checks import check_device, check_filled, check_flag, check_number, check_tensor
+from ._contract import CO2Settings, NTXentSettings, PendingStep
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -375,40 +373,12 @@ class ConICMetrics(NamedTuple):
     positive_rank: Tensor
 
 
-@dataclass
-class SGDStep:
-    """A step of SGD that the backward of `conic_loss` is to take; see `DelayedSGD.in_backward`.
-
-    Attributes:
-        momentum_buffer: (A, D) v, of the weight's dtype; overwritten with the weight.
-        lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
-        taken: whether backward has taken it. It does so once.
-        withdrawn: whether it must not be taken any more.
-        begun: versions of `momentum_buffer` and weight when backward began to take it.
-        recorded: number of the steps before it, once the optimiser knows of it.
-        weight: the only weight that it may be taken on; None for any.
-        lock: held while it is taken.
-    """
-
-    momentum_buffer: Tensor
-    lr: float
-    momentum: float
-    weight_decay: float
-    nesterov: bool
-    taken: bool = False
-    withdrawn: bool = False
-    begun: tuple[int, int] | None = None
-    recorded: int | None = None
-    weight: Tensor | None = None
-    lock: AbstractContextManager[Any] = field(default_factory=nullcontext)
-
-
 class _ConICOptions(TypedDict, total=False):
     num_instances: int | None
     temperature: float
     consistency_weight: float
     reduction: Reduction
-    update: SGDStep | None
+    update: PendingStep | None
     backend: str | None
 
 
@@ -444,7 +414,7 @@ def conic_loss(
     consistency_weight: float = 2.5,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
-    update: SGDStep | None = None,
+    update: PendingStep | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ConICMetrics]:
     """Consistent instance classification, ConIC: every instance a class of its own.
@@ -519,7 +489,7 @@ def conic_loss(
     _check_weight("consistency_weight", consistency_weight)
     _check_settings({"temperature": temperature}, reduction, return_metrics, backend)
     if update is not None:
-        if not isinstance(update, SGDStep):
+        if not isinstance(update, PendingStep):
             raise TypeError(f"update must come from DelayedSGD.in_backward(), got {type(update).__name__}")
         if update.weight is not None and update.weight is not weight:
             raise ValueError(
@@ -686,49 +656,7 @@ def _warn_if_transposed(queue: Tensor) -> None:
         )
 
 
-def check_number(name: str, value: Any, *, above: float | None = None, minimum: float = 0) -> float:
-    """The value as Python's own number; NumPy's are numbers too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # Written as comparisons, which NaN fails, because torch.compile may trace the value as a symbol. Integers
-    # and NumPy's longer floats may be finite and yet beyond Python's own.
-    finite = value <= sys.float_info.max if isinstance(value, int) else float(value) < math.inf
-    if above is not None:
-        valid, wanted = value > above, f"> {above}"
-    else:
-        valid, wanted = value >= minimum, f">= {minimum}"
-    if not (finite and valid):
-        raise ValueError(f"{name} must be finite and {wanted}, got {value}")
-    return float(value)
-
-
-def check_integer(name: str, value: Any, minimum: int) -> int:
-    """The value as Python's own integer; NumPy's are integers too."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return int(value)
-
-
-def check_floating(name: str, value: Any) -> None:
-    """Whether it is a tensor of a floating-point dtype."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {got}")
-
-
-def check_floating_dtype(dtype: Any) -> None:
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
-
-
 def check_backend(backend: Any) -> None:
     """Whether it can be a name at all; which names there are is known where the call is served."""
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a name or None, got {backend!r}")
-
-
-def check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")

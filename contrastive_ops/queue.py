@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import check_flag, check_floating, check_floating_dtype, check_integer
+from ._checks import check_flag, check_floating, check_floating_dtype, check_integer
 
 
 class KeyQueue(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from contrastive_ops import ConICLoss, conic_loss
-from contrastive_ops.functional import SGDStep
+from contrastive_ops._contract import PendingStep, SGDSettings
 from tests.cases import (
     DTYPES,
     INTERPRETED,
@@ -260,7 +260,7 @@ class TestUpdateInBackward:
         views.grad = None
         weight.requires_grad_()
         version = weight._version
-        step = SGDStep(buffer, **self.SETTINGS, nesterov=nesterov)
+        step = PendingStep(buffer, SGDSettings(**self.SETTINGS, nesterov=nesterov))
         conic_loss(views, weight, target, **case.settings(), update=step, backend=backend).backward()
         assert step.taken
         assert weight.grad is None
@@ -272,7 +272,7 @@ class TestUpdateInBackward:
 
     def test_is_taken_once(self, backend: str) -> None:
         views, weight, target = ConICCase().tensors()
-        step = SGDStep(torch.zeros_like(weight), **self.SETTINGS, nesterov=False)
+        step = PendingStep(torch.zeros_like(weight), SGDSettings(**self.SETTINGS, nesterov=False))
         loss = conic_loss(views, weight.requires_grad_(), target, update=step, backend=backend)
         loss.backward(retain_graph=True)
         after = weight.detach().clone()

@@ -11,7 +11,10 @@ import pytest
 from bench.files import README, newest_result
 from train_ref.markdown import parts
 
-MODULES = ("functional", "modules", "queue", "instances", "_backends", "_history")
+MODULES = (
+    "functional", "modules", "queue", "_backends", "classifier.classifier", "classifier.optimizer",
+    "classifier.memory_bank", "classifier.history",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)

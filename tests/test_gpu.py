@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_ops import available_backends, co2_loss, conic_loss, info_nce_loss, nt_xent_loss, reference
-from contrastive_ops.functional import SGDStep
+from contrastive_ops._contract import PendingStep, SGDSettings
 from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase
 from tests.classifiers import STORAGES, Training, classifier, saved
 from tests.oracles import (
@@ -257,7 +257,7 @@ def test_memory_does_not_grow_with_the_queue(gpu_backend: str) -> None:
 def test_compute_sanitizer_finds_nothing(gpu_backend: str, tool: str) -> None:
     program = (
         "import torch; from contrastive_ops import co2_loss, conic_loss, nt_xent_loss\n"
-        "from contrastive_ops.functional import SGDStep\n"
+        "from contrastive_ops._contract import PendingStep, SGDSettings\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
         "    for batch, keys, dim in ((70, 333, 40), (5, 100, 300)):\n"
         "        q, k = (torch.randn(batch, dim, device='cuda', dtype=dtype) for _ in range(2))\n"
@@ -267,7 +267,7 @@ def test_compute_sanitizer_finds_nothing(gpu_backend: str, tool: str) -> None:
         "        w = torch.randn(keys, dim, device='cuda', requires_grad=True)\n"
         "        own = torch.randint(-9, keys + 9, (batch,), device='cuda')\n"
         f"        conic_loss(x, w, own, backend={gpu_backend!r}).backward()\n"
-        "        step = SGDStep(torch.zeros_like(w), 0.1, 0.9, 1e-4, False)\n"
+        "        step = PendingStep(torch.zeros_like(w), SGDSettings(0.1, 0.9, 1e-4, False))\n"
         f"        conic_loss(x, w, own, update=step, backend={gpu_backend!r}).backward()\n"
         "        for weight in (0.0, 1.0):\n"
         f"            nt_xent_loss(q, k, consistency_weight=weight, backend={gpu_backend!r}).backward()\n"
@@ -309,7 +309,7 @@ class TestConIC:
         expected = torch.log((s / 0.1).exp() + (keys - 1)) - s / 0.1
 
         views.requires_grad_(), weight.requires_grad_()
-        step = SGDStep(buffer, lr=1.0, momentum=0.0, weight_decay=0.0, nesterov=False)
+        step = PendingStep(buffer, SGDSettings(lr=1.0, momentum=0.0, weight_decay=0.0, nesterov=False))
         loss, metrics = conic_loss(
             views, weight, target, consistency_weight=0, reduction="none", return_metrics=True,
             update=step, backend=gpu_backend,
@@ -339,7 +339,7 @@ class TestConIC:
         views, weight, target = on_gpu(ConICCase())
         views.requires_grad_(), weight.requires_grad_()
         conic_loss(views, weight, target, backend=gpu_backend).backward()
-        step = SGDStep(torch.zeros_like(weight), 0.1, 0.9, 1e-4, nesterov=False)
+        step = PendingStep(torch.zeros_like(weight), SGDSettings(0.1, 0.9, 1e-4, nesterov=False))
         with nothing_may_wait():
             loss, _ = conic_loss(views, weight, target, return_metrics=True, backend=gpu_backend)
             loss.backward()
@@ -440,7 +440,7 @@ class TestConIC:
             views = torch.randn(2, 256, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             weight = torch.randn(rows, 128, device="cuda", requires_grad=True)
             buffer, target = torch.zeros_like(weight), torch.randint(rows, (256,), device="cuda")
-            step = [SGDStep(buffer, 0.1, 0.9, 1e-4, nesterov=False) for _ in range(2)]
+            step = [PendingStep(buffer, SGDSettings(0.1, 0.9, 1e-4, nesterov=False)) for _ in range(2)]
             conic_loss(views, weight, target, update=step[0], backend=gpu_backend).backward()
             views.grad = None
             torch.cuda.reset_peak_memory_stats()

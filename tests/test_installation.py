@@ -134,7 +134,7 @@ def test_a_package_without_cpp_is_pure_and_complete(tree: Path, tmp_path: Path) 
         for file in (tree / package).rglob("*.py")
     }
     assert recipes
-    assert recipes | modules | {"contrastive_ops/py.typed", "contrastive_ops/_rows.pyi"} <= names
+    assert recipes | modules | {"contrastive_ops/py.typed", "contrastive_ops/_store.pyi"} <= names
     assert {name.partition("/")[0] for name in names if "dist-info" not in name} == {
         "contrastive_ops",
         "train_ref",
@@ -243,9 +243,9 @@ def test_an_extension_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch
 
 def test_what_lies_beside_extensions_is_none(tmp_path: Path) -> None:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    for name in (f"_rows{suffix}", "_cpu_default_torch_2_9.cpython-30-x86_64-linux-gnu.so", "_disk.py"):
+    for name in (f"_store{suffix}", "_cpu_default_torch_2_9.cpython-30-x86_64-linux-gnu.so", "queue.py"):
         (tmp_path / name).touch()
-    assert extensions(tmp_path) == {"_rows"}
+    assert extensions(tmp_path) == {"_store"}
 
 
 # A source tree without extensions
@@ -269,7 +269,9 @@ print(json.dumps({
 
 
 @in_the_source
-@pytest.mark.parametrize("has", [(), ("_rows",), ("_cpu_default_torch_1_0", "_cpu_avx2_torch_1_0", "_rows")])
+@pytest.mark.parametrize(
+    "has", [(), ("_store",), ("_cpu_default_torch_1_0", "_cpu_avx2_torch_1_0", "_store")]
+)
 def test_a_source_tree_hands_over_to_the_installed_package(tree: Path, has: tuple[str, ...]) -> None:
     """Also one that has some extensions, but not all that this Python and torch need."""
     files = [tree / "contrastive_ops" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in has]

@@ -375,10 +375,13 @@ def test_where_there_is_nothing_nothing_is_done(backend: str, active: int, dim: 
 
 
 def test_a_step_in_a_backward_that_records_itself_is_refused_before_it_is_taken() -> None:
-    from contrastive_ops.functional import SGDStep
+    from contrastive_ops._contract import PendingStep, SGDSettings
 
     views, weight = torch.randn(2, 4, 3, requires_grad=True), torch.randn(6, 3, requires_grad=True)
-    update, before = SGDStep(torch.zeros(6, 3), 0.1, 0.9, 0.0, False), weight.detach().clone()
+    update, before = (
+        PendingStep(torch.zeros(6, 3), SGDSettings(0.1, 0.9, 0.0, False)),
+        weight.detach().clone(),
+    )
     loss = conic_loss(views, weight, torch.arange(4), update=update)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         loss.backward(create_graph=True)

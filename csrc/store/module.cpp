@@ -1,4 +1,4 @@
-// contrastive_ops._rows: the rows of instance classification outside PyTorch; NumPy arrays in and out.
+// contrastive_ops._store: the rows of instance classification outside PyTorch; NumPy arrays in and out.
 //
 // ActiveSet keeps the interpreter's lock, which is what makes its calls atomic; they take microseconds. The
 // others release it.
@@ -94,7 +94,7 @@ void load(ActiveSet& set, const py::dict& state) {
 
 }  // namespace
 
-PYBIND11_MODULE(_rows, module) {
+PYBIND11_MODULE(_store, module) {
   module.def(
       "philox",
       [](const std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>& c,

@@ -327,8 +327,8 @@ def test_is_in_no_state_and_in_no_copy() -> None:
     both.optimizer.load_state_dict(both.optimizer.state_dict())
     twin, optimizer = copy.deepcopy((both.classifier, both.optimizer))
     assert twin.carried is None
-    assert optimizer.param_groups[0]["params"] is twin._trained
-    assert twin._trained == [twin.weight]
+    assert optimizer.param_groups[0]["params"] is twin._gradients.trained
+    assert twin._gradients.trained == [twin.weight]
     both.step()
     both.assert_equal()
 

@@ -1,11 +1,11 @@
-"""Where the rows of a classifier live while they are not active: in memory, or on disk (`_disk.py`).
+"""Where the rows of a classifier live while they are not active: in memory, or on disk (`disk.py`).
 
 A record is (2, D): a weight and its momentum. Every tier keeps with it how many steps of the optimiser it has
-taken. A row that was never kept is a random unit vector, a function of seed and instance, without momentum:
-it takes no space until then.
+taken. A row that was never committed is a random unit vector, a function of seed and instance, without
+momentum: it takes no space until then.
 
-Activation exchanges rows by one kernel that reads records at `fetch`'s rows and writes them at `room`'s; then
-`keep` says that they stay.
+Activation exchanges rows by one kernel that reads the records that `fetch` returns and writes those that
+`reserve` returns; then `commit` makes these the rows' state.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ._rows import initial_rows
-from ._state import tensor
-
-Indices = NDArray[np.int64]
+from .._state import tensor
+from .._store import initial_rows
+from .indices import Indices
+from .records import Records
 
 _ROWS_AT_A_TIME = 1 << 16  # that are copied from a device
 
@@ -31,42 +30,44 @@ _ROWS_AT_A_TIME = 1 << 16  # that are copied from a device
 class Storage(Protocol):
     """What a tier does. Arrays are the host's."""
 
-    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
-        """Records (·, 2, D), which of them are the instances' (n,), and the steps that these have taken."""
+    def fetch(self, instances: Indices) -> tuple[Records, Indices]:
+        """The instances' records, to be read, and the steps (n,) that these have taken."""
 
     def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
         """A copy (n, 2, D) of the instances' records, and their steps; nothing is changed."""
 
-    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
-        """Records (·, 2, D) to be written, and which of them are the instances'."""
+    def reserve(self, instances: Indices) -> Records:
+        """Records for the instances, to be written."""
 
-    def keep(self, instances: Indices, step: int) -> None:
-        """What was written in their room is their record as of `step`."""
+    def commit(self, instances: Indices, step: int) -> None:
+        """Commit the records written to `reserve()` as the rows' state after `step` steps."""
 
     def prefetch(self, instances: Indices) -> None:
-        """These, distinct, will be fetched next."""
+        """Start to bring near the records that `fetch` will be asked for next; instances are distinct."""
 
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
-        """The classifier moves to a device; `function` brings a tensor there."""
+        """Follow the classifier to a device; `function` brings a tensor there."""
 
     def check(self, state: Mapping[str, Any], steps: int) -> None:
-        """Raises ValueError where `load_state_dict` would, and for rows that have taken more than `steps`."""
+        """Raise ValueError where `load_state_dict` would, and for rows that have taken more than `steps`."""
 
     def state_dict(self) -> dict[str, Any]:
         """The rows as they are now, whatever happens to them afterwards."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make the rows those of a `state_dict` that `check` has let pass."""
 
     def confirm(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` returned is in a file that is safely saved."""
+        """Keep what `state_dict` returned: it is in a file that is safely saved."""
 
     def verify(self) -> list[str]:
-        """What is damaged."""
+        """Say what is damaged; [] where nothing is."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of what others may want."""
 
 
-class MemoryRows:
+class MemoryStore:
     """Rows in one tensor: on the classifier's device, or in the host's memory, which a GPU reads through the
     bus. There `prefetch` copies the rows of the next batch to the device, on a stream of its own.
 
@@ -78,7 +79,7 @@ class MemoryRows:
 
     def __init__(self, num_instances: int, dim: int, dtype: torch.dtype, seed: int, on_host: bool) -> None:
         self._seed, self._on_host = seed, on_host
-        self._taken = np.zeros(num_instances, np.uint32)  # 1 + steps; 0 for a row that was never kept
+        self._taken = np.zeros(num_instances, np.uint32)  # 1 + steps; 0 for a row that was never committed
         self._records = _untouched_zeros((num_instances, 2, dim), dtype)
         self._written: torch.cuda.Event | None = None  # when the device has last written to the host's memory
         self._staged: tuple[Indices, Tensor, torch.cuda.Event] | None = None
@@ -108,7 +109,7 @@ class MemoryRows:
                 raise RuntimeError(f"the rows' {self._records.nbytes} bytes cannot be pinned: {status}")
         self._device = device
 
-    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
+    def fetch(self, instances: Indices) -> tuple[Records, Indices]:
         new = instances[self._taken[instances] == 0]
         if len(new):
             at = torch.from_numpy(new).to(self._records.device)
@@ -117,12 +118,12 @@ class MemoryRows:
         steps = self._taken[instances].astype(np.int64) - 1
         if self._staged is not None:
             (staged, records, arrived), self._staged = self._staged, None
-            found = _find(staged, instances)
+            found = find(staged, instances)
             if found is not None:
                 torch.cuda.current_stream(self._device).wait_event(arrived)
                 records.record_stream(torch.cuda.current_stream(self._device))
-                return records, found, steps
-        return self._records, instances, steps
+                return Records(records, found), steps
+        return Records(self._records, instances), steps
 
     def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
         self._wait()
@@ -133,10 +134,10 @@ class MemoryRows:
             records[new, 0], records[new, 1] = self._initial(instances[taken == 0]), 0
         return records, np.maximum(taken - 1, 0)
 
-    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
-        return self._records, instances
+    def reserve(self, instances: Indices) -> Records:
+        return Records(self._records, instances)
 
-    def keep(self, instances: Indices, step: int) -> None:
+    def commit(self, instances: Indices, step: int) -> None:
         self._taken[instances] = step + 1
         if self._on_host and self._device.type == "cuda":
             self._written = torch.cuda.current_stream(self._device).record_event()
@@ -154,7 +155,7 @@ class MemoryRows:
                 self._staged = instances[order], on_device, self._side.record_event()
 
     def _initial(self, instances: Indices) -> Tensor:
-        """The weights (n, D) of rows that were never kept, on the records' device."""
+        """The weights (n, D) of rows that were never committed, on the records' device."""
         weight = torch.empty(len(instances), self._records.shape[2], dtype=self._records.dtype, device="cpu")
         initial_rows(self._seed, instances, weight.numpy())
         return weight.to(self._records.device)
@@ -182,7 +183,7 @@ class MemoryRows:
             raise ValueError("the checkpoint's storage: instances must ascend")
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the rows that were ever kept, in the host's memory."""
+        """A copy of the rows that were ever committed, in the host's memory."""
         self._wait()
         kept = torch.from_numpy(np.flatnonzero(self._taken))
         records = torch.empty(len(kept), *self._records.shape[1:], dtype=self._records.dtype, device="cpu")
@@ -209,7 +210,7 @@ class MemoryRows:
         pass
 
 
-def _find(announced: Indices, instances: Indices) -> Indices | None:
+def find(announced: Indices, instances: Indices) -> Indices | None:
     """Where the instances are among those announced, which are sorted; None if not all of them are there."""
     at = np.minimum(np.searchsorted(announced, instances), len(announced) - 1)
     return at if np.array_equal(announced[at], instances) else None

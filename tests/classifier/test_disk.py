@@ -20,12 +20,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import power
+from tests.classifier import power
 
 if os.environ.get("CONTRASTIVE_OPS_TEST_WITHOUT_EXTENSION") == "1":
-    pytest.importorskip("contrastive_ops._rows")
+    pytest.importorskip("contrastive_ops._store")
 pytest.importorskip("rocksdict")
-disk, folder = (importlib.import_module(f"contrastive_ops.{name}") for name in ("_disk", "_folder"))
+database, disk, folder = (
+    importlib.import_module(f"contrastive_ops.classifier.{name}") for name in ("database", "disk", "folder")
+)
 
 COUNT, DIM, SEED = 40, 3, 5
 State = tuple[np.ndarray, np.ndarray]  # records and steps of all rows
@@ -34,11 +36,11 @@ State = tuple[np.ndarray, np.ndarray]  # records and steps of all rows
 @pytest.fixture(autouse=True)
 def _small_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few rows make several tables, which are written while the next one fills."""
-    monkeypatch.setattr(disk, "TABLE_BYTES", 10 * (8 + 2 * DIM * 4))
+    monkeypatch.setattr(database, "TABLE_BYTES", 10 * (8 + 2 * DIM * 4))
 
 
 def open_rows(path: Path, count: int = COUNT, dim: int = DIM, **arguments: Any) -> Any:
-    return disk.DiskRows(path, count, dim, torch.float32, SEED, **arguments)
+    return disk.DiskStore(path, count, dim, torch.float32, SEED, **arguments)
 
 
 def initial(count: int = COUNT, dim: int = DIM) -> State:
@@ -61,11 +63,11 @@ def after(state: State, step: int, *shape: int) -> State:
     return records, steps
 
 
-def keep(rows: Any, step: int, *shape: int) -> None:
+def commit(rows: Any, step: int, *shape: int) -> None:
     instances, records = batch(step, *shape)
-    room, at = rows.room(instances)
-    room[at] = torch.from_numpy(records)
-    rows.keep(instances, step)
+    reserved, at = rows.reserve(instances)
+    reserved[at] = torch.from_numpy(records)
+    rows.commit(instances, step)
 
 
 def assert_holds(rows: Any, state: State, read: str = "peek") -> None:
@@ -73,7 +75,7 @@ def assert_holds(rows: Any, state: State, read: str = "peek") -> None:
     if read == "peek":
         records, steps = rows.peek(every)
     else:
-        records, at, steps = rows.fetch(every)
+        (records, at), steps = rows.fetch(every)
         records = records[at]
     np.testing.assert_array_equal(steps, state[1])
     np.testing.assert_array_equal(records.numpy(), state[0])
@@ -91,7 +93,9 @@ def numbers(rows: Any) -> list[int]:
 # Against arrays
 
 ACTIONS = st.lists(
-    st.sampled_from(["keep", "keep", "keep", "state", "confirm", "load", "reopen", "prefetch", "fetch"]),
+    st.sampled_from(
+        ["commit", "commit", "commit", "state", "confirm", "load", "reopen", "prefetch", "fetch"]
+    ),
     max_size=25,
 )
 
@@ -108,8 +112,8 @@ def test_rows_equal_arrays_and_their_snapshots(
     known: dict[str, int | None] = {"confirmed": None, "loaded": None}
     for step, action in enumerate(actions, 1):
         expected = {*sorted(taken)[-kept:], *(number for number in known.values() if number in taken)}
-        if action == "keep":
-            keep(rows, step)
+        if action == "commit":
+            commit(rows, step)
             now = after(now, step)
         elif action == "state":
             state = rows.state_dict()
@@ -153,9 +157,9 @@ def test_rows_equal_arrays_and_their_snapshots(
 
 def test_a_failed_load_leaves_the_rows_as_they_are(tmp_path: Path) -> None:
     with_rows = open_rows(tmp_path)
-    keep(with_rows, 1)
+    commit(with_rows, 1)
     state = with_rows.state_dict()
-    keep(with_rows, 2)
+    commit(with_rows, 2)
     (table,) = (tmp_path / "generations" / "1").glob("*.sst")
     table.rename(tmp_path / "table")
     for call in (lambda: with_rows.check(state, 9), lambda: with_rows.load_state_dict(state)):
@@ -188,7 +192,7 @@ def test_a_wrong_state_is_refused_and_changes_nothing(
     tmp_path: Path, change: dict[str, Any] | None, message: str, call: str
 ) -> None:
     rows = open_rows(tmp_path)
-    keep(rows, 1)
+    commit(rows, 1)
     state = rows.state_dict()
     with pytest.raises(ValueError, match=message):
         getattr(rows, call)({} if change is None else state | change, *([9] if call == "check" else []))
@@ -199,13 +203,13 @@ def test_a_wrong_state_is_refused_and_changes_nothing(
 def test_rows_that_have_taken_more_steps_than_there_were_are_refused(tmp_path: Path) -> None:
     rows = open_rows(tmp_path)
     for step in (5, 3):
-        keep(rows, step)
+        commit(rows, step)
     state = rows.state_dict()
     rows.check(state, 5)
     with pytest.raises(ValueError, match="rows as of step 5, and the checkpoint's history has 4 steps"):
         rows.check(state, 4)
     rows.load_state_dict(state)
-    keep(rows, 4)
+    commit(rows, 4)
     with pytest.raises(ValueError, match="step 5"):
         rows.check(rows.state_dict(), 4)
     rows.close()
@@ -214,7 +218,7 @@ def test_rows_that_have_taken_more_steps_than_there_were_are_refused(tmp_path: P
 def test_what_was_announced_too_early_is_read_again(tmp_path: Path) -> None:
     rows = open_rows(tmp_path)
     rows.prefetch(np.arange(COUNT))
-    keep(rows, 1)
+    commit(rows, 1)
     assert_holds(rows, after(initial(), 1), "fetch")
     rows.close()
 
@@ -223,7 +227,7 @@ def test_a_folder_that_was_removed_and_made_again_does_not_take_old_checkpoints(
     states = []
     for _ in range(2):
         rows = open_rows(tmp_path / "rows")
-        keep(rows, 1)
+        commit(rows, 1)
         states.append(rows.state_dict())
         rows.close()
         shutil.rmtree(tmp_path / "rows") if len(states) == 1 else None
@@ -245,7 +249,7 @@ def test_a_training_that_was_never_known_to_be_saved_starts_over(tmp_path: Path)
         if attempt:
             with pytest.warns(UserWarning, match="none of which was confirmed or loaded"):
                 assert_holds(rows, initial())
-        keep(rows, attempt + 1)
+        commit(rows, attempt + 1)
         assert rows.state_dict()["generation"] == attempt + 1
         assert numbers(rows) == [*range(max(1, attempt - 1), attempt + 2)]
         rows.close()
@@ -254,12 +258,12 @@ def test_a_training_that_was_never_known_to_be_saved_starts_over(tmp_path: Path)
 @pytest.mark.parametrize("how", ["confirmed", "loaded"])
 def test_a_training_that_was_saved_wants_its_checkpoint(tmp_path: Path, how: str) -> None:
     rows = open_rows(tmp_path)
-    keep(rows, 1)
+    commit(rows, 1)
     state = rows.state_dict()
     rows.confirm(state) if how == "confirmed" else rows.load_state_dict(state)
     rows.close()
     rows = open_rows(tmp_path)
-    for call in (rows.peek, rows.fetch, rows.room):
+    for call in (rows.peek, rows.fetch, rows.reserve):
         with pytest.raises(RuntimeError, match=r"load its checkpoint first.*another path.*remove the folder"):
             call(np.arange(2))
     rows.load_state_dict(state)
@@ -271,14 +275,14 @@ def test_a_checkpoint_that_was_loaded_can_be_loaded_however_often_the_next_is_no
     tmp_path: Path,
 ) -> None:
     rows = open_rows(tmp_path)
-    keep(rows, 1)
+    commit(rows, 1)
     state = rows.state_dict()
     rows.close()
     for step in range(2, 8):
         rows = open_rows(tmp_path)
         rows.load_state_dict(state)
         assert_holds(rows, after(initial(), 1))
-        keep(rows, step)
+        commit(rows, step)
         rows.state_dict()  # and then it dies
         rows.close()
 
@@ -287,7 +291,7 @@ def test_the_confirmed_checkpoint_stays_until_another_is_confirmed(tmp_path: Pat
     rows = open_rows(tmp_path, generations=1)
     states = []
     for step in range(1, 6):
-        keep(rows, step)
+        commit(rows, step)
         states.append(rows.state_dict())
         if step == 2:
             rows.confirm(states[-1])
@@ -309,7 +313,7 @@ def flipped(path: Path, at: int, bit: int = 0) -> None:
 def two_generations(path: Path) -> list[tuple[Any, State]]:
     rows, now, taken = open_rows(path), initial(), []
     for step in (1, 2, 3, 4):
-        keep(rows, step)
+        commit(rows, step)
         now = after(now, step)
         if step % 2 == 0:
             taken.append((rows.state_dict(), now))
@@ -353,7 +357,7 @@ def test_a_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:
 
 def test_a_row_that_is_damaged_is_named_and_never_used(tmp_path: Path) -> None:
     rows = open_rows(tmp_path)
-    keep(rows, 1)
+    commit(rows, 1)
     state = rows.state_dict()
     rows.close()
     (table,) = (tmp_path / "generations" / "1").glob("*.sst")
@@ -469,7 +473,7 @@ def test_other_rows_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     asked = {"num_instances": COUNT, "dim": DIM, "dtype": "float32", "seed": SEED} | {name: value}
     open_rows(tmp_path).close()
     with pytest.raises(ValueError, match=rf"{tmp_path} holds .*{name}=.* but {name}={value!r} was asked"):
-        disk.DiskRows(
+        disk.DiskStore(
             tmp_path, asked["num_instances"], asked["dim"], getattr(torch, asked["dtype"]), asked["seed"]
         )
 
@@ -486,7 +490,7 @@ def test_other_formats_are_refused(tmp_path: Path, name: str, value: Any) -> Non
 
 
 def test_the_former_format_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "meta.json").write_text(json.dumps({"format": "contrastive_ops.DiskRows", "version": 1}))
+    (tmp_path / "meta.json").write_text(json.dumps({"format": "contrastive_ops.DiskStore", "version": 1}))
     (tmp_path / "rows.00000").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"format of an earlier version \(meta.json\)"):
         open_rows(tmp_path)
@@ -511,7 +515,7 @@ def test_one_opener_at_a_time(tmp_path: Path) -> None:
         assert caught.value.filename == str(tmp_path)
     rows.close()
     rows.close()
-    for call in (rows.peek, rows.fetch, rows.room, rows.prefetch):
+    for call in (rows.peek, rows.fetch, rows.reserve, rows.prefetch):
         with pytest.raises(ValueError, match="was closed"):
             call(np.arange(2))
     for call in (rows.state_dict, rows.verify):
@@ -543,9 +547,9 @@ def test_a_billion_rows_take_the_space_of_those_written(
     np.testing.assert_allclose(records[:, 0].norm(dim=1), 1, rtol=1e-6)
     assert not records[:, 1].any()
     assert not steps.any()
-    room, at = rows.room(instances)
-    room[at] = records + 1
-    rows.keep(instances, 2**40)
+    reserved, at = rows.reserve(instances)
+    reserved[at] = records + 1
+    rows.commit(instances, 2**40)
     rows.state_dict()
     found, steps = rows.peek(instances)
     np.testing.assert_array_equal(found, records + 1)
@@ -559,13 +563,13 @@ def test_a_billion_rows_take_the_space_of_those_written(
 
 
 def write_slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    write = disk._Database.write
+    write = database.Database.write
 
     def slowly(database: Any, *arguments: Any) -> None:
         time.sleep(seconds)
         write(database, *arguments)
 
-    monkeypatch.setattr(disk._Database, "write", slowly)
+    monkeypatch.setattr(database.Database, "write", slowly)
 
 
 def test_rows_are_served_from_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,10 +579,10 @@ def test_rows_are_served_from_wherever_they_are(tmp_path: Path, monkeypatch: pyt
     for step in range(1, 150):
         wanted = np.setdiff1d(random.choice(COUNT, 12, replace=False), batch(step)[0])
         rows.prefetch(wanted)
-        keep(rows, step)
+        commit(rows, step)
         now = after(now, step)
         order = random.permutation(wanted)
-        records, at, steps = rows.fetch(order[: len(order) - step % 3])
+        (records, at), steps = rows.fetch(order[: len(order) - step % 3])
         np.testing.assert_array_equal(records[at].numpy(), now[0][order[: len(order) - step % 3]])
         np.testing.assert_array_equal(steps, now[1][order[: len(order) - step % 3]])
         if step % 40 == 0:
@@ -587,12 +591,12 @@ def test_rows_are_served_from_wherever_they_are(tmp_path: Path, monkeypatch: pyt
     rows.close()
 
 
-def test_neither_keep_nor_fetch_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_commit_nor_fetch_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_slowly(monkeypatch, 1)
     rows, now = open_rows(tmp_path), initial()
     started = time.perf_counter()
     for step in range(1, 5):  # two tables: one is written, one fills
-        keep(rows, step)
+        commit(rows, step)
         now = after(now, step)
         assert_holds(rows, now)
     assert time.perf_counter() - started < 0.8
@@ -607,8 +611,8 @@ DRIVER = """
 import ctypes, os, random, sys
 from pathlib import Path
 import numpy as np
-from tests.test_disk import *
-disk.TABLE_BYTES = 60 * (8 + 2 * SHAPE[1] * 4)
+from tests.classifier.test_disk import *
+database.TABLE_BYTES = 60 * (8 + 2 * SHAPE[1] * 4)
 path = Path(sys.argv[1])
 def mark(text):
     try: os.open("/mark/" + text, os.O_RDONLY)
@@ -627,7 +631,7 @@ rows, history, taken, step = open_rows(path, *SHAPE[:2]), [], {}, 0
 for round in range(12):
     for _ in range(random.randrange(1, 9)):
         step += 1
-        keep(rows, step, *SHAPE)
+        commit(rows, step, *SHAPE)
         history.append(step)
     mark("taking " + " ".join(map(str, history)))
     state = rows.state_dict()
@@ -717,10 +721,10 @@ def cut(log: Path, root: Path, random: np.random.Generator, count: int, tally: d
             step = 10**6 + at
             if not rows._barred:
                 before = rows.peek(np.arange(SHAPE[0]))
-                keep(rows, step, *SHAPE)
+                commit(rows, step, *SHAPE)
                 expected = after((before[0].numpy(), before[1]), step, *SHAPE)
                 state = rows.state_dict()
-                keep(rows, step + 1, *SHAPE)
+                commit(rows, step + 1, *SHAPE)
                 rows.load_state_dict(state)
                 assert holds(rows, expected)
             rows.close()
@@ -774,16 +778,16 @@ for after_calls in range(int(sys.argv[2]), 400, int(sys.argv[3])):
     place = path / str(after_calls)
     fault(0, -1, 0)
     rows, history, step = open_rows(place, *SHAPE[:2]), [], 0
-    keep(rows, 1, *SHAPE); history.append(1)
+    commit(rows, 1, *SHAPE); history.append(1)
     state, was = rows.state_dict(), [1]
     fault(number, after_calls, (1, 3, 10**9)[after_calls % 3])
     failed = 0
     for step in range(2, 40):
         for attempt in range(100):
             try:
-                if attempt == 0 or pending == "keep":
-                    pending = "keep"
-                    keep(rows, step, *SHAPE)
+                if attempt == 0 or pending == "commit":
+                    pending = "commit"
+                    commit(rows, step, *SHAPE)
                     history.append(step)
                 pending = "state"
                 if step % 5 == 0:
@@ -834,7 +838,7 @@ import errno, resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 rows, history = open_rows(path, *SHAPE[:2]), []
 for step in range(1, 6):
-    keep(rows, step, *SHAPE); history.append(step)
+    commit(rows, step, *SHAPE); history.append(step)
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
 for _ in range(3):
@@ -846,7 +850,7 @@ for _ in range(3):
     assert holds(rows, state_of(history))
 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 state = rows.state_dict()
-keep(rows, 6, *SHAPE)
+commit(rows, 6, *SHAPE)
 rows.load_state_dict(state)
 assert holds(rows, state_of(history))
 rows.close()
@@ -863,17 +867,17 @@ FORK = (
     DRIVER
     + """
 rows = open_rows(path, *SHAPE[:2])
-for step in range(1, 9): keep(rows, step, *SHAPE)
+for step in range(1, 9): commit(rows, step, *SHAPE)
 state = rows.state_dict()
 rows.prefetch(np.arange(20))
 child = os.fork()
 if child == 0:
-    for call in (rows.peek, rows.fetch, rows.room, rows.prefetch):
+    for call in (rows.peek, rows.fetch, rows.reserve, rows.prefetch):
         try: call(np.arange(2))
         except RuntimeError as error: assert "is a fork" in str(error) and str(path) in str(error)
         else: os._exit(3)
     for call in (rows.state_dict, rows.verify, lambda: rows.confirm(state), lambda: rows.check(state, 9),
-                 lambda: rows.load_state_dict(state), lambda: rows.keep(np.arange(2), 1)):
+                 lambda: rows.load_state_dict(state), lambda: rows.commit(np.arange(2), 1)):
         try: call()
         except RuntimeError as error: assert "is a fork" in str(error)
         else: os._exit(4)
@@ -886,7 +890,7 @@ if child == 0:
     sys.exit(7)
 code = os.waitpid(child, 0)[1]
 assert code == 7 << 8, code
-keep(rows, 9, *SHAPE)
+commit(rows, 9, *SHAPE)
 assert holds(rows, state_of(range(1, 10)))
 rows.load_state_dict(state)
 assert holds(rows, state_of(range(1, 9)))
@@ -912,7 +916,7 @@ def test_a_forked_process_refuses_and_is_dropped_quietly(tmp_path: Path) -> None
 
 def train(path: Path) -> None:
     """Go on from the newest checkpoint that was saved; there is one every five steps."""
-    disk.TABLE_BYTES = 400 * (8 + 2 * 16 * 4)
+    database.TABLE_BYTES = 400 * (8 + 2 * 16 * 4)
     rows, file = open_rows(path / "rows", *KILLED[:2]), path / "checkpoint.json"
     done = 0
     if file.exists():
@@ -920,7 +924,7 @@ def train(path: Path) -> None:
         rows.load_state_dict(saved["state"])
         done = saved["step"]
     for step in range(done + 1, 10**6):
-        keep(rows, step, *KILLED)
+        commit(rows, step, *KILLED)
         if step % 5 == 0:
             (path / "new").write_text(json.dumps({"state": rows.state_dict(), "step": step}))
             os.replace(path / "new", file)
@@ -934,7 +938,7 @@ KILLED = (3000, 16, 300)
 @pytest.mark.slow
 def test_kill_9_while_training(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_disk"])
+    context.set_forkserver_preload(["tests.classifier.test_disk"])
     states, random = [initial(*KILLED[:2])], np.random.default_rng(0)
     for _ in range(12):
         process = context.Process(target=train, args=(tmp_path,))

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import contrastive_ops
-from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss, instances
+from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss
+from contrastive_ops.classifier import classifier, guard
 
 PACKAGE = str(Path(contrastive_ops.__file__).parent)
 COUNT, DIM, ACTIVE, BATCH = 40, 5, 12, 4
@@ -188,7 +189,7 @@ def test_where_a_gpu_leaves_it_open_a_checkpoint_is_asked_for(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU was told is not known when the call is interrupted that tells it; at other places it is."""
-    monkeypatch.setattr(instances, "_runs_ahead", lambda tensor: True)
+    monkeypatch.setattr(guard, "_runs_ahead", lambda tensor: True)
     expected = Training()
     expected.run(0, 8)
     asked = 0
@@ -201,7 +202,7 @@ def test_where_a_gpu_leaves_it_open_a_checkpoint_is_asked_for(
                 continue
             with interrupted_at(line) as where, suppress(Interrupt):
                 call()
-            if training.classifier._torn:
+            if training.classifier._guard.torn:
                 asked += 1
                 with pytest.raises(RuntimeError, match="an interrupt came while rows were being written"):
                     call()
@@ -229,7 +230,7 @@ def test_a_load_that_was_interrupted_has_to_be_made_again(storage: str, tmp_path
     for line in places(storage):
         with interrupted_at(line) as where, suppress(Interrupt):
             source.classifier.load_state_dict(states[0])
-        if source.classifier._torn:
+        if source.classifier._guard.torn:
             with pytest.raises(RuntimeError, match="interrupted: load a checkpoint to go on"):
                 source.classifier.read(torch.arange(3))
             refused += 1
@@ -304,7 +305,7 @@ def test_threads_wait_for_one_another() -> None:
         of.prefetch(torch.randint(400, (20,), generator=generator))
 
     def step(generator: torch.Generator) -> None:
-        with of._lock:  # the active set stays as it is in between
+        with of._guard.lock:  # the active set stays as it is in between
             of.weight.grad = torch.zeros_like(of.weight)
             optimizer.step()
             optimizer.zero_grad()
@@ -334,18 +335,19 @@ def test_an_exchange_is_undone_in_the_space_of_a_batch(storage: str, monkeypatch
     training.run(0, 5)
     of = training.classifier
     rows, written = training.rows(), []
-    exchange = of._exchange
+    exchange = classifier.exchange_rows
 
     def spy(*arguments: Any) -> None:
-        written.append(arguments[6])
+        *_, outgoing = arguments
+        written.append(outgoing.values)
         exchange(*arguments)
 
     def full(*_: Any) -> None:
         raise OSError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(of, "_exchange", spy)
-        patch.setattr(of._storage, "keep", full)
+        patch.setattr(classifier, "exchange_rows", spy)
+        patch.setattr(of._storage, "commit", full)
         with pytest.raises(OSError, match="no room"):
             of.activate(torch.tensor([i for i in range(COUNT) if i not in of.active_instances][:BATCH]))
     assert len(written) == 2

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from contrastive_ops import ConICLoss, DelayedSGD, InstanceClassifier, MemoryBank, conic_loss
-from contrastive_ops._disk import _Working
+from contrastive_ops._contract import SGDSettings
+from contrastive_ops.classifier.disk import _Working
 from tests.classifiers import STORAGES, Training, classifier, saved
 
 EVERY = torch.arange(50)
@@ -157,7 +158,7 @@ class TestDelayedEqualsDense:
         w, v = weight.double(), momentum.double()
         for t in range(gap):
             lr = 0.06 * 0.5 * (1 + math.cos(math.pi * t / gap))
-            of._take_step(lr, 0.9, 1e-4, False)
+            of.history.append(SGDSettings(lr, 0.9, 1e-4, False))
             v.mul_(0.9).add_(w, alpha=1e-4)
             w.sub_(v, alpha=lr)
         weight, momentum = of.read(torch.tensor(inactive[:4]))
@@ -230,15 +231,15 @@ class TestDelayedEqualsDense:
 class TestActiveSet:
     def test_targets_are_the_instances_rows(self, storage: str, tmp_path: Path) -> None:
         of = classifier(storage, tmp_path)
+        optimizer = DelayedSGD(of, lr=0.1, momentum=0.9, weight_decay=0.01)
         for batch in (torch.tensor([49, 0, 49, 7]), torch.arange(20), torch.tensor([5])):
             expected, _ = of.read(batch)
             target = of.activate(batch)
             assert torch.equal(of.active_instances[target], batch)
             assert torch.equal(of.weight[target], expected)
-            of._take_step(0.1, 0.9, 0.01, False)
-            with torch.no_grad():  # the dense step that goes with it
-                of.momentum.mul_(0.9).add_(of.weight, alpha=0.01)
-                of.weight.sub_(of.momentum, alpha=0.1)
+            of.weight.grad = torch.zeros_like(of.weight)
+            optimizer.step()
+            optimizer.zero_grad()
         assert len(set(of.active_instances.tolist())) == 20
 
     def test_gradients_may_be_accumulated(self) -> None:
@@ -673,7 +674,7 @@ class TestCopies:
             twin = copied(way, to) if copy_within else None
             for each in filter(None, (to, twin)):
                 views = torch.randn(2, 4, of.dim, generator=torch.Generator().manual_seed(first))
-                taken = each[1]._in_backward if update is not None else None
+                taken = each[0]._pending if update is not None else None
                 conic_loss(views, each[0].weight, target, update=taken).backward()
                 each[1].step()
                 each[1].zero_grad()

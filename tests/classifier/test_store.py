@@ -1,4 +1,4 @@
-"""The extension for rows: random numbers and the active set."""
+"""The extension of the store: random numbers and the active set."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 if os.environ.get("CONTRASTIVE_OPS_TEST_WITHOUT_EXTENSION") == "1":
-    pytest.importorskip("contrastive_ops._rows")
-rows = importlib.import_module("contrastive_ops._rows")
+    pytest.importorskip("contrastive_ops._store")
+store = importlib.import_module("contrastive_ops._store")
 
 # From Random123's kat_vectors: counter, key, output.
 PHILOX = [
@@ -29,14 +29,14 @@ def indices(*values: int) -> np.ndarray:
 
 def initial(seed: int, instances: np.ndarray, dim: int, dtype: type = np.float64) -> np.ndarray:
     out = np.full((len(instances), dim), np.nan, dtype)
-    rows.initial_rows(seed, instances, out)
+    store.initial_rows(seed, instances, out)
     return out
 
 
 @pytest.mark.parametrize(("counter", "key", "output"), PHILOX)
 def test_philox_equals_the_published_vectors(counter: str, key: str, output: str) -> None:
     words = [tuple(int(word, 16) for word in text.split()) for text in (counter, key, output)]
-    assert rows.philox(words[0], words[1]) == words[2]
+    assert store.philox(words[0], words[1]) == words[2]
 
 
 @given(
@@ -58,7 +58,7 @@ def test_an_initial_row_depends_on_nothing_but_seed_and_instance(
 
 def test_initial_rows_fill_one_half_of_records() -> None:
     records = np.full((5, 2, 7), np.nan, np.float32)
-    rows.initial_rows(3, np.arange(5), records[:, 0])
+    store.initial_rows(3, np.arange(5), records[:, 0])
     np.testing.assert_array_equal(records[:, 0], initial(3, np.arange(5), 7, np.float32))
     assert np.isnan(records[:, 1]).all()
 
@@ -86,13 +86,13 @@ def test_initial_rows_point_everywhere_alike() -> None:
 )
 def test_initial_rows_refuse(instances: np.ndarray, out: np.ndarray, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"instances|out"):
-        rows.initial_rows(0, instances, out)
+        store.initial_rows(0, instances, out)
 
 
 class Model:
     """The active set in the plainest way: a list of its slots, earliest sampled first."""
 
-    def __init__(self, active: rows.ActiveSet) -> None:
+    def __init__(self, active: store.ActiveSet) -> None:
         self.instances = active.instances.tolist()
         self.order = list(range(len(self.instances)))
         self.protected: set[int] = set()
@@ -119,7 +119,7 @@ class Model:
 @given(data=st.data())
 def test_active_set_equals_its_model(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 25))
-    active = rows.ActiveSet(count, data.draw(st.integers(1, count)), seed=data.draw(st.integers(0, 9)))
+    active = store.ActiveSet(count, data.draw(st.integers(1, count)), seed=data.draw(st.integers(0, 9)))
     model = Model(active)
     batches = st.lists(st.integers(0, count - 1), max_size=10)
     for action in data.draw(st.lists(st.one_of(batches, st.sampled_from(["release", "reload"])))):
@@ -128,7 +128,7 @@ def test_active_set_equals_its_model(data: st.DataObject) -> None:
             model.protected.clear()
         elif action == "reload":
             state = active.state()
-            active = rows.ActiveSet(count, active.active, seed=10)
+            active = store.ActiveSet(count, active.active, seed=10)
             active.load(state)
         else:
             expected = model.activate(action)
@@ -152,7 +152,7 @@ def test_active_set_equals_its_model(data: st.DataObject) -> None:
 
 def test_active_set_starts_full_and_at_random() -> None:
     started = time.perf_counter()
-    first, again, other = (rows.ActiveSet(10**9, 65536, seed).instances for seed in (0, 0, 1))
+    first, again, other = (store.ActiveSet(10**9, 65536, seed).instances for seed in (0, 0, 1))
     assert time.perf_counter() - started < 1
     np.testing.assert_array_equal(first, again)
     assert len(np.unique(first)) == 65536
@@ -161,17 +161,17 @@ def test_active_set_starts_full_and_at_random() -> None:
 
 
 def test_active_set_of_all_instances_is_in_their_order() -> None:
-    np.testing.assert_array_equal(rows.ActiveSet(1000, 1000, 5).instances, np.arange(1000))
+    np.testing.assert_array_equal(store.ActiveSet(1000, 1000, 5).instances, np.arange(1000))
 
 
 @pytest.mark.parametrize("active", [0, 11])
 def test_active_set_refuses_a_size(active: int) -> None:
     with pytest.raises(ValueError, match=f"between 1 and num_instances .10., got {active}"):
-        rows.ActiveSet(10, active, 0)
+        store.ActiveSet(10, active, 0)
 
 
 def test_too_many_rows_between_two_steps_are_counted() -> None:
-    active = rows.ActiveSet(100, 3, 0)
+    active = store.ActiveSet(100, 3, 0)
     active.commit(active.plan(indices(7, 8)))
     with pytest.raises(ValueError, match=r"^4 distinct rows .* only 3 fit .* optimiser step frees"):
         active.plan(indices(9, 10, 7))
@@ -181,7 +181,7 @@ def test_too_many_rows_between_two_steps_are_counted() -> None:
 
 
 def test_a_plan_holds_for_the_state_it_was_made_for() -> None:
-    active = rows.ActiveSet(10, 4, 0)
+    active = store.ActiveSet(10, 4, 0)
     stale = active.plan(indices(1))
     active.commit(active.plan(indices(2)))
     with pytest.raises(RuntimeError, match="changed since this plan"):
@@ -191,7 +191,7 @@ def test_a_plan_holds_for_the_state_it_was_made_for() -> None:
     with pytest.raises(RuntimeError, match="changed since this plan"):
         active.commit(stale)
     with pytest.raises(RuntimeError, match="another's"):
-        rows.ActiveSet(10, 4, 0).commit(active.plan(indices(1)))
+        store.ActiveSet(10, 4, 0).commit(active.plan(indices(1)))
 
 
 @pytest.mark.parametrize("call", ["find", "plan"])
@@ -209,7 +209,7 @@ def test_active_set_refuses_indices(
     call: str, batch: np.ndarray, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        getattr(rows.ActiveSet(10, 4, 0), call)(batch)
+        getattr(store.ActiveSet(10, 4, 0), call)(batch)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_active_set_refuses_indices(
     ],
 )
 def test_a_wrong_state_changes_nothing(name: str, value: np.ndarray | None) -> None:
-    active = rows.ActiveSet(10, 3, 0)
+    active = store.ActiveSet(10, 3, 0)
     active.commit(active.plan(indices(5, 6)))
     before = active.state()
     with pytest.raises(ValueError, match=f"state.*{name}"):

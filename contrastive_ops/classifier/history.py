@@ -36,7 +36,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._state import tensor
+from .._contract import SGDSettings
+from .._state import tensor
 
 Array = NDArray[np.float64]
 
@@ -46,12 +47,13 @@ _LARGEST_LOGARITHM = 4096.0  # of which float64 keeps 12 digits after the point
 _MOST_STEPS = 2**32 - 2  # that storage can tell apart
 
 _LOG_G, _LOG_H, _RHO, _Z = range(4)
-# Of a segment: its first step, the step before which its φ are zero, and its three running values at its end.
+# A segment has its first step, the step before which its φ are zero, and its running values at its end.
 _START, _FORGETS, _END_LOG_G, _END_LOG_H, _END_RHO = range(5)
 
 
-def check_step(lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
+def check_step(settings: SGDSettings) -> None:
     """Raises ValueError for a step that cannot be taken late."""
+    lr, momentum, weight_decay, nesterov = settings
     ahead = 1 + momentum if nesterov else 1.0
     if not lr * weight_decay * ahead < 1:
         raise ValueError(
@@ -92,10 +94,11 @@ class History:
 
     Example:
         >>> import numpy as np
-        >>> from contrastive_ops._history import History
+        >>> from contrastive_ops._contract import SGDSettings
+        >>> from contrastive_ops.classifier.history import History
         >>> history = History()
         >>> for lr in (0.1, 0.2):
-        ...     history.append(lr, momentum=0.9, weight_decay=0.01, nesterov=False)
+        ...     history.append(SGDSettings(lr, momentum=0.9, weight_decay=0.01, nesterov=False))
         >>> w, v = (history.coefficients(np.array([0]))[0] @ [1.0, 0.0]).tolist()
         >>> round(w, 6), round(v, 6)  # 1 − 0.1·0.01 = 0.999, then 0.999 − 0.2·(0.9·0.01 + 0.01·0.999)
         (0.995202, 0.01899)
@@ -114,9 +117,10 @@ class History:
         """How many steps were taken."""
         return self._now.length
 
-    def append(self, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
+    def append(self, settings: SGDSettings) -> None:
         """One more step; ValueError as from `check_step`."""
-        check_step(lr, momentum, weight_decay, nesterov)
+        check_step(settings)
+        lr, momentum, weight_decay, nesterov = settings
         c = -lr * momentum * (momentum if nesterov else 1.0)
         decay = lr * weight_decay * (1 + momentum if nesterov else 1.0)  # d = 1 − decay
         determinant = momentum * (1 - lr * weight_decay if nesterov else 1.0)

@@ -1,6 +1,6 @@
 """Rows of instance classification on disk: a RocksDB at work, and generations that are checkpoints of it.
 
-What is in the folder (`_folder.py` keeps it):
+What is in the folder (`folder.py` keeps it):
 
     rows.json              what the rows are, and an identity that every checkpoint file bears
     kept.json              the generations that are known to be in a saved checkpoint: confirmed, loaded
@@ -17,7 +17,7 @@ made anew from, whenever the folder is opened. So there is no log of writes to k
 else it reads (manifest, options) is compared with files.json when a generation is loaded, and `verify`
 compares all of it. Our own JSON files bear their checksums.
 
-**Who waits for what.** `keep` copies its records into a table in memory. A full table is written by another
+**Who waits for what.** `commit` copies its records into a table in memory. A full table is written by another
 thread while the next one fills, and serves its rows until it is on the disk: a write that fails, because the
 disk is full, is done again. RocksDB's own state after such an error is thrown away by opening it anew. What
 `prefetch` announces is read by a third thread.
@@ -26,18 +26,12 @@ disk is full, is done again. RocksDB's own state after such an error is thrown a
 from __future__ import annotations
 
 import ctypes
-import errno
-import importlib
 import os
-import re
 import shutil
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -45,17 +39,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._folder import Folder, write
-from ._rows import initial_rows
-from ._storage import Indices, _find
+from .._store import initial_rows
+from . import database
+from .database import Database, import_rocksdict
+from .folder import Folder
+from .indices import Indices
+from .records import Records
+from .storage import find
 
-TABLE_BYTES = 32 << 20  # of rows in memory before they are written out; two tables at the most
-CACHE_BYTES = 128 << 20  # of RocksDB's indices, filters and blocks, however many rows there are
-OPEN_FILES = 512
-LEVEL_0_FILES = 24  # more wait for compaction: each costs every read a look into its filter
 
-
-class DiskRows:
+class DiskStore:
     """`Storage` of rows in a folder; see the head of this file.
 
     Args:
@@ -81,9 +74,9 @@ class DiskRows:
         number = np.dtype(str(dtype).removeprefix("torch."))
         self._row = np.dtype([("step", "<i8"), ("record", number.newbyteorder("<"), (2, dim))])
         self._dtype, self._seed = dtype, seed
-        self._rocksdict, self._process = _import_rocksdict(), _process_of_rocksdb()
+        self._rocksdict, self._process = import_rocksdict(), _process_of_rocksdb()
         self._device = torch.device("cpu")
-        self._room = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
+        self._reserved = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
         self._folder = Folder(
             path,
             {"num_instances": num_instances, "dim": dim, "dtype": number.name, "seed": seed},
@@ -94,8 +87,8 @@ class DiskRows:
         except BaseException:
             self._folder.close()
             raise
-        self._base: int | None = None  # the generation whose rows these are, if none was kept since
-        self._step = 0  # the last as of which a row was kept
+        self._base: int | None = None  # the generation whose rows these are, if none was committed since
+        self._step = 0  # the last as of which a row was committed
         known = self._folder.known
         self._barred = any(number is not None for number in known.values())
         self._told = self._barred or not self._folder.generations
@@ -112,15 +105,15 @@ class DiskRows:
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
         self._device = device
 
-    def fetch(self, instances: Indices) -> tuple[Tensor, Indices, Indices]:
+    def fetch(self, instances: Indices) -> tuple[Records, Indices]:
         self._require_rows()
         if self._ahead is not None:
             (ahead, future), self._ahead = self._ahead, None
             records, steps = future.result()
-            if (at := _find(ahead, instances)) is not None:  # else others were announced
-                return records, at, steps[at]
+            if (at := find(ahead, instances)) is not None:  # else others were announced
+                return Records(records, at), steps[at]
         records, steps = self._read(instances)
-        return records, np.arange(len(instances)), steps
+        return Records(records, np.arange(len(instances))), steps
 
     def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
         self._require_rows()
@@ -132,23 +125,23 @@ class DiskRows:
             instances = np.sort(instances)
             self._ahead = instances, self._reader.submit(self._read, instances)
 
-    def room(self, instances: Indices) -> tuple[Tensor, Indices]:
+    def reserve(self, instances: Indices) -> Records:
         """Waits if writing is behind, and raises what it met with, before anything is exchanged."""
         self._require_rows()
         self._working.make_room()
-        self._room = self._empty(len(instances))
-        return self._room, np.arange(len(instances))
+        self._reserved = self._empty(len(instances))
+        return Records(self._reserved, np.arange(len(instances)))
 
-    def keep(self, instances: Indices, step: int) -> None:
+    def commit(self, instances: Indices, step: int) -> None:
         self._require_rows()
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         rows = np.empty(len(instances), self._row)
-        rows["step"], rows["record"] = step, self._room.numpy()
+        rows["step"], rows["record"] = step, self._reserved.numpy()
         self._base, self._step = None, max(self._step, step)
         if self._ahead is not None and not set(instances.tolist()).isdisjoint(self._ahead[0].tolist()):
             self._ahead = None  # was read too early
-        self._working.keep(instances, rows)
+        self._working.append(instances, rows)
 
     def check(self, state: Mapping[str, Any], steps: int) -> None:
         self._require_open()
@@ -200,7 +193,7 @@ class DiskRows:
         return [*self._folder.damages(), *self._working.damages()]
 
     def close(self) -> None:
-        """Let others open the folder. Rows that were kept since the last `state_dict()` are gone."""
+        """Let others open the folder. Rows that were committed since the last `state_dict()` are gone."""
         if os.getpid() == self._process and not self._folder.closed:
             self._reader.shutdown()
             self._working.close()
@@ -236,7 +229,7 @@ class DiskRows:
         array = records.numpy()
         found, rows = self._working.read(instances)
         array[found], steps[found] = rows["record"], rows["step"]
-        if not found.all():  # never kept
+        if not found.all():  # never committed
             weight = np.empty((len(instances) - len(rows), array.shape[2]), array.dtype)
             initial_rows(self._seed, np.ascontiguousarray(instances[~found]), weight)
             array[~found, 0], array[~found, 1] = weight, 0
@@ -244,7 +237,7 @@ class DiskRows:
 
     def _empty(self, count: int) -> Tensor:
         """Records (count, 2, D) that the classifier's device can read and write by itself."""
-        shape, pinned = (count, *self._room.shape[1:]), self._device.type == "cuda"
+        shape, pinned = (count, *self._reserved.shape[1:]), self._device.type == "cuda"
         return torch.empty(shape, dtype=self._dtype, device="cpu", pin_memory=pinned)
 
 
@@ -253,15 +246,15 @@ class _Working:
 
     def __init__(self, rocksdict: Any, path: str, row: np.dtype) -> None:
         self._path, self._row = path, row
-        self._database = _Database(rocksdict, path, row)
+        self._database = Database(rocksdict, path, row)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-write")
-        self._capacity = max(1, TABLE_BYTES // row.itemsize)
+        self._capacity = max(1, database.TABLE_BYTES // row.itemsize)
         # The table that fills, and the one that is being written: in one, as a reader takes both at once.
         self._tables: tuple[_Table, _Table | None] = _Table(row, self._capacity), None
         self._writing: Future[None] | None = None
 
     def read(self, instances: Indices) -> tuple[NDArray[np.bool_], np.ndarray]:
-        """Which of the instances were ever kept, and their rows."""
+        """Which of the instances were ever committed, and their rows."""
         rows, found = np.empty(len(instances), self._row), np.zeros(len(instances), bool)
         for table in self._tables:  # the newer first
             if table is not None:
@@ -283,7 +276,7 @@ class _Working:
             self._tables = _Table(self._row, self._capacity), filling
             self._writing = self._writer.submit(self._write, filling)
 
-    def keep(self, instances: Indices, rows: np.ndarray) -> None:
+    def append(self, instances: Indices, rows: np.ndarray) -> None:
         self._tables[0].append(instances, rows)
 
     def write_out(self) -> None:
@@ -326,7 +319,7 @@ class _Table:
     rows are there before the map tells of them."""
 
     def __init__(self, row: np.dtype, capacity: int) -> None:
-        self._rows = np.empty(capacity, row)
+        self._store = np.empty(capacity, row)
         self._size = 0
         self._where: dict[int, int] = {}
 
@@ -335,11 +328,11 @@ class _Table:
 
     def append(self, instances: Indices, rows: np.ndarray) -> None:
         end = self._size + len(rows)
-        if end > len(self._rows):
-            larger = np.empty(end, self._rows.dtype)
-            larger[: self._size] = self._rows[: self._size]
-            self._rows = larger
-        self._rows[self._size : end] = rows
+        if end > len(self._store):
+            larger = np.empty(end, self._store.dtype)
+            larger[: self._size] = self._store[: self._size]
+            self._store = larger
+        self._store[self._size : end] = rows
         self._where.update(zip(instances.tolist(), range(self._size, end), strict=True))
         self._size = end
 
@@ -348,143 +341,14 @@ class _Table:
         where = self._where.get
         at = np.array([where(instance, -1) for instance in instances[wanted].tolist()], np.int64)
         here = wanted[at >= 0]
-        rows[here], found[here] = self._rows[at[at >= 0]], True
+        rows[here], found[here] = self._store[at[at >= 0]], True
 
     def sorted(self) -> tuple[Indices, np.ndarray, Indices]:
         """Instances in order, and rows of which theirs are those that the third array tells."""
         count = len(self._where)
         instances = np.fromiter(self._where.keys(), np.int64, count)
         order = np.argsort(instances)
-        return instances[order], self._rows, np.fromiter(self._where.values(), np.int64, count)[order]
-
-
-class _Database:
-    """A RocksDB of rows by instance, without a log: what `write` has returned from is in its files."""
-
-    def __init__(self, rocksdict: Any, path: str, row: np.dtype) -> None:
-        self._rocksdict, self._path, self._row = rocksdict, path, row
-        self._options = _options(rocksdict)
-        self._options.create_if_missing(not os.path.exists(path))
-        self._access, self._writes = Lock(), Lock()  # of readers and who opens it anew; of writers
-        self._failed = False  # RocksDB takes no more until it is opened anew
-        self._rocks: Any = None
-        with self._errors():
-            self._open()
-        self._options.create_if_missing(False)  # from now on what is not there was lost
-
-    def read(self, instances: Indices) -> tuple[NDArray[np.bool_], np.ndarray]:
-        """Which of the instances are stored, and their rows."""
-        with self._access, self._errors():
-            self._open()
-            values = self._rocks.get(_keys(instances))
-        stored = np.array([value is not None for value in values], bool)
-        present = [value for value in values if value is not None]
-        if any(len(value) != self._row.itemsize for value in present):
-            raise OSError(errno.EIO, "damaged: a row is not of the size that rows have here", self._path)
-        return stored, np.frombuffer(b"".join(present), self._row)
-
-    def write(self, instances: Indices, rows: np.ndarray, at: Indices) -> None:
-        """Store rows[at] of the instances, in order. Where it fails, all may be written once more."""
-        with self._writes, self._errors():
-            if self._failed:
-                self._recover(len(at) * self._row.itemsize)
-            self._failed = True
-            self._wait_for_compaction()
-            size, keys = self._row.itemsize, _keys(instances)
-            for first in range(0, len(keys), 64):
-                data = rows[at[first : first + 64]].tobytes()
-                batch = self._rocksdict.WriteBatch(raw_mode=True)
-                for i, key in enumerate(keys[first : first + 64]):
-                    batch[key] = data[i * size : (i + 1) * size]
-                self._rocks.write(batch)
-                time.sleep(0)  # it held the interpreter's lock all the while, which the training waits for
-            self._rocks.flush()
-            self._failed = False
-
-    def checkpoint(self, path: str) -> None:
-        with self._writes, self._errors():
-            if self._failed:
-                self._recover(0)
-            self._failed = True
-            self._rocksdict.Checkpoint(self._rocks).create_checkpoint(path)
-            self._failed = False
-
-    def read_through(self) -> None:
-        """Read every row, and so every block's checksum."""
-        with self._access, self._errors():
-            self._open()
-            options = self._rocksdict.ReadOptions()
-            options.fill_cache(False)
-            iterator = self._rocks.iter(options)
-            try:
-                iterator.seek_to_first()
-                while iterator.valid():
-                    iterator.next()
-                iterator.status()
-            finally:
-                del iterator  # which keeps the database open
-
-    def leak(self) -> None:
-        """In a forked process: never let it be closed, as the threads that it would wait for are missing."""
-        if self._rocks is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._rocks))
-
-    def close(self) -> None:
-        with self._access:
-            self._close()
-
-    def _close(self) -> None:
-        if self._rocks is not None:
-            with suppress(Exception):  # what it could not write is not wanted any more
-                self._rocks.close()
-            self._rocks = None
-
-    def _open(self) -> None:
-        if self._rocks is None:
-            self._rocks = self._rocksdict.Rdict(
-                self._path, options=self._options, column_families={"default": self._options}
-            )
-            writing, reading = self._rocksdict.WriteOptions(), self._rocksdict.ReadOptions()
-            writing.disable_wal = True
-            # The system's page cache has the blocks; ours is for indices and filters.
-            reading.fill_cache(False)
-            self._rocks.set_write_options(writing)
-            self._rocks.set_read_options(reading)
-
-    def _recover(self, size: int) -> None:
-        """Open it anew, once the disk takes as much as is to be written: until then it can still be read."""
-        probe = self._path + ".probe"
-        try:
-            write(probe, bytes(size + (4 << 20)))
-        finally:
-            with suppress(OSError):
-                os.unlink(probe)
-        with self._access:
-            self._close()
-            self._open()
-
-    def _wait_for_compaction(self) -> None:
-        """Where reads would have too many files to look into, and where the disk keeps up no more."""
-        rocks = self._rocks
-        while (
-            int(rocks.property_value("rocksdb.num-files-at-level0")) > LEVEL_0_FILES
-            and rocks.property_int_value("rocksdb.background-errors") == 0
-        ):
-            time.sleep(0.005)
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """What comes from RocksDB as a text becomes an OSError with the number and the file's name."""
-        try:
-            yield
-        except Exception as error:
-            if type(error) not in (Exception, OSError) or getattr(error, "errno", None) is not None:
-                raise  # which is none of rocksdict's: it has no class for them, nor numbers
-            text = str(error)
-            number = next((code for code in _NUMBERS if os.strerror(code) in text), errno.EIO)
-            file = re.search(re.escape(self._path) + r"[^\s:]*", text)
-            damaged = "damaged: " if text.startswith("Corruption") else ""
-            raise OSError(number, damaged + text, file.group() if file else self._path) from error
+        return instances[order], self._store, np.fromiter(self._where.values(), np.int64, count)[order]
 
 
 def _process_of_rocksdb() -> int:
@@ -501,71 +365,7 @@ def _process_of_rocksdb() -> int:
 
 _first_process: int | None = None
 
-_NUMBERS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ENOENT,
-)
-
-
-def _import_rocksdict() -> Any:
-    try:
-        return importlib.import_module("rocksdict")
-    except ImportError as error:
-        raise ImportError(
-            "storage='disk' needs RocksDB through the package rocksdict, which the extra 'disk' installs: "
-            f"pip install 'contrastive_ops[disk]' ({error})"
-        ) from error
-
-
-def _options(rocksdict: Any) -> Any:
-    """For reads of single rows from all over, in memory that does not grow with them."""
-    table = rocksdict.BlockBasedOptions()
-    table.set_block_size(4096)
-    table.set_checksum_type(rocksdict.ChecksumType.xxh3())
-    table.set_format_version(5)
-    table.set_bloom_filter(10, False)  # bits a key; of whole keys
-    # Indices and filters in pieces, in a cache with a limit.
-    table.set_block_cache(rocksdict.Cache(CACHE_BYTES))
-    table.set_cache_index_and_filter_blocks(True)
-    table.set_pin_l0_filter_and_index_blocks_in_cache(True)
-    table.set_index_type(rocksdict.BlockBasedIndexType.two_level_index_search())
-    table.set_partition_filters(True)
-    table.set_metadata_block_size(4096)
-    options = rocksdict.Options(raw_mode=True)
-    options.set_block_based_table_factory(table)
-    options.set_compression_type(rocksdict.DBCompressionType.none())  # rows do not compress
-    options.set_paranoid_checks(True)
-    options.set_max_open_files(OPEN_FILES)
-    options.set_max_background_jobs(2)
-    options.set_target_file_size_base(64 << 20)
-    # A flush of ours writes a table, never RocksDB's own. Nothing has it wait, as it would with the lock of
-    # the interpreter, so that `_wait_for_compaction` does.
-    options.set_write_buffer_size(4 * TABLE_BYTES)
-    options.set_max_write_buffer_number(4)
-    options.set_level_zero_slowdown_writes_trigger(1 << 20)
-    options.set_level_zero_stop_writes_trigger(1 << 20)
-    options.set_soft_pending_compaction_bytes_limit(0)
-    options.set_hard_pending_compaction_bytes_limit(0)
-    options.set_max_manifest_file_size(1 << 20)  # it is copied into every generation
-    options.set_manifest_preallocation_size(64 << 10)
-    options.set_keep_log_file_num(1)
-    options.set_stats_dump_period_sec(0)
-    options.set_stats_persist_period_sec(0)
-    return options
-
-
-def _keys(instances: Indices) -> list[bytes]:
-    return instances.astype(">u8").view("V8").tolist()
-
-
-_opened: weakref.WeakSet[DiskRows] = weakref.WeakSet()
+_opened: weakref.WeakSet[DiskStore] = weakref.WeakSet()
 
 
 def _let_go() -> None:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contrastive_ops._history import History
+from contrastive_ops._contract import SGDSettings
+from contrastive_ops.classifier.history import History
 
 Step = tuple[float, float, float, bool]  # lr, momentum, weight_decay, nesterov
 
@@ -41,7 +42,7 @@ SCHEDULE = [
 def scheduled(momentum: float) -> History:
     history = History()
     for lr in SCHEDULE:
-        history.append(lr, momentum, 1e-4, False)
+        history.append(SGDSettings(lr, momentum, 1e-4, False))
     return history
 
 
@@ -69,7 +70,7 @@ class TestAgainstExactArithmetic:
         taken = [step for step, times in runs for _ in range(times)]
         history = History()
         for step in taken:
-            history.append(*step)
+            history.append(SGDSettings(*step))
         start = int(since * len(taken))
         expected = exact(row, taken[start:])
         scale = max(float(max(map(abs, expected))), 1e-30)
@@ -93,14 +94,14 @@ class TestAgainstExactArithmetic:
     def test_a_row_of_the_present_stays_as_it_is(self) -> None:
         history = History()
         for _ in range(500):
-            history.append(0.06, 0.9, 1e-4, False)
+            history.append(SGDSettings(0.06, 0.9, 1e-4, False))
         assert np.array_equal(history.coefficients(np.array([500]))[0], np.eye(2))
 
     def test_swinging_weights(self) -> None:
         """lr · weight_decay beyond (1 − √m)², where the triangular coordinates have poles."""
         history, taken = History(), [(0.5, 0.99, 1e-3, False)] * 2000
         for step in taken:
-            history.append(*step)
+            history.append(SGDSettings(*step))
         for start in (0, 1, 1000, 1500, 1990, 1999):
             expected = exact((1.0, 0.5), taken[start:])
             assert distance(caught_up(history, (1.0, 0.5), start), expected, 1.0) <= 1e-13
@@ -114,7 +115,7 @@ class TestHistory:
         w = np.array([row] * 300)  # row t sat out since step t
         for t in range(300):
             step = (float(rng.uniform(0, 0.2)), 0.9, float(rng.uniform(0, 1e-2)), bool(t % 2))
-            history.append(*step)
+            history.append(SGDSettings(*step))
             for s in range(t + 1):
                 w[s] = [float(x) for x in exact(tuple(w[s]), [step])]  # type: ignore[arg-type]
             since = np.arange(t + 1)
@@ -128,11 +129,11 @@ class TestHistory:
         ]
         history, resumed = History(), History()
         for t, step in enumerate(taken):
-            history.append(*step)
+            history.append(SGDSettings(*step))
             if t == 1500:
                 resumed.load_state_dict(history.state_dict())
             if t > 1500:
-                resumed.append(*step)
+                resumed.append(SGDSettings(*step))
         since = np.arange(3001)
         assert len(resumed) == len(history) == 3000
         assert np.array_equal(resumed.coefficients(since), history.coefficients(since))
@@ -140,23 +141,23 @@ class TestHistory:
     def test_a_million_steps_take_tens_of_megabytes(self) -> None:
         history = History()
         for _ in range(20_000):
-            history.append(0.06, 0.9, 1e-4, False)
+            history.append(SGDSettings(0.06, 0.9, 1e-4, False))
         size = sum(tensor.nbytes for tensor in history.state_dict().values())
         assert size / 20_000 * 1e6 <= 40e6
 
     def test_its_state_is_a_copy(self) -> None:
         history = History()
-        history.append(0.06, 0.9, 1e-4, False)
+        history.append(SGDSettings(0.06, 0.9, 1e-4, False))
         state = history.state_dict()
         before = {name: value.clone() for name, value in state.items()}
-        history.append(0.06, 0.9, 1e-4, False)
+        history.append(SGDSettings(0.06, 0.9, 1e-4, False))
         assert all(torch.equal(state[name], before[name]) for name in state)
 
     @pytest.mark.parametrize("step", [(1e4, 0.9, 1e-4, False), (0.6, 0.9, 1.0, True)])
     def test_an_absurd_decay_is_refused(self, step: Step) -> None:
         history = History()
         with pytest.raises(ValueError, match=r"lr · weight_decay must be less than"):
-            history.append(*step)
+            history.append(SGDSettings(*step))
         assert len(history) == 0
 
 
@@ -171,7 +172,7 @@ def test_many_segments_do_not_cost_digits(momentum: float, seed: int) -> None:
     state = np.zeros((5001, 2), np.longdouble)
     state[:] = (1.0, 0.0)
     for t, step in enumerate(taken):
-        history.append(*step)
+        history.append(SGDSettings(*step))
         w, v = state[: t + 1].T
         v = np.longdouble(momentum) * v + np.longdouble(1e-3) * w
         state[: t + 1] = np.stack([w - np.longdouble(step[0]) * v, v], 1)

@@ -1,6 +1,6 @@
 """The folder of rows on disk: what it is of, who has it open, and its generations, whole or not there at all.
 
-See `_disk.py` for what is in it. Everything that counts is written under another name, brought to the disk,
+See `disk.py` for what is in it. Everything that counts is written under another name, brought to the disk,
 and renamed; symbolic links are followed nowhere; whatever is read was written by anybody, until its checksum
 and each of its fields say otherwise.
 """
@@ -43,7 +43,7 @@ class Contents:
     """What files.json tells of a generation.
 
     Attributes:
-        step: the last as of which one of its rows was kept.
+        step: the last as of which one of its rows was committed.
         files: size and checksum of each file.
     """
 
@@ -89,7 +89,7 @@ class Folder:
 
     @property
     def generations(self) -> list[int]:
-        """Those that are there, oldest first."""
+        """The numbers of the generations that are there, oldest first."""
         return sorted(int(name) for name in os.listdir(self._file("generations")) if _NUMBER.fullmatch(name))
 
     def checked(self, state: Mapping[str, Any]) -> int:

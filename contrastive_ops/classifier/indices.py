@@ -1,0 +1,36 @@
+"""The numbers of instances, as the classifiers take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Indices = NDArray[np.int64]
+
+STATEFUL = "it changes what is kept on the host, which compiled code would do once, when it is traced"
+
+
+def checked_instances(name: str, indices: Any, num_instances: int) -> Indices:
+    """The numbers of instances that a tensor (B,) holds, on the host.
+
+    Raises:
+        TypeError, ValueError: it is not (B,) int64 in [0, N), or has no values.
+    """
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(indices).__name__}")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{name} must be of dtype int64, got {indices.dtype}")
+    if indices.ndim != 1:
+        raise ValueError(f"{name} must be (B,), got shape {tuple(indices.shape)}")
+    if indices.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on the meta device")
+    array = indices.detach().cpu().contiguous().numpy()
+    (outside,) = np.nonzero((array < 0) | (array >= num_instances))
+    if len(outside):
+        first = outside[0]
+        raise ValueError(f"{name} must be in [0, {num_instances}), got {array[first]} at position {first}")
+    return array

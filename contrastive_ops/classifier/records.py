@@ -1,0 +1,54 @@
+"""Records of rows outside the weight, and the exchange of rows with it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import _ops
+from .indices import Indices
+
+
+class Records(NamedTuple):
+    """Weight and momentum of n rows, somewhere in a larger tensor.
+
+    Attributes:
+        values: (·, 2, D), of the weight's dtype, on its device or where that reads and writes by itself.
+        at: (n,) which of them, an array of the host.
+    """
+
+    values: Tensor
+    at: Indices
+
+
+def exchange_rows(
+    rows: tuple[Tensor, Tensor],
+    slots: Indices,
+    incoming: Records,
+    coefficients: NDArray[np.float64],
+    outgoing: Records,
+) -> None:
+    """Write the rows at `slots` to the outgoing records, and in their place the incoming ones, caught up.
+
+        outgoing ← [w; v][slots]        [w; v][slots] ← coefficients · incoming
+
+    Args:
+        rows: w and v, two (A, D).
+        slots: (n,) distinct.
+        incoming: n records.
+        coefficients: (n, 2, 2) from `History`.
+        outgoing: n records, distinct.
+    """
+    weight, momentum = rows
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(weight.device, non_blocking=True)
+
+    _ops.exchange_rows_(
+        weight, momentum, on_device(slots), incoming.values, on_device(incoming.at), on_device(coefficients),
+        outgoing.values, on_device(outgoing.at), None,
+    )  # fmt: skip
