@@ -38,8 +38,10 @@ struct Parts {
 };
 
 // A part's sums are relative to its own maxima: they move to the maxima of all parts, and so does every d.
+// Where there is but one part, it is the total, and exponentials of 0 are saved.
 CONTRASTIVE_OPS_HOST_DEVICE inline CO2Partial merge(const CO2Partial* row, Parts parts,
                                                     const CO2Settings& settings) {
+  if (parts.count == 1) return row[0];
   CO2Partial total{.max_s = kLowest, .max_y = kLowest};
   for (long long p = 0; p < parts.count; ++p) {
     total.max_s = larger(row[p * parts.stride].max_s, total.max_s);
@@ -65,6 +67,7 @@ CONTRASTIVE_OPS_HOST_DEVICE inline CO2Partial merge(const CO2Partial* row, Parts
 // `other` is the row's positive, whose maximum the row's d is relative to as well.
 CONTRASTIVE_OPS_HOST_DEVICE inline NTXentPartial merge(const NTXentPartial* row, const NTXentPartial* other,
                                                        Parts parts, const NTXentSettings& settings) {
+  if (parts.count == 1) return row[0];
   NTXentPartial total{.max_s = kLowest};
   double max_y = kLowest;
   for (long long p = 0; p < parts.count; ++p) {
@@ -86,6 +89,7 @@ CONTRASTIVE_OPS_HOST_DEVICE inline NTXentPartial merge(const NTXentPartial* row,
 
 CONTRASTIVE_OPS_HOST_DEVICE inline ConICPartial merge(const ConICPartial* row, Parts parts,
                                                       const ConICSettings& settings) {
+  if (parts.count == 1) return row[0];
   ConICPartial total{.max_s = kLowest};
   for (long long p = 0; p < parts.count; ++p) total.max_s = larger(row[p * parts.stride].max_s, total.max_s);
   for (long long p = 0; p < parts.count; ++p) {
