@@ -141,10 +141,10 @@ def _unit_rows(keys, inverse, columns, dim, TILE: tl.constexpr):
 
 
 @triton.jit
-def _similarities(unit, rows, keys, inverse, held, dim, BY_KEY: tl.constexpr, TILE: tl.constexpr):
+def _similarities(unit, rows, keys, inverse, x, w, dim, BY_KEY: tl.constexpr, TILE: tl.constexpr):
     """x̂ Ŵᵀ of a block of views and a tile of keys; Ŵ x̂ᵀ if BY_KEY.
 
-    `held` are x̂ and ŵ. Of chunked rows these are loaded here, `TILE.depth` dimensions at a time.
+    x and w are x̂ and ŵ. Those of chunked rows are loaded here, `TILE.depth` dimensions at a time.
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
@@ -152,16 +152,16 @@ def _similarities(unit, rows, keys, inverse, held, dim, BY_KEY: tl.constexpr, TI
     if TILE.chunked:
         for first in range(0, dim, TILE.depth):
             columns = first + tl.arange(0, TILE.depth)
-            x = tl.load(at(unit, rows, columns))
-            w = _unit_rows(keys, inverse, columns, dim, TILE)
+            x_chunk = tl.load(at(unit, rows, columns))
+            w_chunk = _unit_rows(keys, inverse, columns, dim, TILE)
             if BY_KEY:
-                s = product(w, tl.trans(x), s, TILE.precision)
+                s = product(w_chunk, tl.trans(x_chunk), s, TILE.precision)
             else:
-                s = product(x, tl.trans(w), s, TILE.precision)
+                s = product(x_chunk, tl.trans(w_chunk), s, TILE.precision)
     elif BY_KEY:
-        s = product(held[1], tl.trans(held[0]), s, TILE.precision)
+        s = product(w, tl.trans(x), s, TILE.precision)
     else:
-        s = product(held[0], tl.trans(held[1]), s, TILE.precision)
+        s = product(x, tl.trans(w), s, TILE.precision)
     return s
 
 
@@ -266,7 +266,7 @@ def _statistics_kernel(
             x = None
             if not TILE.chunked:
                 x = tl.load(at(unit, rows, columns))
-            s = _similarities(unit, rows, tile, inverse, (x, w), dim, False, TILE)
+            s = _similarities(unit, rows, tile, inverse, x, w, dim, False, TILE)
             excluded = (tl.load(own + rows) - start).to(tl.int32)[:, None] == index[None, :]
             if not TILE.whole_keys:
                 excluded = excluded | (tile_rows >= keys)[None, :]
@@ -389,7 +389,7 @@ def _weight_kernel(
         x = None
         if not TILE.chunked:
             x = tl.load(at(unit, rows, columns))
-        s = _similarities(unit, rows, tile, inverse, (x, w), dim, True, TILE)
+        s = _similarities(unit, rows, tile, inverse, x, w, dim, True, TILE)
         is_own = index[:, None] == (tl.load(own + rows) - start)[None, :]
         pull_of_own = _field(pull, _SIZE, rows, padded_rows) * -unit_scale
         instance = _field(pull, _INSTANCE, rows, padded_rows) * unit_scale
@@ -473,7 +473,7 @@ def _views_kernel(
         w = None
         if not TILE.chunked:
             w = _unit_rows(tile, inverses, columns, dim, TILE)
-        s = _similarities(unit, rows, tile, inverses, (x, w), dim, False, TILE)
+        s = _similarities(unit, rows, tile, inverses, x, w, dim, False, TILE)
         g = tl.exp2((s - max_s) * scale) * share
         g = tl.where((own_key - start).to(tl.int32) == index[None, :], pull_of_own, g)
         if not TILE.whole_keys:

@@ -272,6 +272,8 @@ def _statistics_kernel(
     view2 = Block(Matrix(unit.data + unit.row, 2 * unit.row, unit.column), instance, padded_rows)
     threshold = load_double(positive + instance, inside, 0.0).to(tl.float32)[:, None, None]
     own, first_own, last_own = _own_keys(target, first, batch, ROWS)
+    if target.data is None:  # One register less: there is none to spare.
+        key_unit, keys = unit, batch
 
     z1, z2 = None, None
     if not TILE.chunked:
