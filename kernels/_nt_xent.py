@@ -265,12 +265,11 @@ def _statistics_kernel(
     KEYS: tl.constexpr = TILE.keys
     first = tl.program_id(0) * ROWS
     instance = first + tl.arange(0, ROWS)
-    inside = instance < batch
     part = tl.program_id(1).to(tl.int64)
     columns, index = tl.arange(0, TILE.depth), tl.arange(0, KEYS)
     view1 = Block(Matrix(unit.data, 2 * unit.row, unit.column), instance, padded_rows)
     view2 = Block(Matrix(unit.data + unit.row, 2 * unit.row, unit.column), instance, padded_rows)
-    threshold = load_double(positive + instance, inside, 0.0).to(tl.float32)[:, None, None]
+    threshold = tl.load(positive + tl.minimum(instance, batch - 1)).to(tl.float32)[:, None, None]
     own, first_own, last_own = _own_keys(target, first, batch, ROWS)
     if target.data is None:  # One register less: there is none to spare.
         key_unit, keys = unit, batch
@@ -307,23 +306,21 @@ def _statistics_kernel(
         top_s, top_y = new_s, new_y
 
     merged = merge(top_s, top_y, (z_s, z_y, d_s, d_y), scale, scale, 1)
-    # Where no key was a negative, those were summed that are excluded.
-    sum1 = tl.sum(sum_s * tl.exp2(merged.moved_s * ratio), axis=1)
-    sum2 = tl.sum(sum_y * tl.exp2(merged.moved_y * ratio), axis=1)
     known1 = NTXentPartial(
         max_s=merged.max_s,
         rank=tl.sum(rank_s, axis=1),
-        z_instance=tl.where(merged.max_s == _EXCLUDED, 0.0, sum1),
+        z_instance=tl.sum(sum_s * tl.exp2(merged.moved_s * ratio), axis=1),
         z_query=merged.z_query,
         d_query=merged.d_query,
     )
     known2 = NTXentPartial(
         max_s=merged.max_y,
         rank=tl.sum(rank_y, axis=1),
-        z_instance=tl.where(merged.max_y == _EXCLUDED, 0.0, sum2),
+        z_instance=tl.sum(sum_y * tl.exp2(merged.moved_y * ratio), axis=1),
         z_query=merged.z_key,
         d_query=merged.d_key,
     )
+    inside = instance < batch
     row = part * 2 * batch + instance
     store_fields(partial + row * _PARTIAL, known1, inside)
     store_fields(partial + (row + batch) * _PARTIAL, known2, inside)
@@ -368,7 +365,9 @@ def _merge_kernel(
         scale,
         0,
     )
-    z_instance = tl.sum(known.z_instance.to(tl.float64) * tl.exp2(merged.moved_s * ratio), axis=0)
+    # Where none of a part's keys is a negative, those were summed that are excluded.
+    z_instance = tl.where(known.max_s == _EXCLUDED, 0.0, known.z_instance).to(tl.float64)
+    z_instance = tl.sum(z_instance * tl.exp2(merged.moved_s * ratio), axis=0)
     rank = tl.sum(known.rank.to(tl.float64), axis=0)
     s = tl.load(positive + row, mask=inside, other=0.0)
 
