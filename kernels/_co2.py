@@ -303,6 +303,7 @@ def _gradient_kernel(
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
+    PRECISION: tl.constexpr = TILE.precision
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, TILE.depth)
@@ -337,7 +338,7 @@ def _gradient_kernel(
             e_query, e_key = tl.exp2(a), tl.exp2(b)
             Q = e_query * weight_query
             g = Q - e_key * weight_key
-            if TILE.precision == "tf32x3":
+            if PRECISION == "tf32x3":
                 # Where Q and P nearly cancel, what their weights lost would be left.
                 g += e_query * weight_query_low - e_key * weight_key_low
             g += Q * ((a - b - mean) * ln_2)
@@ -352,7 +353,7 @@ def _gradient_kernel(
                 queue_rows, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns
             )
             tile = rounded(tile, TILE.dtype)
-        grad = product(g.to(TILE.dtype), tile, grad, TILE.precision)
+        grad = product(g.to(TILE.dtype), tile, grad, PRECISION)
     grad *= _load_row(row_records, rows, batch).scale[:, None].to(tl.float32)
     to = grad_parts + (part * batch + rows)[:, None] * dim + out_columns[None, :]
     tl.store(to, grad, mask=(rows < batch)[:, None] & (out_columns < dim)[None, :])

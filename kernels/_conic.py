@@ -148,6 +148,7 @@ def _similarities(unit, rows, keys, inverse, x, w, dim, BY_KEY: tl.constexpr, TI
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
+    PRECISION: tl.constexpr = TILE.precision
     s = tl.zeros([KEYS, ROWS] if BY_KEY else [ROWS, KEYS], tl.float32)
     if TILE.chunked:
         for first in range(0, dim, TILE.depth):
@@ -155,13 +156,13 @@ def _similarities(unit, rows, keys, inverse, x, w, dim, BY_KEY: tl.constexpr, TI
             x_chunk = tl.load(at(unit, rows, columns))
             w_chunk = _unit_rows(keys, inverse, columns, dim, TILE)
             if BY_KEY:
-                s = product(w_chunk, tl.trans(x_chunk), s, TILE.precision)
+                s = product(w_chunk, tl.trans(x_chunk), s, PRECISION)
             else:
-                s = product(x_chunk, tl.trans(w_chunk), s, TILE.precision)
+                s = product(x_chunk, tl.trans(w_chunk), s, PRECISION)
     elif BY_KEY:
-        s = product(w, tl.trans(x), s, TILE.precision)
+        s = product(w, tl.trans(x), s, PRECISION)
     else:
-        s = product(x, tl.trans(w), s, TILE.precision)
+        s = product(x, tl.trans(w), s, PRECISION)
     return s
 
 
@@ -364,6 +365,7 @@ def _weight_kernel(
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
+    PRECISION: tl.constexpr = TILE.precision
     NORM_DEPTH: tl.constexpr = 32 if TILE.depth > 32 else TILE.depth
     start, index = tl.program_id(0) * KEYS, tl.arange(0, KEYS)
     tile_rows = start.to(tl.int64) + index
@@ -401,7 +403,7 @@ def _weight_kernel(
             radial += tl.sum(g * s, axis=1)
         if TILE.chunked:
             x = tl.load(at(unit, rows, out_columns))
-        grad = product(g.to(TILE.dtype), x, grad, TILE.precision)
+        grad = product(g.to(TILE.dtype), x, grad, PRECISION)
 
     # dw = (dŵ − ŵ (ŵ·dŵ)) / ‖w‖; a row below the epsilon was only scaled, so it has no projection
     w_out = load(tile, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
@@ -451,6 +453,7 @@ def _views_kernel(
         scale: log2(e)/τ.
     """
     ROWS: tl.constexpr = TILE.rows
+    PRECISION: tl.constexpr = TILE.precision
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, TILE.depth)
@@ -480,7 +483,7 @@ def _views_kernel(
             g = tl.where((tile_rows < keys)[None, :], g, 0.0)
         if TILE.chunked:
             w = _unit_rows(tile, inverses, out_columns, dim, TILE)
-        grad = product(g.to(TILE.dtype), w, grad, TILE.precision)
+        grad = product(g.to(TILE.dtype), w, grad, PRECISION)
     grad *= _field(pull, _SIZE, rows, padded_rows)[:, None] * (1.0 / _UNIT)
     tl.store(at(grad_parts, part * padded_rows + rows, out_columns), grad)
 
