@@ -401,8 +401,8 @@ def _merge_kernel(
 def _pull_of_rows(pull, instance, view, CONSISTENCY: tl.constexpr, RELATIVE: tl.constexpr, LOW: tl.constexpr):
     """`_Pull` of a view of a block's instances, a column each."""
     record = (pull + 2 * _PULL * instance.to(tl.int64) + view)[:, None]
-    weight, query, slope, key = tl.load(record), None, None, None
-    top, query_low, key_low = None, None, None
+    weight, query, slope, key = tl.load(record), 0.0, 0.0, 0.0  # Triton 3.6 returns no None.
+    top, query_low, key_low = 0.0, 0.0, 0.0
     if CONSISTENCY:
         query, slope = tl.load(record + 2 * _QUERY), tl.load(record + 2 * _SLOPE)
         key = tl.load(record + 2 * _KEY)
@@ -435,7 +435,7 @@ def _unpack(x, KEYS: tl.constexpr):
 def _pull_of_keys(pull, start, KEYS: tl.constexpr, RELATIVE: tl.constexpr):
     """`_Pull` of a tile's first views and of its second ones, a row each."""
     high1, high2 = _four_fields(pull + start * _PULL, KEYS)
-    low1, low2 = (None, None, None, None), (None, None, None, None)
+    low1, low2 = (0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
     if RELATIVE:
         low1, low2 = _four_fields(pull + start * _PULL + 2 * _TOP, KEYS)
     return (
@@ -451,9 +451,7 @@ def _add_pull(
     """g + ∂L/∂s of a row's similarities s, where y are those of its partner; `known` and `other` are their
     pulls, and `scales` log2(e)/τ, log2(e)/τc and log2 of what all is multiplied by."""
     scale, scale_c, shift = scales
-    instance, query, slope, key, top, query_low, key_low = (
-        known  # Triton 3.6 names no fields that may be None.
-    )
+    instance, query, slope, key, top, query_low, key_low = known
     if RELATIVE:
         s -= top
         y -= other[_TOP]
