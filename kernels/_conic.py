@@ -141,27 +141,28 @@ def _unit_rows(keys, inverse, columns, dim, TILE: tl.constexpr):
 
 
 @triton.jit
-def _similarities(unit, rows, keys, inverse, held, dim, BY_KEY: tl.constexpr, TILE: tl.constexpr):
+def _similarities(unit, rows, keys, inverse, x, w, dim, BY_KEY: tl.constexpr, TILE: tl.constexpr):
     """x̂ Ŵᵀ of a block of views and a tile of keys; Ŵ x̂ᵀ if BY_KEY.
 
-    `held` are x̂ and ŵ. Of chunked rows these are loaded here, `TILE.depth` dimensions at a time.
+    x and w are x̂ and ŵ. Those of chunked rows are loaded here, `TILE.depth` dimensions at a time.
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
+    PRECISION: tl.constexpr = TILE.precision
     s = tl.zeros([KEYS, ROWS] if BY_KEY else [ROWS, KEYS], tl.float32)
     if TILE.chunked:
         for first in range(0, dim, TILE.depth):
             columns = first + tl.arange(0, TILE.depth)
-            x = tl.load(at(unit, rows, columns))
-            w = _unit_rows(keys, inverse, columns, dim, TILE)
+            x_chunk = tl.load(at(unit, rows, columns))
+            w_chunk = _unit_rows(keys, inverse, columns, dim, TILE)
             if BY_KEY:
-                s = product(w, tl.trans(x), s, TILE.precision)
+                s = product(w_chunk, tl.trans(x_chunk), s, PRECISION)
             else:
-                s = product(x, tl.trans(w), s, TILE.precision)
+                s = product(x_chunk, tl.trans(w_chunk), s, PRECISION)
     elif BY_KEY:
-        s = product(held[1], tl.trans(held[0]), s, TILE.precision)
+        s = product(w, tl.trans(x), s, PRECISION)
     else:
-        s = product(held[0], tl.trans(held[1]), s, TILE.precision)
+        s = product(x, tl.trans(w), s, PRECISION)
     return s
 
 
@@ -266,7 +267,7 @@ def _statistics_kernel(
             x = None
             if not TILE.chunked:
                 x = tl.load(at(unit, rows, columns))
-            s = _similarities(unit, rows, tile, inverse, (x, w), dim, False, TILE)
+            s = _similarities(unit, rows, tile, inverse, x, w, dim, False, TILE)
             excluded = (tl.load(own + rows) - start).to(tl.int32)[:, None] == index[None, :]
             if not TILE.whole_keys:
                 excluded = excluded | (tile_rows >= keys)[None, :]
@@ -364,6 +365,7 @@ def _weight_kernel(
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
+    PRECISION: tl.constexpr = TILE.precision
     NORM_DEPTH: tl.constexpr = 32 if TILE.depth > 32 else TILE.depth
     start, index = tl.program_id(0) * KEYS, tl.arange(0, KEYS)
     tile_rows = start.to(tl.int64) + index
@@ -389,7 +391,7 @@ def _weight_kernel(
         x = None
         if not TILE.chunked:
             x = tl.load(at(unit, rows, columns))
-        s = _similarities(unit, rows, tile, inverse, (x, w), dim, True, TILE)
+        s = _similarities(unit, rows, tile, inverse, x, w, dim, True, TILE)
         is_own = index[:, None] == (tl.load(own + rows) - start)[None, :]
         pull_of_own = _field(pull, _SIZE, rows, padded_rows) * -unit_scale
         instance = _field(pull, _INSTANCE, rows, padded_rows) * unit_scale
@@ -401,7 +403,7 @@ def _weight_kernel(
             radial += tl.sum(g * s, axis=1)
         if TILE.chunked:
             x = tl.load(at(unit, rows, out_columns))
-        grad = product(g.to(TILE.dtype), x, grad, TILE.precision)
+        grad = product(g.to(TILE.dtype), x, grad, PRECISION)
 
     # dw = (dŵ − ŵ (ŵ·dŵ)) / ‖w‖; a row below the epsilon was only scaled, so it has no projection
     w_out = load(tile, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
@@ -451,6 +453,7 @@ def _views_kernel(
         scale: log2(e)/τ.
     """
     ROWS: tl.constexpr = TILE.rows
+    PRECISION: tl.constexpr = TILE.precision
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, TILE.depth)
@@ -473,14 +476,14 @@ def _views_kernel(
         w = None
         if not TILE.chunked:
             w = _unit_rows(tile, inverses, columns, dim, TILE)
-        s = _similarities(unit, rows, tile, inverses, (x, w), dim, False, TILE)
+        s = _similarities(unit, rows, tile, inverses, x, w, dim, False, TILE)
         g = tl.exp2((s - max_s) * scale) * share
         g = tl.where((own_key - start).to(tl.int32) == index[None, :], pull_of_own, g)
         if not TILE.whole_keys:
             g = tl.where((tile_rows < keys)[None, :], g, 0.0)
         if TILE.chunked:
             w = _unit_rows(tile, inverses, out_columns, dim, TILE)
-        grad = product(g.to(TILE.dtype), w, grad, TILE.precision)
+        grad = product(g.to(TILE.dtype), w, grad, PRECISION)
     grad *= _field(pull, _SIZE, rows, padded_rows)[:, None] * (1.0 / _UNIT)
     tl.store(at(grad_parts, part * padded_rows + rows, out_columns), grad)
 
