@@ -207,7 +207,7 @@ def readme():
 
 setup(
     packages=[
-        *find_packages(include=["contrastive_ops", "contrastive_ops.classifier", "train_ref", "train_ref.*"]),
+        *find_packages(include=["contrastive_ops", "contrastive_ops.*", "train_ref", "train_ref.*"]),
         "contrastive_ops.kernels",
     ],
     package_dir={"contrastive_ops.kernels": "kernels"},

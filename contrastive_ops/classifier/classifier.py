@@ -23,7 +23,7 @@ from .._state import entry, tensor
 from .gradients import GradientExchange, Gradients, GradientVersion
 from .guard import Guard, Versions, versions
 from .history import History
-from .indices import STATEFUL, Indices, checked_instances
+from .indices import STATEFUL, Indices, checked_instances, on_device
 from .late import updated_late
 from .records import Records, exchange_rows
 
@@ -549,7 +549,7 @@ class InstanceClassifier(nn.Module):
         self._storage.commit(instances, step)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.weight.device, non_blocking=True)
+        return on_device(array, self.weight.device)
 
     def extra_repr(self) -> str:
         rows, dim = self.weight.shape

@@ -91,7 +91,7 @@ class DiskStore:
         self._step = 0  # the last as of which a row was committed
         known = self._folder.known
         self._barred = any(number is not None for number in known.values())
-        self._told = self._barred or not self._folder.generations
+        self._warned = self._barred or not self._folder.generations
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-prefetch")
         self._ahead: tuple[Indices, Future[tuple[Tensor, Indices]]] | None = None
         _opened.add(self)
@@ -178,7 +178,7 @@ class DiskStore:
             raise
         self._ahead = None
         former, self._working, self._base, self._step = self._working, working, generation, step
-        self._barred, self._told = False, True
+        self._barred, self._warned = False, True
         former.close()
 
     def confirm(self, state: Mapping[str, Any]) -> None:
@@ -215,8 +215,8 @@ class DiskStore:
                 f"{self._folder.path} holds the rows of an earlier training, which were saved: load its "
                 "checkpoint first, or choose another path for a new one, or remove the folder to start over"
             )
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"{self._folder.path} holds generations {self._folder.generations} of an earlier training, "
                 "none of which was confirmed or loaded: without load_state_dict(), training starts over",
@@ -254,7 +254,7 @@ class _Working:
         self._writing: Future[None] | None = None
 
     def read(self, instances: Indices) -> tuple[NDArray[np.bool_], np.ndarray]:
-        """Which of the instances were ever committed, and their rows."""
+        """Tell which of the instances were ever committed, and their rows."""
         rows, found = np.empty(len(instances), self._row), np.zeros(len(instances), bool)
         for table in self._tables:  # the newer first
             if table is not None:
@@ -308,6 +308,10 @@ class _Working:
         except OSError as error:
             yield str(error)
 
+    def leak(self) -> None:
+        """In a forked process: never let the database be closed."""
+        self._database.leak()
+
     def close(self) -> None:
         self._writer.shutdown()
         self._database.close()
@@ -319,7 +323,7 @@ class _Table:
     rows are there before the map tells of them."""
 
     def __init__(self, row: np.dtype, capacity: int) -> None:
-        self._store = np.empty(capacity, row)
+        self._rows = np.empty(capacity, row)
         self._size = 0
         self._where: dict[int, int] = {}
 
@@ -328,11 +332,11 @@ class _Table:
 
     def append(self, instances: Indices, rows: np.ndarray) -> None:
         end = self._size + len(rows)
-        if end > len(self._store):
-            larger = np.empty(end, self._store.dtype)
-            larger[: self._size] = self._store[: self._size]
-            self._store = larger
-        self._store[self._size : end] = rows
+        if end > len(self._rows):
+            larger = np.empty(end, self._rows.dtype)
+            larger[: self._size] = self._rows[: self._size]
+            self._rows = larger
+        self._rows[self._size : end] = rows
         self._where.update(zip(instances.tolist(), range(self._size, end), strict=True))
         self._size = end
 
@@ -341,14 +345,14 @@ class _Table:
         where = self._where.get
         at = np.array([where(instance, -1) for instance in instances[wanted].tolist()], np.int64)
         here = wanted[at >= 0]
-        rows[here], found[here] = self._store[at[at >= 0]], True
+        rows[here], found[here] = self._rows[at[at >= 0]], True
 
     def sorted(self) -> tuple[Indices, np.ndarray, Indices]:
-        """Instances in order, and rows of which theirs are those that the third array tells."""
+        """Instances in order, all rows, and which of the rows are these instances'."""
         count = len(self._where)
         instances = np.fromiter(self._where.keys(), np.int64, count)
         order = np.argsort(instances)
-        return instances[order], self._store, np.fromiter(self._where.values(), np.int64, count)[order]
+        return instances[order], self._rows, np.fromiter(self._where.values(), np.int64, count)[order]
 
 
 def _process_of_rocksdb() -> int:
@@ -369,17 +373,17 @@ _opened: weakref.WeakSet[DiskStore] = weakref.WeakSet()
 
 
 def _let_go() -> None:
-    """In a forked process: the folder is the parent's, and so are the threads of its database. RocksDB would
-    wait for them when the process exits, and crash; so that ends where RocksDB's part would begin."""
+    """Leave the parent's folders alone, in a forked process. The threads of their databases are the parent's
+    too. RocksDB would wait for them when the process exits, and crash: so it exits before RocksDB's part."""
     if _first_process is None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "on_exit"):
         libc.on_exit(libc._exit, None)  # with the status that it exits with
         libc.__cxa_atexit(libc.fflush, None, None)  # registered last, run first
-    for rows in _opened:
-        rows._folder.close()  # data loaders' workers outlive a trainer that was killed: without its lock
-        rows._working._database.leak()
+    for store in _opened:
+        store._folder.close()  # a data loader's worker may outlive a killed trainer: not with its lock
+        store._working.leak()
 
 
 os.register_at_fork(after_in_child=_let_go)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .indices import Indices
+from .indices import Indices, on_device
 
 if TYPE_CHECKING:
     from .._store import Plan
@@ -155,11 +155,7 @@ class Gradients:
         whole = self.whole
         if whole is None:
             return None
-
-        def on_device(array: Indices) -> Tensor:
-            return torch.from_numpy(array).to(whole.device, non_blocking=True)
-
-        slots = on_device(plan.slots)
+        slots = on_device(plan.slots, whole.device)
         leaving, spent = whole.detach()[slots], self._is_spent(whole)
         arriving = torch.zeros_like(leaving)
         instances, gradients = plan.evicted, leaving
@@ -167,9 +163,9 @@ class Gradients:
             before = self.carried.gradient
             _, back, at = np.intersect1d(plan.incoming, self.carried.instances, return_indices=True)
             stay = np.setdiff1d(np.arange(len(self.carried.instances)), at)
-            arriving[on_device(back)] = before[on_device(at)]
+            arriving[on_device(back, whole.device)] = before[on_device(at, whole.device)]
             instances = np.concatenate([self.carried.instances[stay], instances])
-            gradients = torch.cat([before[on_device(stay)], gradients])
+            gradients = torch.cat([before[on_device(stay, whole.device)], gradients])
         with torch.inference_mode(False):  # an evaluation between two batches may have switched it on
             parameter = nn.Parameter(torch.zeros_like(gradients), requires_grad=False)
             parameter.grad = gradients.clone() if gradients.is_inference() else gradients

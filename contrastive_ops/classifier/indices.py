@@ -34,3 +34,8 @@ def checked_instances(name: str, indices: Any, num_instances: int) -> Indices:
         first = outside[0]
         raise ValueError(f"{name} must be in [0, {num_instances}), got {array[first]} at position {first}")
     return array
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The host's array as a tensor on a device, without waiting for a GPU."""
+    return torch.from_numpy(array).to(device, non_blocking=True)

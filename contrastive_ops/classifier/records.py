@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _ops
-from .indices import Indices
+from .indices import Indices, on_device
 
 
 class Records(NamedTuple):
@@ -44,11 +43,9 @@ def exchange_rows(
         outgoing: n records, distinct.
     """
     weight, momentum = rows
-
-    def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(weight.device, non_blocking=True)
-
+    device = weight.device
     _ops.exchange_rows_(
-        weight, momentum, on_device(slots), incoming.values, on_device(incoming.at), on_device(coefficients),
-        outgoing.values, on_device(outgoing.at), None,
+        weight, momentum, on_device(slots, device),
+        incoming.values, on_device(incoming.at, device), on_device(coefficients, device),
+        outgoing.values, on_device(outgoing.at, device), None,
     )  # fmt: skip

@@ -605,6 +605,19 @@ class TestErrors:
         assert torch.equal(weight, before)
         assert len(optimizer.classifier.history) == 0
 
+    @pytest.mark.parametrize("way", ["overwrite", "swap"])
+    def test_a_weight_that_takes_the_place_of_another_is_refused_too(self, way: str) -> None:
+        of = classifier()
+        replace = getattr(torch.__future__, f"set_{way}_module_params_on_conversion")
+        replace(True)
+        try:
+            of.to("cpu")
+        finally:
+            replace(False)
+        of.weight.grad = torch.ones_like(of.weight)
+        with pytest.raises(TypeError, match=r"SGD holds the weight .* Leave that parameter to DelayedSGD"):
+            torch.optim.SGD([of.weight], lr=0.1).step()
+
     def test_other_optimizers_are_refused_by_name(self) -> None:
         of, other = classifier(), torch.nn.Parameter(torch.ones(2))
         optimizer = torch.optim.Adam([other, of.weight])
