@@ -66,7 +66,8 @@ MULTIPROCESSORS = 132  # of the chip that calls are planned for
 
 @dataclass(frozen=True)
 class Resources:
-    """Of a compiled kernel: `loop` counts the instructions of its loop over the keys, by name, per pair."""
+    """What a compiled kernel takes. `loop` counts the instructions of its loop over the keys, by name, per
+    pair of row and key."""
 
     registers: int
     spilled_bytes: int

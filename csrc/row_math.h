@@ -37,10 +37,11 @@ struct Parts {
   long long count, stride;
 };
 
-// A part's sums are relative to its own maxima: they move to those of all parts, and every d shifts with
-// them.
+// A part's sums are relative to its own maxima: they move to the maxima of all parts, and so does every d.
+// Where there is but one part, it is the total, and exponentials of 0 are saved.
 CONTRASTIVE_OPS_HOST_DEVICE inline CO2Partial merge(const CO2Partial* row, Parts parts,
                                                     const CO2Settings& settings) {
+  if (parts.count == 1) return row[0];
   CO2Partial total{.max_s = kLowest, .max_y = kLowest};
   for (long long p = 0; p < parts.count; ++p) {
     total.max_s = larger(row[p * parts.stride].max_s, total.max_s);
@@ -66,6 +67,7 @@ CONTRASTIVE_OPS_HOST_DEVICE inline CO2Partial merge(const CO2Partial* row, Parts
 // `other` is the row's positive, whose maximum the row's d is relative to as well.
 CONTRASTIVE_OPS_HOST_DEVICE inline NTXentPartial merge(const NTXentPartial* row, const NTXentPartial* other,
                                                        Parts parts, const NTXentSettings& settings) {
+  if (parts.count == 1) return row[0];
   NTXentPartial total{.max_s = kLowest};
   double max_y = kLowest;
   for (long long p = 0; p < parts.count; ++p) {
@@ -87,6 +89,7 @@ CONTRASTIVE_OPS_HOST_DEVICE inline NTXentPartial merge(const NTXentPartial* row,
 
 CONTRASTIVE_OPS_HOST_DEVICE inline ConICPartial merge(const ConICPartial* row, Parts parts,
                                                       const ConICSettings& settings) {
+  if (parts.count == 1) return row[0];
   ConICPartial total{.max_s = kLowest};
   for (long long p = 0; p < parts.count; ++p) total.max_s = larger(row[p * parts.stride].max_s, total.max_s);
   for (long long p = 0; p < parts.count; ++p) {
@@ -238,15 +241,13 @@ CONTRASTIVE_OPS_HOST_DEVICE inline Coefficients coefficients(const ConICCoeffici
   return {.max_s = view.max_s, .instance = weight * view.instance};
 }
 
-// What no |dL/ds_j| of a row exceeds, where no similarity exceeds `largest`: |d - mean| is at most four times
-// that.
+// What no |dL/ds_j| of a row exceeds, where no |s_j| or |y_j| exceeds `largest`: |d - mean| <= 4 largest.
 CONTRASTIVE_OPS_HOST_DEVICE inline double gradient_bound(const Coefficients& row, double largest,
                                                          double consistency_temperature) {
   return row.instance + row.query * (1 + 4 * largest / consistency_temperature) + row.key;
 }
 
-// A power of two that takes numbers up to `bound` to the upper end of half precision, with room for a sum of
-// two.
+// A power of two that takes numbers up to `bound` to the upper end of half precision, with room for a sum.
 CONTRASTIVE_OPS_HOST_DEVICE inline double scale_to_half(double bound) {
   const bool usable = bound > 0 && bound <= -kLowest;
   return usable ? exp2(14 - ceil(log2(bound))) : 1;

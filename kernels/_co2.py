@@ -70,9 +70,8 @@ _PARTIAL, _ROW = tl.constexpr(len(CO2Partial._fields)), tl.constexpr(len(CO2Row.
 
 @triton.jit
 def _load_row(row_records, rows, batch):
-    """The `CO2Row` of each row, in columns; rows past the batch repeat its last."""
-    record = row_records + tl.minimum(rows, batch - 1).to(tl.int64) * _ROW
-    return CO2Row(*load_fields(record[:, None], _ROW))
+    """The `CO2Row` of each row; rows past the batch repeat its last."""
+    return CO2Row(*load_fields(row_records + tl.minimum(rows, batch - 1).to(tl.int64) * _ROW, _ROW))
 
 
 @triton.jit
@@ -95,23 +94,10 @@ def _relative(s, top, scale, valid, WHOLE_KEYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _statistics_kernel(
-    query,
-    key,
-    queue,
-    partial,
-    row_records,
-    batch,
-    keys,
-    dim,
-    scale,
-    ratio,
-    keys_a_range,
-    INSTANCE: tl.constexpr,
-    CONSISTENCY: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    LANES: tl.constexpr,
+    query, key, queue, partial, row_records, batch, keys, dim, scale, ratio, keys_a_range,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, NORMALIZE: tl.constexpr, LANES: tl.constexpr,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """What a range of keys knows of a block of rows.
 
     Args:
@@ -192,22 +178,11 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["batch", "parts"])
 def _merge_kernel(
-    partial,
-    losses,
-    batch,
-    parts,
-    scale,
-    ratio,
-    tau: tl.float64,
-    tau_c: tl.float64,
-    instance_weight: tl.float64,
-    consistency_weight: tl.float64,
-    INSTANCE: tl.constexpr,
-    CONSISTENCY: tl.constexpr,
-    INCLUDE_POSITIVE: tl.constexpr,
-    ROWS: tl.constexpr,
+    partial, losses, batch, parts, scale, ratio,
+    tau: tl.float64, tau_c: tl.float64, instance_weight: tl.float64, consistency_weight: tl.float64,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, INCLUDE_POSITIVE: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr,
-):
+):  # fmt: skip
     """In float64, which costs nothing here: what a row's sums lose now, all of its gradient loses.
 
     Args:
@@ -315,21 +290,9 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _gradient_kernel(
-    query,
-    key,
-    queue,
-    row_records,
-    grad_parts,
-    batch,
-    keys,
-    dim,
-    scale,
-    ratio,
-    keys_a_range,
-    INSTANCE: tl.constexpr,
-    CONSISTENCY: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    query, key, queue, row_records, grad_parts, batch, keys, dim, scale, ratio, keys_a_range,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """What a range of keys adds to g N of a block of rows, for a chunk of dimensions.
 
     Args:
@@ -340,6 +303,7 @@ def _gradient_kernel(
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
+    PRECISION: tl.constexpr = TILE.precision
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, TILE.depth)
@@ -347,13 +311,14 @@ def _gradient_kernel(
     query_rows, key_rows = Block(query, rows, batch), Block(key, rows, batch)
 
     row = _load_row(row_records, rows, batch)
-    scale_q, scale_k = _scales(scale, row.norm_query, row.norm_key)
-    top_s, top_y, mean = row.max_s.to(tl.float32), row.max_y.to(tl.float32), row.mean.to(tl.float32)
+    scale_q, scale_k = _scales(scale, row.norm_query[:, None], row.norm_key[:, None])
+    top_s, top_y = row.max_s[:, None].to(tl.float32), row.max_y[:, None].to(tl.float32)
+    mean = row.mean[:, None].to(tl.float32)
     # Logits of millions leave Q one key, whose d − mean is 0, not the rounding of two such numbers.
     ln_2 = tl.where(tl.abs(mean) < 1e6, _LN_2, 0.0)
-    weight_instance = row.instance.to(tl.float32)
-    weight_query, weight_query_low = split(row.query)
-    weight_key, weight_key_low = split(row.key)
+    weight_instance = row.instance[:, None].to(tl.float32)
+    weight_query, weight_query_low = split(row.query[:, None])
+    weight_key, weight_key_low = split(row.key[:, None])
 
     q, k = None, None
     if not TILE.chunked:
@@ -373,7 +338,7 @@ def _gradient_kernel(
             e_query, e_key = tl.exp2(a), tl.exp2(b)
             Q = e_query * weight_query
             g = Q - e_key * weight_key
-            if TILE.precision == "tf32x3":
+            if PRECISION == "tf32x3":
                 # Where Q and P nearly cancel, what their weights lost would be left.
                 g += e_query * weight_query_low - e_key * weight_key_low
             g += Q * ((a - b - mean) * ln_2)
@@ -388,26 +353,17 @@ def _gradient_kernel(
                 queue_rows, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns
             )
             tile = rounded(tile, TILE.dtype)
-        grad = product(g.to(TILE.dtype), tile, grad, TILE.precision)
-    grad *= _load_row(row_records, rows, batch).scale.to(tl.float32)
+        grad = product(g.to(TILE.dtype), tile, grad, PRECISION)
+    grad *= _load_row(row_records, rows, batch).scale[:, None].to(tl.float32)
     to = grad_parts + (part * batch + rows)[:, None] * dim + out_columns[None, :]
     tl.store(to, grad, mask=(rows < batch)[:, None] & (out_columns < dim)[None, :])
 
 
 @triton.jit(do_not_specialize=["batch", "ranges"])
 def _finish_kernel(
-    query,
-    key,
-    row_records,
-    grad_parts,
-    gradient,
-    batch,
-    dim,
-    ranges,
-    NORMALIZE: tl.constexpr,
-    RANGES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    query, key, row_records, grad_parts, gradient, batch, dim, ranges,
+    NORMALIZE: tl.constexpr, RANGES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """The gradient in a row: the ranges' parts, the positive's pull, and the chain rule.
 
     Args:

@@ -141,27 +141,28 @@ def _unit_rows(keys, inverse, columns, dim, TILE: tl.constexpr):
 
 
 @triton.jit
-def _similarities(unit, rows, keys, inverse, held, dim, BY_KEY: tl.constexpr, TILE: tl.constexpr):
+def _similarities(unit, rows, keys, inverse, x, w, dim, BY_KEY: tl.constexpr, TILE: tl.constexpr):
     """x̂ Ŵᵀ of a block of views and a tile of keys; Ŵ x̂ᵀ if BY_KEY.
 
-    `held` are x̂ and ŵ. Of chunked rows these are loaded here, `TILE.depth` dimensions at a time.
+    x and w are x̂ and ŵ. Those of chunked rows are loaded here, `TILE.depth` dimensions at a time.
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
+    PRECISION: tl.constexpr = TILE.precision
     s = tl.zeros([KEYS, ROWS] if BY_KEY else [ROWS, KEYS], tl.float32)
     if TILE.chunked:
         for first in range(0, dim, TILE.depth):
             columns = first + tl.arange(0, TILE.depth)
-            x = tl.load(at(unit, rows, columns))
-            w = _unit_rows(keys, inverse, columns, dim, TILE)
+            x_chunk = tl.load(at(unit, rows, columns))
+            w_chunk = _unit_rows(keys, inverse, columns, dim, TILE)
             if BY_KEY:
-                s = product(w, tl.trans(x), s, TILE.precision)
+                s = product(w_chunk, tl.trans(x_chunk), s, PRECISION)
             else:
-                s = product(x, tl.trans(w), s, TILE.precision)
+                s = product(x_chunk, tl.trans(w_chunk), s, PRECISION)
     elif BY_KEY:
-        s = product(held[1], tl.trans(held[0]), s, TILE.precision)
+        s = product(w, tl.trans(x), s, PRECISION)
     else:
-        s = product(held[0], tl.trans(held[1]), s, TILE.precision)
+        s = product(x, tl.trans(w), s, PRECISION)
     return s
 
 
@@ -172,26 +173,10 @@ def _field(pull, FIELD: tl.constexpr, rows, padded_rows):
 
 @triton.jit(do_not_specialize=["count", "batch", "keys", "padded_rows"])
 def _prepare_kernel(
-    views,
-    weight,
-    target,
-    positives,
-    grad_loss,
-    coefficients,
-    unit,
-    own,
-    threshold,
-    norm,
-    pull,
-    count,
-    batch,
-    keys,
-    dim,
-    padded_rows,
-    FIND: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    views, weight, target, positives, grad_loss, coefficients, unit, own, threshold, norm, pull, count,
+    batch, keys, dim, padded_rows,
+    FIND: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """x̂ of some views, and what other kernels need of each. What is None is left out.
 
     Args:
@@ -251,19 +236,9 @@ def _prepare_kernel(
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _statistics_kernel(
-    unit,
-    own,
-    threshold,
-    weight,
-    partial,
-    keys,
-    dim,
-    padded_rows,
-    scale,
-    keys_a_range,
-    rows_a_range,
+    unit, own, threshold, weight, partial, keys, dim, padded_rows, scale, keys_a_range, rows_a_range,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """What a range of keys knows of a range of views.
 
     Args:
@@ -292,7 +267,7 @@ def _statistics_kernel(
             x = None
             if not TILE.chunked:
                 x = tl.load(at(unit, rows, columns))
-            s = _similarities(unit, rows, tile, inverse, (x, w), dim, False, TILE)
+            s = _similarities(unit, rows, tile, inverse, x, w, dim, False, TILE)
             excluded = (tl.load(own + rows) - start).to(tl.int32)[:, None] == index[None, :]
             if not TILE.whole_keys:
                 excluded = excluded | (tile_rows >= keys)[None, :]
@@ -314,23 +289,10 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["part_stride", "views_count", "batch", "parts"])
 def _merge_kernel(
-    partial,
-    positives,
-    views,
-    losses,
-    part_stride,
-    views_count,
-    batch,
-    dim,
-    parts,
-    scale: tl.float64,
-    tau: tl.float64,
-    log_compensation: tl.float64,
-    consistency_weight: tl.float64,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    partial, positives, views, losses, part_stride, views_count, batch, dim, parts,
+    scale: tl.float64, tau: tl.float64, log_compensation: tl.float64, consistency_weight: tl.float64,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """The losses of a block of instances, all in float64.
 
     Args:
@@ -388,23 +350,10 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _weight_kernel(
-    unit,
-    own,
-    pull,
-    weight,
-    gradient,
-    momentum_buffer,
-    keys,
-    dim,
-    padded_rows,
-    scale,
-    lr,
-    momentum,
+    unit, own, pull, weight, gradient, momentum_buffer, keys, dim, padded_rows, scale, lr, momentum,
     weight_decay,
-    NESTEROV: tl.constexpr,
-    WHOLE_ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    NESTEROV: tl.constexpr, WHOLE_ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """dw of a tile of keys; where there is a momentum buffer, a step of SGD in its place.
 
     Args:
@@ -416,6 +365,7 @@ def _weight_kernel(
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
+    PRECISION: tl.constexpr = TILE.precision
     NORM_DEPTH: tl.constexpr = 32 if TILE.depth > 32 else TILE.depth
     start, index = tl.program_id(0) * KEYS, tl.arange(0, KEYS)
     tile_rows = start.to(tl.int64) + index
@@ -441,7 +391,7 @@ def _weight_kernel(
         x = None
         if not TILE.chunked:
             x = tl.load(at(unit, rows, columns))
-        s = _similarities(unit, rows, tile, inverse, (x, w), dim, True, TILE)
+        s = _similarities(unit, rows, tile, inverse, x, w, dim, True, TILE)
         is_own = index[:, None] == (tl.load(own + rows) - start)[None, :]
         pull_of_own = _field(pull, _SIZE, rows, padded_rows) * -unit_scale
         instance = _field(pull, _INSTANCE, rows, padded_rows) * unit_scale
@@ -453,7 +403,7 @@ def _weight_kernel(
             radial += tl.sum(g * s, axis=1)
         if TILE.chunked:
             x = tl.load(at(unit, rows, out_columns))
-        grad = product(g.to(TILE.dtype), x, grad, TILE.precision)
+        grad = product(g.to(TILE.dtype), x, grad, PRECISION)
 
     # dw = (dŵ − ŵ (ŵ·dŵ)) / ‖w‖; a row below the epsilon was only scaled, so it has no projection
     w_out = load(tile, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
@@ -491,19 +441,9 @@ def _norms_kernel(
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _views_kernel(
-    unit,
-    own,
-    pull,
-    weight,
-    inverse,
-    grad_parts,
-    keys,
-    dim,
-    padded_rows,
-    scale,
-    keys_a_range,
+    unit, own, pull, weight, inverse, grad_parts, keys, dim, padded_rows, scale, keys_a_range,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """What a range of keys adds to dx̂ of a block of views.
 
     Args:
@@ -513,6 +453,7 @@ def _views_kernel(
         scale: log2(e)/τ.
     """
     ROWS: tl.constexpr = TILE.rows
+    PRECISION: tl.constexpr = TILE.precision
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, TILE.depth)
@@ -535,34 +476,24 @@ def _views_kernel(
         w = None
         if not TILE.chunked:
             w = _unit_rows(tile, inverses, columns, dim, TILE)
-        s = _similarities(unit, rows, tile, inverses, (x, w), dim, False, TILE)
+        s = _similarities(unit, rows, tile, inverses, x, w, dim, False, TILE)
         g = tl.exp2((s - max_s) * scale) * share
         g = tl.where((own_key - start).to(tl.int32) == index[None, :], pull_of_own, g)
         if not TILE.whole_keys:
             g = tl.where((tile_rows < keys)[None, :], g, 0.0)
         if TILE.chunked:
             w = _unit_rows(tile, inverses, out_columns, dim, TILE)
-        grad = product(g.to(TILE.dtype), w, grad, TILE.precision)
+        grad = product(g.to(TILE.dtype), w, grad, PRECISION)
     grad *= _field(pull, _SIZE, rows, padded_rows)[:, None] * (1.0 / _UNIT)
     tl.store(at(grad_parts, part * padded_rows + rows, out_columns), grad)
 
 
 @triton.jit(do_not_specialize=["count", "batch", "padded_rows", "ranges"])
 def _finish_kernel(
-    views,
-    norm,
-    grad_parts,
-    grad_loss,
-    gradient,
-    count,
-    batch,
-    dim,
-    padded_rows,
-    ranges,
+    views, norm, grad_parts, grad_loss, gradient, count, batch, dim, padded_rows, ranges,
     consistency_weight: tl.float64,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """dx of some views: the ranges' parts, the consistency's −4 α Σ_j (1 − x̂ⁱ·x̂ʲ) x̂ʲ, and the chain rule.
 
     Args:
@@ -643,14 +574,14 @@ def _plan(count: int, batch: int, keys: int, products: Products) -> _Plan:
     views = products.walk("conic.views", _views_kernel, rows, keys)
 
     tiles = [each.arguments["TILE"] for each in (statistics, weight, views)]
-    block, cut = max(tile.rows for tile in tiles), max(tile.width or tile.depth for tile in tiles)
+    block, widest = max(tile.rows for tile in tiles), max(tile.width or tile.depth for tile in tiles)
     padded_rows = triton.cdiv(rows, block) * block
     depth = _padded_depth(dim, 32)
     columns = triton.next_power_of_2(dim)
     finished = max(1, larger * 512 // columns)
     return _Plan(
         padded_rows,
-        triton.cdiv(dim, cut) * cut,
+        triton.cdiv(dim, widest) * widest,
         prepare=Launch(
             "conic.prepare",
             _prepare_kernel,

@@ -160,6 +160,7 @@ def similarities(query, key, keys, held, dim, CONSISTENCY: tl.constexpr, TILE: t
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
+    PRECISION: tl.constexpr = TILE.precision
     s, y = tl.zeros([ROWS, KEYS], tl.float32), tl.zeros([ROWS, KEYS], tl.float32)
     columns = tl.arange(0, TILE.depth)
     if TILE.chunked:
@@ -169,16 +170,16 @@ def similarities(query, key, keys, held, dim, CONSISTENCY: tl.constexpr, TILE: t
             n = load(keys, chunk, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
             n = tl.trans(rounded(n, TILE.dtype))
             q = load(query, chunk, dim, WHOLE_COLUMNS=TILE.whole_columns)
-            s = product(rounded(q, TILE.dtype), n, s, TILE.precision)
+            s = product(rounded(q, TILE.dtype), n, s, PRECISION)
             if CONSISTENCY:
                 k = load(key, chunk, dim, WHOLE_COLUMNS=TILE.whole_columns)
-                y = product(rounded(k, TILE.dtype), n, y, TILE.precision)
+                y = product(rounded(k, TILE.dtype), n, y, PRECISION)
     else:
         tile = load(keys, columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
         tile = rounded(tile, TILE.dtype)
-        s = product(held[0], tl.trans(tile), s, TILE.precision)
+        s = product(held[0], tl.trans(tile), s, PRECISION)
         if CONSISTENCY:
-            y = product(held[1], tl.trans(tile), y, TILE.precision)
+            y = product(held[1], tl.trans(tile), y, PRECISION)
     return s, y, tile
 
 

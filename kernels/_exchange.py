@@ -27,20 +27,10 @@ class Records(NamedTuple):
 
 @triton.jit(do_not_specialize=["active", "coming", "going"])
 def _exchange_kernel(
-    weight,
-    momentum_buffer,
-    slots,
-    incoming,
-    incoming_rows,
-    coefficients,
-    outgoing,
-    outgoing_rows,
-    active,
-    coming,
-    going,
-    dim,
+    weight, momentum_buffer, slots, incoming, incoming_rows, coefficients, outgoing, outgoing_rows, active,
+    coming, going, dim,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """A row out, another in, for a block of its dimensions. Rows outside are read as NaN and not written.
 
     Args:

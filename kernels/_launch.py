@@ -185,7 +185,7 @@ class Products(NamedTuple):
     def walk(
         self, name: str, kernel: Any, rows: int, keys: int, padded: bool = False, **arguments: Any
     ) -> Launch:
-        """Of a kernel whose programs hold rows and walk the keys: row blocks × ranges of keys × chunks of the
+        """A kernel whose programs hold rows and walk the keys: row blocks × ranges of keys × chunks of the
         gradient's dimensions. Where rows are `padded`, tiles and chunks may be taken for whole."""
         tiling = self.tiling(name)
         tile = self.tile(tiling, tiling.held, tiling.walked, keys)

@@ -112,7 +112,7 @@ class _Views(NamedTuple):
 
 class _Pull(NamedTuple):
     """(padded instances, 8, 2) float32: what the gradient needs of both views of an instance. The second four
-    only where RELATIVE; the last is unused."""
+    only where RELATIVE; the last number of the eight is unused."""
 
     instance: Any
     query: Any  # what multiplies Q, less its slope times E_Q[d]
@@ -121,7 +121,6 @@ class _Pull(NamedTuple):
     top: Any  # m
     query_low: Any  # what float32 loses of `query` and `key`
     key_low: Any
-    unused: Any
 
 
 class _Rows(NamedTuple):
@@ -136,11 +135,16 @@ class _Rows(NamedTuple):
 _LN_2 = tl.constexpr(math.log(2))
 # The similarity of a pair that is no negative: nothing is left of its exponential, yet d of it is no NaN.
 _EXCLUDED = tl.constexpr(-1e30)
-_PARTIAL, _COEFFICIENTS, _PULL = (
-    tl.constexpr(len(record._fields)) for record in (NTXentPartial, NTXentCoefficients, _Pull)
+_PARTIAL, _COEFFICIENTS = (
+    tl.constexpr(len(NTXentPartial._fields)),
+    tl.constexpr(len(NTXentCoefficients._fields)),
 )
+_PULL = tl.constexpr(len(_Pull._fields) + 1)
 _LAST_INSTANCE = tl.constexpr(1 << 29)  # more do not fit any memory
-_TOP = tl.constexpr(_Pull._fields.index("top"))
+_QUERY, _SLOPE, _KEY, _TOP, _QUERY_LOW, _KEY_LOW = (
+    tl.constexpr(_Pull._fields.index(name))
+    for name in ("query", "slope", "key", "top", "query_low", "key_low")
+)
 
 # log2(e)/τ up to which exponentials of similarities within ±1 need no maximum.
 _LARGEST_SCALE = 64.0
@@ -153,22 +157,10 @@ _LOG2_UNIT, _LEAST_LOG2_SIZE = tl.constexpr(6.0), tl.constexpr(-54.0)
 
 @triton.jit(do_not_specialize=["batch"])
 def _prepare_kernel(
-    views,
-    grad_loss,
-    coefficients,
-    rows,
-    norm,
-    positive,
-    batch,
-    dim,
-    scale: tl.float64,
-    scale_c: tl.float64,
-    tau_c: tl.float64,
-    NORMALIZE: tl.constexpr,
-    RELATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    views, grad_loss, coefficients, rows, norm, positive, batch, dim,
+    scale: tl.float64, scale_c: tl.float64, tau_c: tl.float64,
+    NORMALIZE: tl.constexpr, RELATIVE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """z of both views of some instances, padded with zeros, and what is known of them. What is None is left
     out.
 
@@ -257,21 +249,9 @@ def _excluded(own, index, keys):
 
 @triton.jit(do_not_specialize=["batch", "keys", "padded_rows"])
 def _statistics_kernel(
-    unit,
-    key_unit,
-    target,
-    positive,
-    partial,
-    batch,
-    keys,
-    padded_rows,
-    scale,
-    ratio,
-    keys_a_range,
-    CONSISTENCY: tl.constexpr,
-    LANES: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    unit, key_unit, target, positive, partial, batch, keys, padded_rows, scale, ratio, keys_a_range,
+    CONSISTENCY: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """s of a block's first views and y of its second ones; what a range of keys knows of both.
 
     Args:
@@ -286,13 +266,14 @@ def _statistics_kernel(
     KEYS: tl.constexpr = TILE.keys
     first = tl.program_id(0) * ROWS
     instance = first + tl.arange(0, ROWS)
-    inside = instance < batch
     part = tl.program_id(1).to(tl.int64)
     columns, index = tl.arange(0, TILE.depth), tl.arange(0, KEYS)
     view1 = Block(Matrix(unit.data, 2 * unit.row, unit.column), instance, padded_rows)
     view2 = Block(Matrix(unit.data + unit.row, 2 * unit.row, unit.column), instance, padded_rows)
-    threshold = load_double(positive + instance, inside, 0.0).to(tl.float32)[:, None, None]
+    threshold = tl.load(positive + tl.minimum(instance, batch - 1)).to(tl.float32)[:, None, None]
     own, first_own, last_own = _own_keys(target, first, batch, ROWS)
+    if target.data is None:  # One register less: there is none to spare.
+        key_unit, keys = unit, batch
 
     z1, z2 = None, None
     if not TILE.chunked:
@@ -326,23 +307,21 @@ def _statistics_kernel(
         top_s, top_y = new_s, new_y
 
     merged = merge(top_s, top_y, (z_s, z_y, d_s, d_y), scale, scale, 1)
-    # Where no key was a negative, those were summed that are excluded.
-    sum1 = tl.sum(sum_s * tl.exp2(merged.moved_s * ratio), axis=1)
-    sum2 = tl.sum(sum_y * tl.exp2(merged.moved_y * ratio), axis=1)
     known1 = NTXentPartial(
         max_s=merged.max_s,
         rank=tl.sum(rank_s, axis=1),
-        z_instance=tl.where(merged.max_s == _EXCLUDED, 0.0, sum1),
+        z_instance=tl.sum(sum_s * tl.exp2(merged.moved_s * ratio), axis=1),
         z_query=merged.z_query,
         d_query=merged.d_query,
     )
     known2 = NTXentPartial(
         max_s=merged.max_y,
         rank=tl.sum(rank_y, axis=1),
-        z_instance=tl.where(merged.max_y == _EXCLUDED, 0.0, sum2),
+        z_instance=tl.sum(sum_y * tl.exp2(merged.moved_y * ratio), axis=1),
         z_query=merged.z_key,
         d_query=merged.d_key,
     )
+    inside = instance < batch
     row = part * 2 * batch + instance
     store_fields(partial + row * _PARTIAL, known1, inside)
     store_fields(partial + (row + batch) * _PARTIAL, known2, inside)
@@ -350,20 +329,11 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["batch", "parts"])
 def _merge_kernel(
-    partial,
-    positive,
-    losses,
-    batch,
-    parts,
-    scale: tl.float64,
-    ratio: tl.float64,
-    tau: tl.float64,
-    tau_c: tl.float64,
+    partial, positive, losses, batch, parts,
+    scale: tl.float64, ratio: tl.float64, tau: tl.float64, tau_c: tl.float64,
     consistency_weight: tl.float64,
-    CONSISTENCY: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    CONSISTENCY: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """A view of a block of instances, all in float64.
 
     Args:
@@ -396,7 +366,9 @@ def _merge_kernel(
         scale,
         0,
     )
-    z_instance = tl.sum(known.z_instance.to(tl.float64) * tl.exp2(merged.moved_s * ratio), axis=0)
+    # Where none of a part's keys is a negative, those were summed that are excluded.
+    z_instance = tl.where(known.max_s == _EXCLUDED, 0.0, known.z_instance).to(tl.float64)
+    z_instance = tl.sum(z_instance * tl.exp2(merged.moved_s * ratio), axis=0)
     rank = tl.sum(known.rank.to(tl.float64), axis=0)
     s = tl.load(positive + row, mask=inside, other=0.0)
 
@@ -429,15 +401,16 @@ def _merge_kernel(
 def _pull_of_rows(pull, instance, view, CONSISTENCY: tl.constexpr, RELATIVE: tl.constexpr, LOW: tl.constexpr):
     """`_Pull` of a view of a block's instances, a column each."""
     record = (pull + 2 * _PULL * instance.to(tl.int64) + view)[:, None]
-    weight, query, slope, key = tl.load(record), None, None, None
-    top, query_low, key_low = None, None, None
+    weight, query, slope, key = tl.load(record), 0.0, 0.0, 0.0  # Triton 3.6 returns no None.
+    top, query_low, key_low = 0.0, 0.0, 0.0
     if CONSISTENCY:
-        query, slope, key = tl.load(record + 2), tl.load(record + 4), tl.load(record + 6)
+        query, slope = tl.load(record + 2 * _QUERY), tl.load(record + 2 * _SLOPE)
+        key = tl.load(record + 2 * _KEY)
     if RELATIVE:
         top = tl.load(record + 2 * _TOP)
         if CONSISTENCY and LOW:
-            query_low, key_low = tl.load(record + 2 * _TOP + 2), tl.load(record + 2 * _TOP + 4)
-    return _Pull(weight, query, slope, key, top, query_low, key_low, None)
+            query_low, key_low = tl.load(record + 2 * _QUERY_LOW), tl.load(record + 2 * _KEY_LOW)
+    return weight, query, slope, key, top, query_low, key_low
 
 
 @triton.jit
@@ -462,12 +435,12 @@ def _unpack(x, KEYS: tl.constexpr):
 def _pull_of_keys(pull, start, KEYS: tl.constexpr, RELATIVE: tl.constexpr):
     """`_Pull` of a tile's first views and of its second ones, a row each."""
     high1, high2 = _four_fields(pull + start * _PULL, KEYS)
-    low1, low2 = (None, None, None, None), (None, None, None, None)
+    low1, low2 = (0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
     if RELATIVE:
         low1, low2 = _four_fields(pull + start * _PULL + 2 * _TOP, KEYS)
     return (
-        _Pull(high1[0], high1[1], high1[2], high1[3], low1[0], low1[1], low1[2], None),
-        _Pull(high2[0], high2[1], high2[2], high2[3], low2[0], low2[1], low2[2], None),
+        (high1[0], high1[1], high1[2], high1[3], low1[0], low1[1], low1[2]),
+        (high2[0], high2[1], high2[2], high2[3], low2[0], low2[1], low2[2]),
     )
 
 
@@ -478,37 +451,25 @@ def _add_pull(
     """g + ∂L/∂s of a row's similarities s, where y are those of its partner; `known` and `other` are their
     pulls, and `scales` log2(e)/τ, log2(e)/τc and log2 of what all is multiplied by."""
     scale, scale_c, shift = scales
+    instance, query, slope, key, top, query_low, key_low = known
     if RELATIVE:
-        s -= known.top
-        y -= other.top
-    g += known.instance * tl.exp2(s * scale + shift)
+        s -= top
+        y -= other[_TOP]
+    g += instance * tl.exp2(s * scale + shift)
     if CONSISTENCY:
         e_query, e_key = tl.exp2(s * scale_c + shift), tl.exp2(y * scale_c + shift)
-        g -= e_key * known.key
-        g += e_query * (known.query + known.slope * (s - y))  # Q (1 + (d − E_Q[d])/τc)
+        g -= e_key * key
+        g += e_query * (query + slope * (s - y))  # Q (1 + (d − E_Q[d])/τc)
         if LOW:  # where Q and P nearly cancel, what their weights lost would be left
-            g += e_query * known.query_low - e_key * known.key_low
+            g += e_query * query_low - e_key * key_low
     return g
 
 
 @triton.jit(do_not_specialize=["batch", "keys", "padded_rows", "padded_keys"])
 def _gradient_kernel(
-    rows,
-    key_rows,
-    target,
-    grad_parts,
-    batch,
-    keys,
-    padded_rows,
-    padded_keys,
-    scale,
-    scale_c,
-    keys_a_range,
-    CONSISTENCY: tl.constexpr,
-    RELATIVE: tl.constexpr,
-    STACKED: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    rows, key_rows, target, grad_parts, batch, keys, padded_rows, padded_keys, scale, scale_c, keys_a_range,
+    CONSISTENCY: tl.constexpr, RELATIVE: tl.constexpr, STACKED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """What a range of keys adds to dz of both views of a block of instances.
 
     Args:
@@ -520,7 +481,8 @@ def _gradient_kernel(
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
-    LOW: tl.constexpr = TILE.precision == "tf32x3"
+    PRECISION: tl.constexpr = TILE.precision
+    LOW: tl.constexpr = PRECISION == "tf32x3"
     unit, key_unit = rows.unit, key_rows.unit
     first = tl.program_id(0) * ROWS
     instance = first + tl.arange(0, ROWS)
@@ -557,7 +519,7 @@ def _gradient_kernel(
         tile_rows = Matrix(key_unit.data + start * key_unit.row, key_unit.row, key_unit.column)
         if STACKED:
             tile = tl.load(at(tile_rows, index, columns))
-            s = product(z, tl.trans(tile), tl.zeros([2 * ROWS, KEYS], tl.float32), TILE.precision)
+            s = product(z, tl.trans(tile), tl.zeros([2 * ROWS, KEYS], tl.float32), PRECISION)
             s, y = tl.split(tl.permute(tl.reshape(s, [2, ROWS, KEYS]), [1, 2, 0]))
         else:
             s, y, tile = similarities(
@@ -591,10 +553,10 @@ def _gradient_kernel(
             tile = tl.load(at(tile_rows, index, out_columns))
         if STACKED:
             both = tl.reshape(tl.permute(tl.join(g1, g2), [2, 0, 1]), [2 * ROWS, KEYS])
-            grad = product(both, tile, grad, TILE.precision)
+            grad = product(both, tile, grad, PRECISION)
         else:
-            grad1 = product(g1, tile, grad1, TILE.precision)
-            grad2 = product(g2, tile, grad2, TILE.precision)
+            grad1 = product(g1, tile, grad1, PRECISION)
+            grad2 = product(g2, tile, grad2, PRECISION)
     row = part * padded_rows + (stacked if STACKED else 2 * instance)
     to = at(grad_parts, row, out_columns)
     if STACKED:
@@ -606,21 +568,9 @@ def _gradient_kernel(
 
 @triton.jit(do_not_specialize=["batch", "padded_rows", "ranges"])
 def _finish_kernel(
-    views,
-    norm,
-    grad_parts,
-    coefficients,
-    grad_loss,
-    target,
-    gradient,
-    batch,
-    dim,
-    padded_rows,
-    ranges,
-    NORMALIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    views, norm, grad_parts, coefficients, grad_loss, target, gradient, batch, dim, padded_rows, ranges,
+    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """The gradient of some rows of a view: the ranges' parts, the positive's pull, and the chain rule.
 
     Args:
@@ -681,7 +631,7 @@ def _plan(batch: int, keys: int, consistency: bool, products: Products) -> _Plan
         )
     )
     tiles = [launch.arguments["TILE"] for launch in (statistics, gradient)]
-    cut = max(tile.width or tile.depth for tile in tiles)
+    widest = max(tile.width or tile.depth for tile in tiles)
 
     prepared = 16 * larger
     block = max(prepared, *(max(tile.rows, tile.keys // 2) for tile in tiles))
@@ -699,7 +649,7 @@ def _plan(batch: int, keys: int, consistency: bool, products: Products) -> _Plan
         (triton.cdiv(batch, finished), 2),
         {"ROWS": finished, "COLUMNS": columns},
     )
-    padded_dim = triton.cdiv(dim, cut) * cut
+    padded_dim = triton.cdiv(dim, widest) * widest
     return _Plan(
         2 * padded_batch, 2 * padded_keys, padded_dim, prepare, prepare_keys, statistics, gradient, finish
     )

@@ -19,18 +19,9 @@ _BLOCK = 2048
 
 @triton.jit
 def _sgd_kernel(
-    weight,
-    momentum_buffer,
-    grad,
-    count,
-    dim,
-    lr,
-    momentum,
-    weight_decay,
-    NESTEROV: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    weight, momentum_buffer, grad, count, dim, lr, momentum, weight_decay,
+    NESTEROV: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A block of `count` numbers.
 
     Args:

@@ -1,4 +1,4 @@
-"""csrc/row_math.h, the scalar mathematics of a row, under compilers of device code: none of them needs a GPU."""
+"""What compilers of device code make of csrc/row_math.h, the scalar mathematics of a row; no GPU needed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-// CO2 and InfoNCE on CPUs: the operator `co2` and its three steps, which contrastive_ops/reference.py
-// specifies.
+// CO2 and InfoNCE on CPUs: the operator `co2` and its three steps, specified by contrastive_ops/reference.py.
 //
 // Plan. Threads share out (block of query rows) x (range of keys). Each walks its range twice, a tile of keys
 // at a time, and for each tile over the panels of its block:

@@ -16,7 +16,7 @@
 //
 // Bound by arithmetic. A pair costs 4 products of 2 D operations and 2 exponentials: at 512 x 65536 x 128
 // that is 34 GFLOP, 73 ms on two cores of 234 GFLOP/s each, beside about 6 ms of exponentials; the weight is
-// read twice and its gradient written once, 96 MiB.
+// read twice and its gradient written once, 96 MiB. docs/performance.md has what was measured.
 
 #include <limits>
 
