@@ -92,7 +92,7 @@ class CO2 {
     });
 
     // dL/dq^ = sum_j g_j n_j + (dL/ds_+) k^, then dq = (dq^ - q^ (q^.dq^)) / |q|.
-    at::Tensor gradient = at::empty({query_.count, dim_}, c10::CppTypeToScalarType<T>::value);
+    at::Tensor gradient = empty({query_.count, dim_}, c10::CppTypeToScalarType<T>::value);
     T* out = gradient.mutable_data_ptr<T>();
     at::parallel_for(0, query_.count, 1, [&](int64_t begin, int64_t end) {
       std::vector<double> grad(dim_);
@@ -209,7 +209,7 @@ Losses co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& que
     const auto [loss, instance, consistency, rank, completed] = merge_rows<T>(partial, rows, settings);
     const at::Tensor gradient = compute_gradient
                                     ? passes.gradient(completed)
-                                    : at::empty({0, query.size(1)}, c10::CppTypeToScalarType<T>::value);
+                                    : empty({0, query.size(1)}, c10::CppTypeToScalarType<T>::value);
     return Losses(loss, instance, consistency, rank, gradient);
   });
 }

@@ -130,8 +130,8 @@ class ConIC {
     prepare_coefficients(loss_weight, Records<ConICCoefficients>(statistics));
     const bool writes = wanted.weight && !wanted.sgd;
     at::Tensor grad_views =
-        at::empty({wanted.views ? views_.views : 0, views_.batch, dim_}, views_.tensor.options());
-    at::Tensor grad_weight = at::empty({writes ? weight_.size(0) : 0, dim_}, weight_.options());
+        empty({wanted.views ? views_.views : 0, views_.batch, dim_}, views_.tensor.scalar_type());
+    at::Tensor grad_weight = empty({writes ? weight_.size(0) : 0, dim_}, weight_.scalar_type());
     std::vector<T> parts(wanted.views ? ranges_ * block_ * kPanel<T> * dim_ : 0);
     // Views that come in several blocks leave the weight's gradient unfinished in between.
     const bool several = block_ < views_.panels && wanted.weight;
@@ -280,10 +280,10 @@ Losses merge_rows(const at::Tensor& partial, const at::Tensor& positives, const 
                   const ConICSettings& settings) {
   const Records<ConICPartial> parts(partial);
   const Records<ConICPositives> positive(positives);
-  const auto options = at::TensorOptions(c10::CppTypeToScalarType<L>::value);
-  at::Tensor loss = at::empty({views.batch}, options), consistency = at::empty({views.batch}, options),
-             classification = at::empty({views.views, views.batch}, options),
-             rank = at::empty({views.views, views.batch}, options.dtype(at::kLong));
+  constexpr at::ScalarType dtype = c10::CppTypeToScalarType<L>::value;
+  at::Tensor loss = empty({views.batch}, dtype), consistency = empty({views.batch}, dtype),
+             classification = empty({views.views, views.batch}, dtype),
+             rank = empty({views.views, views.batch}, at::kLong);
   auto [statistics, view] = empty_records<ConICCoefficients>({views.views, views.batch});
   L* view_losses = classification.mutable_data_ptr<L>();
   for (int64_t row = 0; row < views.count; ++row) {

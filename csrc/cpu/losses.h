@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../row_math.h"
+#include "matrix.h"
 #include "operators.h"
 
 namespace contrastive_ops {
@@ -11,10 +12,10 @@ template <typename T>
 class LossWriter {
  public:
   explicit LossWriter(int64_t rows)
-      : loss_(at::empty({rows}, c10::CppTypeToScalarType<T>::value)),
-        instance_(at::empty_like(loss_)),
-        consistency_(at::empty_like(loss_)),
-        rank_(at::empty({rows}, at::kLong)),
+      : loss_(empty({rows}, c10::CppTypeToScalarType<T>::value)),
+        instance_(empty({rows}, c10::CppTypeToScalarType<T>::value)),
+        consistency_(empty({rows}, c10::CppTypeToScalarType<T>::value)),
+        rank_(empty({rows}, at::kLong)),
         to_{loss_.mutable_data_ptr<T>(), instance_.mutable_data_ptr<T>(), consistency_.mutable_data_ptr<T>()},
         ranks_(rank_.mutable_data_ptr<int64_t>()) {}
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +15,12 @@
 namespace contrastive_ops {
 
 inline constexpr double kNormEpsilon = 1e-12;  // a row shorter than this is divided by this
+
+// A tensor to be written. Without the dispatcher it takes a third of a microsecond less, and a small loss is
+// done in fifty.
+inline at::Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) {
+  return at::Tensor(at::detail::empty_cpu(shape, dtype));
+}
 
 // A matrix in memory, of any floating dtype and strides.
 struct Matrix {
@@ -71,7 +78,7 @@ class Records {
 template <typename Record>
 std::tuple<at::Tensor, Record*> empty_records(std::vector<int64_t> shape) {
   shape.push_back(Records<Record>::kFields);
-  at::Tensor tensor = at::empty(shape, at::kDouble);
+  at::Tensor tensor = empty(shape, at::kDouble);
   return {tensor, reinterpret_cast<Record*>(tensor.mutable_data_ptr<double>())};
 }
 

@@ -207,7 +207,7 @@ class NTXent {
       }
     });
 
-    at::Tensor similarity = at::empty({rows_.count}, at::kDouble);
+    at::Tensor similarity = empty({rows_.count}, at::kDouble);
     auto [partial, part] = empty_records<NTXentPartial>({ranges_, rows_.count});
     for (int64_t index = 0; index < rows_.count; ++index) {
       const int64_t row = layout_.row(index), panel = row / kPanel<T>, lane = row % kPanel<T>;
@@ -253,7 +253,7 @@ class NTXent {
     });
 
     const double inverse_scale = 1 / scale;
-    at::Tensor grad_views = at::empty(views_.sizes(), views_.options());
+    at::Tensor grad_views = empty(views_.sizes(), views_.scalar_type());
     at::parallel_for(0, rows_.count, 1, [&](int64_t begin, int64_t end) {
       std::vector<double> grad(dim_);
       for (int64_t index = begin; index < end; ++index) {
