@@ -7,7 +7,6 @@ and in tests/test_layers.py.
 from __future__ import annotations
 
 import ast
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from bench.files import README
+from contrastive_ops._backends import BACKENDS
 
 ROOT = README.parent
 PICTURE = ROOT / "docs" / "figures" / "layers.png"
@@ -35,10 +35,10 @@ class Layer:
 # From top to bottom: a call goes this way.
 LAYERS = (
     Layer("what holds state", ("modules", "queue", "classifier")),
-    Layer("a loss: check the arguments, call one operator, reduce", ("functional",)),
-    Layer("operators: schemas, checks, fake kernels, autograd", ("_ops", "_checks")),
+    Layer("a loss: check the arguments,\ncall one operator, reduce", ("functional",)),
+    Layer("operators: schemas, checks,\nfake kernels, autograd", ("_ops", "_checks")),
     Layer("which implementation serves", ("_backends",)),
-    Layer("implementations: statistics, merge, gradient", ("reference", "_cpu", "kernels", "_cuda")),
+    Layer("implementations:\nstatistics, merge, gradient", ("reference", "_cpu", "kernels", "_cuda")),
     Layer("what all of them share", ("_contract", "_store", "_installation", "_eager", "_state")),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.modules}
@@ -90,38 +90,36 @@ def unplaced() -> set[str]:
 
 
 def draw(axes: Axes) -> None:
-    """A row of boxes for each layer, and an arrow for each two modules of which one imports the other."""
+    """A row of boxes for each layer, and an arrow for each two modules of which one imports the other.
+
+    All may use the last layer: arrows to it would hide the rest. The choice of a backend loads modules by name.
+    """
     places = {}
     for number, layer in enumerate(LAYERS):
         y = len(LAYERS) - number
-        axes.text(0, y + 0.32, layer.task, fontsize=9, style="italic", va="bottom")
-        width = 11 / 4
+        axes.text(0, y, layer.task, fontsize=10, style="italic", va="center")
         for column, module in enumerate(layer.modules):
-            x = column * width
+            x = 3.2 + 1.6 * column
             axes.add_patch(
-                Rectangle((x, y - 0.25), width - 0.25, 0.5, facecolor=COLORS[number], edgecolor="0.25")
+                Rectangle((x, y - 0.22), 1.4, 0.44, facecolor=COLORS[number], edgecolor="0.25", zorder=2)
             )
-            axes.text(x + (width - 0.25) / 2, y, module, ha="center", va="center", fontsize=10)
-            places[module] = (x + (width - 0.25) / 2, y)
-    for one, other in imports():
+            axes.text(x + 0.7, y, module, ha="center", va="center", fontsize=10, zorder=3)
+            places[module] = x + 0.7, y
+    loaded = {("_backends", path.removeprefix("contrastive_ops.")) for path in BACKENDS.values()}
+    for one, other in imports().keys() | loaded:
         (x, y), (to_x, to_y) = places[one], places[other]
-        if (
-            to_y == y or LAYER_OF[other] == len(LAYERS) - 1
-        ):  # all may use the last; arrows to it would hide the rest
-            continue
-        axes.add_patch(
-            FancyArrowPatch(
-                (x, y - 0.25), (to_x, to_y + 0.25), arrowstyle="-|>", mutation_scale=11, color="0.35"
-            )
-        )
-    axes.set(xlim=(-0.1, 11), ylim=(0.6, len(LAYERS) + 0.7))
+        if to_y < y and to_y > 1:
+            arrow = {"arrowstyle": "-|>", "mutation_scale": 11, "color": "0.35", "zorder": 1}
+            axes.add_patch(FancyArrowPatch((x, y - 0.22), (to_x, to_y + 0.22), shrinkA=0, shrinkB=0, **arrow))
+    columns = max(len(layer.modules) for layer in LAYERS)
+    axes.set(xlim=(-0.1, 3.2 + 1.6 * columns), ylim=(0.6, len(LAYERS) + 0.4))
     axes.axis("off")
 
 
 def main() -> None:
-    for one, other in itertools.chain(upward()):
+    for one, other in upward():
         raise SystemExit(f"{one} imports {other}, which is above it")
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     draw(figure.subplots())
     figure.savefig(PICTURE, dpi=120)
     print(f"Wrote {PICTURE}")

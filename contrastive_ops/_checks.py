@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .reference import computed_in
+from ._contract import computed_in
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DOUBLE, _INDEX = (torch.float64,), (torch.int64,)

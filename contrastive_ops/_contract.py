@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -197,3 +198,8 @@ class ConICCoefficients(NamedTuple):
 RECORDS = (
     CO2Partial, CO2Row, NTXentPartial, NTXentCoefficients, ConICPositives, ConICPartial, ConICCoefficients,
 )  # fmt: skip
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """What a loss of these queries or views is computed in, and comes in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -39,9 +39,9 @@ from ._contract import (
     NTXentSettings,
     PendingStep,
     SGDSettings,
+    computed_in,
 )
 from ._eager import eager
-from .reference import computed_in
 
 _library = torch.library.Library("contrastive_ops", "DEF")
 

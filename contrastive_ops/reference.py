@@ -28,6 +28,7 @@ from ._contract import (
     NTXentPartial,
     NTXentSettings,
     SGDSettings,
+    computed_in,
 )
 
 NORM_EPSILON = 1e-12  # a row shorter than this is divided by this, as in torch.nn.functional.normalize
@@ -494,11 +495,6 @@ def _disagreement(unit_views: Tensor) -> Tensor:
     disagreement = 1 - torch.einsum("ibd,jbd->ijb", unit_views, unit_views)
     disagreement.diagonal().zero_()
     return disagreement
-
-
-def computed_in(x: Tensor) -> torch.dtype:
-    """What a loss of these queries or views is computed in, and comes in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:

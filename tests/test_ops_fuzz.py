@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import _ops
-from contrastive_ops.reference import computed_in
+from contrastive_ops._contract import computed_in
 from tests.cases import DTYPES, refusal
 from tests.conftest import ON_GPU
 

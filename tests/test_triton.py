@@ -64,7 +64,8 @@ SPILLED_BYTES = 0 if TUNED_FOR_THIS_COMPILER else 32
 )
 def test_the_interpreter_passes_the_same_tests() -> None:
     """The kernels' own code, tile by tile on the CPU, held to the harness of all backends."""
-    tests = [f"tests/test_{of}.py" for of in ("conic", "co2", "nt_xent", "rows_ops", "ops", "ops_fuzz")]
+    files = "conic", "co2", "nt_xent", "seam", "rows_ops", "ops", "ops_fuzz"
+    tests = [f"tests/test_{name}.py" for name in files]
     profile = os.environ.get("INTERPRETED_PROFILE", "interpreted")
     environment = {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": profile}
     pass_elsewhere(tests, "triton", environment)
