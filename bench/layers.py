@@ -92,7 +92,7 @@ def unplaced() -> set[str]:
 def draw(axes: Axes) -> None:
     """A row of boxes for each layer, and an arrow for each two modules of which one imports the other.
 
-    All may use the last layer: arrows to it would hide the rest. The choice of a backend loads modules by name.
+    All may use the last layer: arrows to it would hide the rest. The choice of a backend loads by name.
     """
     places = {}
     for number, layer in enumerate(LAYERS):
