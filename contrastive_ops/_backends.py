@@ -137,7 +137,7 @@ def _choose(requested: str | None, operator: str, rows: Tensor) -> tuple[str, Mo
 
     device_type = rows.device.type
     reasons = []
-    for name in _preferred_on(device_type):
+    for name in preferred_on(device_type):
         fused, reason = _load(name)
         reason = reason or fused.refuses(operator, rows)  # type: ignore[union-attr]
         if fused is not None and not reason:
@@ -149,7 +149,8 @@ def _choose(requested: str | None, operator: str, rows: Tensor) -> tuple[str, Mo
 
 
 @functools.cache
-def _preferred_on(device_type: str) -> tuple[str, ...]:
+def preferred_on(device_type: str) -> tuple[str, ...]:
+    """The backends that are tried on a type of devices where nobody chose, in their order."""
     preferred = []
     for name, path in BACKENDS.items():
         with contextlib.suppress(ImportError):

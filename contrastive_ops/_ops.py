@@ -190,19 +190,11 @@ def _nt_xent_backward(
 class _ConIC(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        views: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        temperature: float,
-        compensation: float,
-        consistency_weight: float,
-        backend: str | None,
+        ctx: Any, views: Tensor, weight: Tensor, target: Tensor, *settings_and_backend: Any
     ) -> tuple[Tensor, ...]:
-        loss, *others, statistics = _below_autograd(
-            conic, views, weight, target, temperature, compensation, consistency_weight, backend
-        )
-        ctx.settings, ctx.backend = (temperature, consistency_weight), backend
+        loss, *others, statistics = _below_autograd(conic, views, weight, target, *settings_and_backend)
+        temperature, _compensation, consistency_weight, ctx.backend = settings_and_backend
+        ctx.settings = temperature, consistency_weight
         ctx.mark_non_differentiable(*others, statistics)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(views, weight, target, statistics)

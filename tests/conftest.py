@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 import contrastive_ops
 from contrastive_ops import available_backends
+from contrastive_ops._backends import preferred_on
 from tests.cases import INTERPRETED
 
 
@@ -46,7 +47,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 SERVING = [name for name, status in available_backends().items() if status.available]
 
 
-ON_GPU = () if INTERPRETED else ("triton", "cuda")
+ON_GPU = () if INTERPRETED else preferred_on("cuda")
 
 
 @pytest.fixture(params=SERVING)

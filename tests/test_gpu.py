@@ -20,8 +20,9 @@ from torch import Tensor
 
 from contrastive_ops import available_backends, co2_loss, conic_loss, info_nce_loss, nt_xent_loss, reference
 from contrastive_ops._contract import PendingStep, SGDSettings
-from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase
+from tests.cases import Case, ConICCase, NTXentCase
 from tests.classifiers import STORAGES, Training, classifier, saved
+from tests.conftest import ON_GPU
 from tests.oracles import (
     assert_near,
     assert_no_worse_than_eager,
@@ -35,7 +36,7 @@ from tests.oracles import (
 )
 from train_ref.eager import eager_conic, eager_nt_xent
 
-SERVING = [name for name in ("triton", "cuda") if available_backends()[name] and not INTERPRETED]
+SERVING = [name for name in ON_GPU if available_backends()[name]]
 
 pytestmark = pytest.mark.skipif(not SERVING, reason="there is no GPU that a backend serves")
 

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._checks import check_tensor
+
 Indices = NDArray[np.int64]
 
 STATEFUL = "it changes what is kept on the host, which compiled code would do once, when it is traced"
@@ -20,10 +22,7 @@ def checked_instances(name: str, indices: Any, num_instances: int) -> Indices:
     Raises:
         TypeError, ValueError: it is not (B,) int64 in [0, N), or has no values.
     """
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(indices).__name__}")
-    if indices.dtype != torch.int64:
-        raise TypeError(f"{name} must be of dtype int64, got {indices.dtype}")
+    check_tensor(name, indices, (torch.int64,))
     if indices.ndim != 1:
         raise ValueError(f"{name} must be (B,), got shape {tuple(indices.shape)}")
     if indices.is_meta:
