@@ -140,9 +140,8 @@ def _statistics_kernel(
     begin = part.to(tl.int64) * keys_a_range
     for start in range(begin, tl.minimum(begin + keys_a_range, keys), KEYS):
         tile_rows = start + tl.arange(0, KEYS)
-        s, y, _ = similarities(
-            query_rows, key_rows, Block(queue, tile_rows, keys), (q, k), dim, CONSISTENCY, TILE
-        )
+        queue_rows = Block(queue, tile_rows, keys)
+        s, y, _ = similarities(query_rows, key_rows, queue_rows, (q, k), dim, CONSISTENCY, TILE)
         valid = tl.reshape(tile_rows < keys, [1, KEYS // LANES, LANES])
         s = tl.reshape(s, tile_shape)
         above = s > positive

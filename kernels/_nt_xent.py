@@ -483,6 +483,8 @@ def _gradient_kernel(
     KEYS: tl.constexpr = TILE.keys
     PRECISION: tl.constexpr = TILE.precision
     LOW: tl.constexpr = PRECISION == "tf32x3"
+    if target.data is None:  # Registers less: there is none to spare.
+        key_rows, keys = rows, batch
     unit, key_unit = rows.unit, key_rows.unit
     first = tl.program_id(0) * ROWS
     instance = first + tl.arange(0, ROWS)
