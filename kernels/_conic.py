@@ -411,7 +411,7 @@ def _weight_kernel(
     if WHOLE_ROWS:
         radial = tl.sum(w_out * grad, axis=1) * inverse
     radial = tl.where(norm > NORM_EPSILON, radial, 0.0)
-    # in two factors of a row, the decay of the step among them: as a sum of three tiles it takes more registers
+    # As two factors of a row, with the decay of the step in one: a sum of three tiles takes more registers.
     factor = inverse / unit_scale
     of_w = -inverse * radial * factor
     if momentum_buffer.data is not None:

@@ -260,6 +260,18 @@ def test_other_calls_spill_nothing_in_the_loop(
         assert not {"LDL", "STL"} & kernel.loop.keys()
 
 
+COMPILED = [call for call in TILES if call.capability == (9, 0) and call.dim in (128, 1024)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
+@pytest.mark.parametrize("call", COMPILED, ids=str)
+def test_every_promised_compiler_takes_each_kernel(
+    made: Callable[[Call], resources.Resources], call: Call
+) -> None:
+    """Whole rows and chunks of them, with the oldest Triton too, whose limits the newest says nothing of."""
+    assert TENSOR_CORES[call.capability] in made(call).ptx
+
+
 SMALL_CALLS = [
     Call(capability, name, "half", dim, others)
     for dim in (128, 1024)
