@@ -52,10 +52,10 @@ def version(module: ModuleType) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-# The table was made with Triton 3.8. With 3.6, one kernel in forty spills a few bytes, on RTX 4090; with 3.5,
-# ConIC's merge spills four on A100.
+# The table was made with Triton 3.8. With 3.6, ConIC's weight spills up to 212 bytes after its loop, once a
+# tile, on Hopper, and four kernels in 190 up to 120; with 3.5, ConIC's merge spills four on A100.
 TUNED_FOR_THIS_COMPILER = version(triton) >= (3, 8)
-SPILLED_BYTES = 0 if TUNED_FOR_THIS_COMPILER else 32
+SPILLED_BYTES = 0 if TUNED_FOR_THIS_COMPILER else 256
 
 
 @pytest.mark.slow
