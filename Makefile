@@ -6,6 +6,8 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
+# A file of tests on each core, in processes of one thread: on two cores all take half as long.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(shell nproc) --dist=loadfile
 
 .PHONY: demo test test-all quick dist test-installed test-oldest asan bench gpu lint format clean
 
@@ -13,17 +15,17 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m train_ref fit --config digits_moco_v2_co2
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # With every place that is interrupted, every fault of the disk, 300 power cuts, 10,000 calls of the operators, more
-# kills, longer trainings, and more examples in Triton's interpreter.
+# kills, longer trainings, and more examples in Triton's interpreter; one after the other, on all threads.
 test-all: $(VENV)/.installed
 	INTERRUPTS_EVERY=1 DISK_POWER_CUTS=300 DISK_FAULTS=1 CONTRASTIVE_OPS_FUZZ_CALLS=10000 KILLS=8 LONG_STEPS=1 \
 		INTERPRETED_PROFILE=few $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # What takes seconds, with few examples each.
 quick: $(VENV)/.installed
-	HYPOTHESIS_PROFILE=few $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=few $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # The oldest versions that are promised, with the quick selection, on a Python 3.12.
 PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3) python3.12)
