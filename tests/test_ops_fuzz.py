@@ -308,7 +308,7 @@ def wrong_backend(call: Call, draw: Drawn) -> None:
 
 
 def strange_values(call: Call, draw: Drawn) -> None:
-    """Those of statistics too. They may be anything, memory stays whole."""
+    """Numbers of statistics too may be anything: memory stays whole."""
     name, x = draw.choice([(name, x) for name, x in call.tensors.items() if x.is_floating_point()])
     if x.numel():
         value = draw.choice((float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 0.0))

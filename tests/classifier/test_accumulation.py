@@ -32,7 +32,7 @@ class Both:
         self.generator = torch.Generator().manual_seed(seed)
 
     def losses(self, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Of the active rows, by either; the dense classifier sees which these are."""
+        """The losses of the active rows, by ours and by the dense one, which sees which these are."""
         if indices is None:
             indices = torch.randint(COUNT, (BATCH,), generator=self.generator)
         views = torch.randn(2, len(indices), DIM, generator=self.generator, dtype=torch.float64)

@@ -47,7 +47,7 @@ def scheduled(momentum: float) -> History:
 
 
 def distance(actual: np.ndarray, expected: tuple[Fraction, ...], scale: float) -> float:
-    """Of [w; v], relative to the length of the longer: what matters where one of them has died away."""
+    """A distance of [w; v], relative to the longer: what matters where one of them has died away."""
     return float(max(abs(Fraction(a) - e) for a, e in zip(actual.tolist(), expected, strict=True))) / scale
 
 

@@ -357,7 +357,7 @@ def test_an_exchange_is_undone_in_the_space_of_a_batch(storage: str, monkeypatch
 
 
 def test_a_state_is_not_taken_while_backward_takes_a_step() -> None:
-    """Of that step it would hold a part, and another thread's `read` would return it."""
+    """A snapshot would hold a part of that step, and another thread's `read` would return it."""
     expected, training = Training(in_backward=True), Training(in_backward=True)
     of, every = training.classifier, torch.arange(COUNT)
     rows = {0: of.read(every)}
