@@ -15,9 +15,9 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m train_ref fit --config digits_moco_v2_co2
 
 test: $(VENV)/.installed
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -m "not thorough" $(PYTEST_ARGS)
 
-# With every place that is interrupted, every fault of the disk, 300 power cuts, 10,000 calls of the operators, more
+# With the tests that are much like another, every place that is interrupted, every fault of the disk, 300 power cuts, 10,000 calls of the operators, more
 # kills, longer trainings, and more examples in Triton's interpreter; one after the other, on all threads.
 test-all: $(VENV)/.installed
 	INTERRUPTS_EVERY=1 DISK_POWER_CUTS=300 DISK_FAULTS=1 CONTRASTIVE_OPS_FUZZ_CALLS=10000 KILLS=8 LONG_STEPS=1 \

@@ -247,7 +247,14 @@ OTHER_CALLS = [
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
-@pytest.mark.parametrize("call", OTHER_CALLS, ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        call if call.capability in ((8, 0), (9, 0)) else pytest.param(call, marks=pytest.mark.thorough)
+        for call in OTHER_CALLS
+    ],
+    ids=str,
+)
 def test_other_calls_spill_nothing_in_the_loop(
     made: Callable[[Call], resources.Resources], call: Call
 ) -> None:

@@ -45,7 +45,15 @@ def train(which: str, devices: int, folder: Path, *options: str, name: str = "")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", SETTINGS)
+@pytest.mark.parametrize(
+    "which",
+    [
+        which
+        if which in ("moco", "simclr", "conic_accumulated")
+        else pytest.param(which, marks=pytest.mark.thorough)
+        for which in SETTINGS
+    ],
+)
 def test_two_processes_are_one(tmp_path, which):
     with ThreadPoolExecutor() as pool:
         one, two = pool.map(lambda devices: train(which, devices, tmp_path), (1, 2))

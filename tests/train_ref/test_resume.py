@@ -104,7 +104,11 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "number"),
-    [("fork", signal.SIGTERM), ("spawn", signal.SIGINT), ("forkserver", signal.SIGTERM)],
+    [
+        ("fork", signal.SIGTERM),
+        ("spawn", signal.SIGINT),
+        pytest.param("forkserver", signal.SIGTERM, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_signal_to_all_processes_saves_after_the_step_and_stops(train_ref, tmp_path, method, number):
     """A terminal sends its interrupts to a group of processes, and schedulers ask it to terminate."""

@@ -50,7 +50,13 @@ ROWS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("toy", "co2", "simclr") else pytest.param(name, marks=pytest.mark.thorough)
+        for name in STUDIES
+    ],
+)
 def test_a_quick_study_leaves_its_figure_and_its_numbers(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
