@@ -328,17 +328,21 @@ def test_threads_wait_for_one_another() -> None:
     torch.testing.assert_close(of.read(torch.arange(400)), whole.read(torch.arange(400)), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("storage", ["device", "host"])
-def test_an_exchange_is_undone_in_the_space_of_a_batch(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of all rows, which a GPU may not have once more, nor in memory that it cannot reach."""
-    training = Training(storage=storage)
+@pytest.mark.parametrize("storage", ["device", "host", "disk"])
+def test_an_exchange_is_undone_in_the_space_of_a_batch(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of all rows, which a GPU may not have once more, nor in memory that it cannot reach: rows come back
+    from the records that they were written to, not from a copy. The error that is seen is the first."""
+    training = Training(storage=storage, path=tmp_path if storage == "disk" else None)
     training.run(0, 5)
     of = training.classifier
-    rows, written = training.rows(), []
+    rows, read, written = training.rows(), [], []
     exchange = classifier.exchange_rows
 
     def spy(*arguments: Any) -> None:
-        *_, outgoing = arguments
+        _, _, incoming, _, outgoing = arguments
+        read.append(incoming.values)
         written.append(outgoing.values)
         exchange(*arguments)
 
@@ -351,9 +355,11 @@ def test_an_exchange_is_undone_in_the_space_of_a_batch(storage: str, monkeypatch
         with pytest.raises(OSError, match="no room"):
             of.activate(torch.tensor([i for i in range(COUNT) if i not in of.active_instances][:BATCH]))
     assert len(written) == 2
+    assert read[1] is written[0]
     assert len(written[1]) == BATCH
     assert written[1].device == of.weight.device
     assert all(map(torch.equal, training.rows(), rows))
+    of.close()
 
 
 def test_a_state_is_not_taken_while_backward_takes_a_step() -> None:
