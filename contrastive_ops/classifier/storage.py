@@ -251,8 +251,8 @@ def overlap(one: Indices, other: Indices) -> bool:
 def _pin(owner: object, records: Tensor, device: torch.device) -> weakref.finalize:
     """Pin memory where it is: the caching allocator of pinned memory would round up to a power of two.
 
-    Returns what unpins it, when called or when `owner` is freed, and keeps it mapped until then: addresses that
-    are unmapped while they are pinned stay so, for whichever tensor lands there next. When the
+    Returns what unpins it, when called or when `owner` is freed, and keeps it mapped until then: addresses
+    that are unmapped while they are pinned stay so, for whichever tensor lands there next. When the
     interpreter exits, nothing is unpinned, for CUDA may be gone, and the process takes its pages along.
 
     Raises:
