@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import contrastive_ops
-from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss
+from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss, reference
+from contrastive_ops._contract import SGDSettings
 from contrastive_ops.classifier import classifier, guard
 
 PACKAGE = str(Path(contrastive_ops.__file__).parent)
@@ -391,3 +392,17 @@ def test_a_state_is_not_taken_while_backward_takes_a_step() -> None:
     for state in states:
         other.load_state_dict(state)
         torch.testing.assert_close(other.read(every), rows[len(other.history)], rtol=1e-9, atol=1e-12)
+
+
+def test_the_reference_takes_a_step_whole_or_not_at_all() -> None:
+    """On whichever line it is interrupted, weight and momentum are both moved or neither is."""
+    settings = SGDSettings(0.1, 0.9, 0.01, nesterov=True)
+    for line in itertools.count():
+        weight, momentum, grad = torch.randn(3, 4, 5, dtype=torch.float64).unbind()
+        before = weight.clone(), momentum.clone()
+        with interrupted_at(line) as where, suppress(Interrupt):
+            reference.sgd_(weight, momentum, grad, settings)
+        assert torch.equal(weight, before[0]) == torch.equal(momentum, before[1])
+        if not where:
+            break
+    assert line > 2
