@@ -413,8 +413,10 @@ def sgd_(weight: Tensor, momentum_buffer: Tensor, grad: Tensor, sgd: SGDSettings
     v ← m v + g        w ← w − η v,  or with `nesterov`  w ← w − η (g + m v)
     """
     grad = grad + sgd.weight_decay * weight
-    momentum_buffer.mul_(sgd.momentum).add_(grad)
-    weight.sub_(sgd.lr * (grad + sgd.momentum * momentum_buffer if sgd.nesterov else momentum_buffer))
+    velocity = (sgd.momentum * momentum_buffer + grad).to(momentum_buffer.dtype)
+    weight_after = weight - sgd.lr * (grad + sgd.momentum * velocity if sgd.nesterov else velocity)
+    # Both are written by one call, which no interrupt from the keyboard divides.
+    torch._foreach_copy_([momentum_buffer, weight], [velocity, weight_after])
 
 
 def exchange_rows_(

@@ -46,6 +46,8 @@ def unavailable() -> str | None:
         return f"triton cannot be imported ({error})"
     if _is_interpreted():
         return None
+    if torch.version.hip is not None:  # whose GPUs give their gfx numbers as compute capabilities
+        return f"its kernels have not been tested on AMD GPUs (this PyTorch is for ROCm {torch.version.hip})"
     if not torch.cuda.is_available():
         return "there is no CUDA device (with TRITON_INTERPRET=1 it serves CPU tensors, slowly)"
     return _too_old(max(torch.cuda.get_device_capability(each) for each in range(torch.cuda.device_count())))

@@ -147,10 +147,14 @@ def lanes(capability: tuple[int, int]) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How rows are multiplied: as they are in half precision; float32 exactly, or in TF32 if PyTorch may."""
+    """How rows are multiplied: as they are in half precision; float32 exactly, or in TF32 if PyTorch may.
+
+    PyTorch's older setters, `set_float32_matmul_precision` and `allow_tf32`, write this property too, and it
+    inherits from `torch.backends.fp32_precision`. Their getters raise where both kinds were used.
+    """
     if dtype != torch.float32:
         return "half"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 class Products(NamedTuple):

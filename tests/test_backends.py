@@ -7,7 +7,15 @@ import warnings
 import pytest
 import torch
 
-from contrastive_ops import _backends, _cpu, available_backends, info_nce_loss, serving_backend, use_backend
+from contrastive_ops import (
+    _backends,
+    _cpu,
+    available_backends,
+    info_nce_loss,
+    kernels,
+    serving_backend,
+    use_backend,
+)
 from contrastive_ops._backends import BACKENDS, ENVIRONMENT_VARIABLE, select
 from tests.cases import Case
 
@@ -82,6 +90,21 @@ def test_a_backend_refuses_devices_it_does_not_serve() -> None:
         RuntimeError, match="the backend 'cpu' cannot serve this call: it does not serve meta"
     ):
         select("cpu", "co2", torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (9, 4), (11, 0)])
+def test_an_amd_gpu_is_refused_by_name(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gfx number is not taken for a compute capability."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert kernels.unavailable() is None
+    monkeypatch.setattr(torch.version, "hip", "7.0.51831")
+    assert "not been tested on AMD GPUs" in str(kernels.unavailable())
+    assert "ROCm 7.0.51831" in str(kernels.unavailable())
 
 
 def test_the_fallback_to_the_reference_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ triton = pytest.importorskip("triton")
 from contrastive_ops.kernels import _co2, _conic, _launch, _nt_xent, _tiles
 from contrastive_ops.kernels._launch import Chip, Products, steps_a_range
 
-from bench import resources
+from bench import resources, tune
 from contrastive_ops import conic_loss, kernels, nt_xent_loss
 
 
@@ -106,6 +106,78 @@ def test_ranges_of_nt_xent(monkeypatch: pytest.MonkeyPatch, consistency_weight: 
     actual = nt_xent_loss_and_gradients(nt_xent_loss, *case.tensors(), **case.settings(), backend="triton")
     for a, e in zip(actual, nt_xent_oracle(*case.tensors(), **case.settings()), strict=True):
         assert distance(a, e) <= 1e-5 * e.norm()
+
+
+PRECISIONS = {
+    "set_high": lambda: torch.set_float32_matmul_precision("high"),
+    "set_medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "set_highest": lambda: torch.set_float32_matmul_precision("highest"),
+    "allow": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "disallow": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", False),
+    "matmul_tf32": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "matmul_ieee": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    "every_tf32": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "every_ieee": lambda: setattr(torch.backends, "fp32_precision", "ieee"),
+}  # each of PyTorch's ways to choose how float32 is multiplied
+
+
+@pytest.fixture
+def untouched_precision() -> Iterator[None]:
+    """Puts PyTorch's choice back."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.usefixtures("untouched_precision")
+@pytest.mark.parametrize("last", PRECISIONS)
+@pytest.mark.parametrize("first", PRECISIONS)
+def test_float32_follows_the_last_choice_of_a_precision(first: str, last: str) -> None:
+    """Set by PyTorch's older functions or its newer properties, or by both, of which getters then raise."""
+    PRECISIONS[first]()
+    PRECISIONS[last]()
+    if last.startswith("every") and not first.startswith("every"):
+        last = first  # is inherited only where nothing was said of matrix products
+    may = last in ("set_high", "set_medium", "allow", "matmul_tf32", "every_tf32")
+    assert _launch.precision_of(torch.float32) == ("tf32" if may else "tf32x3")
+    assert _launch.precision_of(torch.bfloat16) == "half"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        triton.runtime.errors.PTXASError("no register is left"),
+        triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory"),
+        triton.CompilationError("", None, None),
+        RuntimeError("CUDA error"),
+    ],
+)
+def test_the_search_for_tiles_goes_on_where_one_fails(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not try the same tile for another number of programs."""
+    case = tune.Case("co2", "triton", "bfloat16", 256, 65536, 128)
+    table, tried = dict(_tiles.OTHER), []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(tune, "inputs", lambda case, device: ())
+    monkeypatch.setattr(tune, "sets_beyond_cache", lambda first: 2)
+    monkeypatch.setattr(tune, "copied", lambda first: first)
+    monkeypatch.setattr(tune, "implementation", lambda case: None)
+    monkeypatch.setattr(tune, "graph_times_ms", lambda loss, sets, seconds: [1.0])
+
+    def step(loss: None) -> None:
+        (tiling,) = (each for key, each in table.items() if each is not _tiles.OTHER[key])
+        tried.append(tiling)
+        if tiling.held == 128:
+            raise error
+
+    monkeypatch.setattr(tune, "step", step)
+    times = tune.best("co2.statistics", table, case, "half")
+    assert {tiling.held for _, tiling in times} == {64}
+    failed = [tiling._replace(programs=1) for tiling in tried if tiling.held == 128]
+    assert len(failed) == len(set(failed)) > 1
 
 
 OUTSIDE = (-1, 6, 2**40, -(2**63))

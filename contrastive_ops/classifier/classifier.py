@@ -414,11 +414,11 @@ class InstanceClassifier(nn.Module):
                 f"{probe.dtype}; conic_loss multiplies them in the views' dtype"
             )
         weight = self.weight
+        self._storage.move(probe.device, fn)  # first, as it may be refused
         super()._apply(fn, recurse)
         if self.weight is not weight:  # as PyTorch may be set to have it
             self._gradients.replace(self.weight)
         self._mark()
-        self._storage.move(probe.device, fn)
         return self
 
     def _exclusively(self) -> AbstractContextManager[None]:
@@ -483,6 +483,9 @@ class InstanceClassifier(nn.Module):
         unchanged = np.tile(np.eye(2), (count, 1, 1))
         scratch = Records(self.weight.new_empty(count, 2, self.dim), np.arange(count))
         self._guard.launch(exchange_rows, self._rows, plan.slots, exchange.outgoing, unchanged, scratch)
+        if self.weight.is_cuda and not exchange.outgoing.values.is_cuda:
+            # Pinned memory that is freed goes to others at once, and the GPU may not have read it yet.
+            torch.cuda.current_stream(self.weight.device).synchronize()
         if exchange.gradient is not None:
             self._gradients.undo(exchange.gradient)
 

@@ -45,7 +45,7 @@ from .database import Database, import_rocksdict
 from .folder import Folder
 from .indices import Indices
 from .records import Records
-from .storage import find
+from .storage import find, overlap
 
 
 class DiskStore:
@@ -103,6 +103,8 @@ class DiskStore:
         )
 
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
+        if device != self._device:
+            self._ahead = None  # was read to where another device may not reach it
         self._device = device
 
     def fetch(self, instances: Indices) -> tuple[Records, Indices]:
@@ -139,7 +141,7 @@ class DiskStore:
         rows = np.empty(len(instances), self._row)
         rows["step"], rows["record"] = step, self._reserved.numpy()
         self._base, self._step = None, max(self._step, step)
-        if self._ahead is not None and not set(instances.tolist()).isdisjoint(self._ahead[0].tolist()):
+        if self._ahead is not None and overlap(self._ahead[0], instances):
             self._ahead = None  # was read too early
         self._working.append(instances, rows)
 

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -81,7 +84,11 @@ class MemoryStore:
         self._seed, self._on_host = seed, on_host
         self._taken = np.zeros(num_instances, np.uint32)  # 1 + steps; 0 for a row that was never committed
         self._records = _untouched_zeros((num_instances, 2, dim), dtype)
-        self._written: torch.cuda.Event | None = None  # when the device has last written to the host's memory
+        self._pinned: weakref.finalize | None = (
+            None  # unpins the records, at the latest before they are freed
+        )
+        # The rows that the device was told to write to the host's memory, and when it will have.
+        self._writes: deque[tuple[torch.cuda.Event, Indices]] = deque()
         self._staged: tuple[Indices, Tensor, torch.cuda.Event] | None = None
         self._side: torch.cuda.Stream | None = None
         self._device = torch.device("cpu")
@@ -102,12 +109,19 @@ class MemoryStore:
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
         if not self._on_host:
             self._records = function(self._records)
-        elif device.type == "cuda" and self._device.type != "cuda" and len(self._records):
-            # Pinned in place: the caching allocator of pinned memory would round up to a power of two.
-            status = torch.cuda.cudart().cudaHostRegister(self._records.data_ptr(), self._records.nbytes, 0)
-            if int(status):
-                raise RuntimeError(f"the rows' {self._records.nbytes} bytes cannot be pinned: {status}")
+        elif device != self._device:
+            self._leave_device()
+            if device.type == "cuda" and len(self._records):
+                self._pinned = _pin(self, self._records, device)
         self._device = device
+
+    def _leave_device(self) -> None:
+        """Let go of what belongs to the device, which touches the records no more when this returns."""
+        self._await_writes()
+        self._staged = self._side = None
+        if self._pinned is not None:
+            self._pinned()
+            self._pinned = None
 
     def fetch(self, instances: Indices) -> tuple[Records, Indices]:
         new = instances[self._taken[instances] == 0]
@@ -126,7 +140,7 @@ class MemoryStore:
         return Records(self._records, instances), steps
 
     def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
-        self._wait()
+        self._await_writes(instances)
         records = self._records[torch.from_numpy(instances).to(self._records.device)]
         taken = self._taken[instances].astype(np.int64)
         if not taken.all():
@@ -139,20 +153,27 @@ class MemoryStore:
 
     def commit(self, instances: Indices, step: int) -> None:
         self._taken[instances] = step + 1
+        if self._staged is not None and overlap(self._staged[0], instances):
+            self._staged = None  # was read too early
         if self._on_host and self._device.type == "cuda":
-            self._written = torch.cuda.current_stream(self._device).record_event()
+            while self._writes and self._writes[0][0].query():
+                self._writes.popleft()
+            self._writes.append((torch.cuda.current_stream(self._device).record_event(), instances))
 
     def prefetch(self, instances: Indices) -> None:
         if not (self._on_host and self._device.type == "cuda" and len(instances)):
             return
+        # The host gathers the rows when the device's writes to these have ended, which are seldom among the
+        # last ones, and waits for nothing else; nor does the side stream. `fetch` makes the stream that reads
+        # the copy wait for it, and tells the allocator, as the copy belongs to the side stream. The staging
+        # buffer is the pinned allocator's, which lends it to nobody before the copy out of it has ended.
+        instances = np.sort(instances)
         records, _ = self.peek(instances)
         with torch.cuda.device(self._device):
             self._side = self._side or torch.cuda.Stream()
             with torch.cuda.stream(self._side):
                 on_device = records.pin_memory().to(self._device, non_blocking=True)
-                order = np.argsort(instances)
-                on_device = on_device[torch.from_numpy(order).to(self._device)]
-                self._staged = instances[order], on_device, self._side.record_event()
+                self._staged = instances, on_device, self._side.record_event()
 
     def _initial(self, instances: Indices) -> Tensor:
         """The weights (n, D) of rows that were never committed, on the records' device."""
@@ -160,9 +181,13 @@ class MemoryStore:
         initial_rows(self._seed, instances, weight.numpy())
         return weight.to(self._records.device)
 
-    def _wait(self) -> None:
-        if self._written is not None:
-            self._written.synchronize()
+    def _await_writes(self, instances: Indices | None = None) -> None:
+        """Wait until the device has written these instances' records, if it was told to, or everyone's."""
+        for event, written in self._writes:
+            if instances is None or overlap(written, instances):
+                event.synchronize()
+        if instances is None:
+            self._writes.clear()
 
     def check(self, state: Mapping[str, Any], steps: int) -> None:
         if isinstance(state, Mapping) and "generation" in state:
@@ -184,7 +209,7 @@ class MemoryStore:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the rows that were ever committed, in the host's memory."""
-        self._wait()
+        self._await_writes()
         kept = torch.from_numpy(np.flatnonzero(self._taken))
         records = torch.empty(len(kept), *self._records.shape[1:], dtype=self._records.dtype, device="cpu")
         for part in torch.arange(len(kept), device="cpu").split(_ROWS_AT_A_TIME):
@@ -193,7 +218,9 @@ class MemoryStore:
         return {"instances": kept, "steps": steps, "records": records}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._wait()
+        self._await_writes()
+        if self._pinned is not None:
+            torch.cuda.synchronize(self._device)  # for an exchange that was interrupted before its `commit`
         self._staged = None
         instances = state["instances"].cpu()
         self._taken[:] = 0
@@ -214,6 +241,52 @@ def find(announced: Indices, instances: Indices) -> Indices | None:
     """Where the instances are among those announced, which are sorted; None if not all of them are there."""
     at = np.minimum(np.searchsorted(announced, instances), len(announced) - 1)
     return at if np.array_equal(announced[at], instances) else None
+
+
+def overlap(one: Indices, other: Indices) -> bool:
+    """Whether an instance is in both."""
+    return bool(np.isin(one, other).any())
+
+
+def _pin(owner: object, records: Tensor, device: torch.device) -> weakref.finalize:
+    """Pin memory where it is: the caching allocator of pinned memory would round up to a power of two.
+
+    Returns what unpins it, when called or when `owner` is freed, and keeps it mapped until then: addresses
+    that are unmapped while they are pinned stay so, for whichever tensor lands there next. When the
+    interpreter exits, nothing is unpinned, for CUDA may be gone, and the process takes its pages along.
+
+    Raises:
+        RuntimeError: CUDA refuses.
+    """
+    unpin = weakref.finalize(owner, _unpin, records, device, os.getpid())
+    unpin.atexit = False
+    try:
+        with torch.cuda.device(device):
+            status = torch.cuda.cudart().cudaHostRegister(records.data_ptr(), records.nbytes, 0)
+        _check_cuda("cudaHostRegister", status, records)
+    except BaseException:
+        unpin.detach()
+        raise
+    return unpin
+
+
+def _unpin(records: Tensor, device: torch.device, process: int) -> None:
+    if os.getpid() != process:
+        return  # it is the parent's memory that is pinned, and a fork cannot call CUDA
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # it may have been told to read or write them
+        status = torch.cuda.cudart().cudaHostUnregister(records.data_ptr())
+    _check_cuda("cudaHostUnregister", status, records)
+
+
+def _check_cuda(function: str, status: Any, records: Tensor) -> None:
+    """Raise RuntimeError for an error of CUDA's runtime."""
+    if int(status):
+        name = torch.cuda.cudart().cudaGetErrorString(status)
+        raise RuntimeError(
+            f"storage='host': {function} failed for the rows' {records.nbytes} bytes: "
+            f"error {int(status)}, {name}"
+        )
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import contrastive_ops
-from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss
+from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss, reference
+from contrastive_ops._contract import SGDSettings
 from contrastive_ops.classifier import classifier, guard
 
 PACKAGE = str(Path(contrastive_ops.__file__).parent)
@@ -328,17 +329,21 @@ def test_threads_wait_for_one_another() -> None:
     torch.testing.assert_close(of.read(torch.arange(400)), whole.read(torch.arange(400)), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("storage", ["device", "host"])
-def test_an_exchange_is_undone_in_the_space_of_a_batch(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of all rows, which a GPU may not have once more, nor in memory that it cannot reach."""
-    training = Training(storage=storage)
+@pytest.mark.parametrize("storage", ["device", "host", "disk"])
+def test_an_exchange_is_undone_in_the_space_of_a_batch(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of all rows, which a GPU may not have once more, nor in memory that it cannot reach: rows come back
+    from the records that they were written to, not from a copy. The error that is seen is the first."""
+    training = Training(storage=storage, path=tmp_path if storage == "disk" else None)
     training.run(0, 5)
     of = training.classifier
-    rows, written = training.rows(), []
+    rows, read, written = training.rows(), [], []
     exchange = classifier.exchange_rows
 
     def spy(*arguments: Any) -> None:
-        *_, outgoing = arguments
+        _, _, incoming, _, outgoing = arguments
+        read.append(incoming.values)
         written.append(outgoing.values)
         exchange(*arguments)
 
@@ -351,9 +356,11 @@ def test_an_exchange_is_undone_in_the_space_of_a_batch(storage: str, monkeypatch
         with pytest.raises(OSError, match="no room"):
             of.activate(torch.tensor([i for i in range(COUNT) if i not in of.active_instances][:BATCH]))
     assert len(written) == 2
+    assert read[1] is written[0]
     assert len(written[1]) == BATCH
     assert written[1].device == of.weight.device
     assert all(map(torch.equal, training.rows(), rows))
+    of.close()
 
 
 def test_a_state_is_not_taken_while_backward_takes_a_step() -> None:
@@ -385,3 +392,17 @@ def test_a_state_is_not_taken_while_backward_takes_a_step() -> None:
     for state in states:
         other.load_state_dict(state)
         torch.testing.assert_close(other.read(every), rows[len(other.history)], rtol=1e-9, atol=1e-12)
+
+
+def test_the_reference_takes_a_step_whole_or_not_at_all() -> None:
+    """On whichever line it is interrupted, weight and momentum are both moved or neither is."""
+    settings = SGDSettings(0.1, 0.9, 0.01, nesterov=True)
+    for line in itertools.count():
+        weight, momentum, grad = torch.randn(3, 4, 5, dtype=torch.float64).unbind()
+        before = weight.clone(), momentum.clone()
+        with interrupted_at(line) as where, suppress(Interrupt):
+            reference.sgd_(weight, momentum, grad, settings)
+        assert torch.equal(weight, before[0]) == torch.equal(momentum, before[1])
+        if not where:
+            break
+    assert line > 2
