@@ -62,6 +62,11 @@ def _fused(x: Array, y: Array, z: Array) -> Array:
     return (x.astype(wide) * y.astype(wide) + z.astype(wide)).astype(x.dtype)
 
 
+def _by_size(choose: Callable[..., Array]) -> Callable[[Array, Array], Array]:
+    """Of the absolute values, with the sign of the product."""
+    return lambda x, y: np.copysign(choose(np.abs(x), np.abs(y)), np.where(np.signbit(x) ^ np.signbit(y), -1.0, 1.0).astype(x.dtype))
+
+
 def _exp2(x: Array) -> Array:
     return np.exp2(x.astype(np.float64)).astype(np.float32)
 
@@ -245,6 +250,8 @@ TABLE += [
     (rf"max(\.ftz)?\.(?P<type>{_FLOAT})", _apply(np.fmax)),
     (r"min(\.ftz)?\.NaN\.(?P<type>f32)", _apply(np.minimum)),
     (r"max(\.ftz)?\.NaN\.(?P<type>f32)", _apply(np.maximum)),
+    (r"min(\.ftz)?\.NaN\.xorsign\.abs\.(?P<type>f32)", _apply(_by_size(np.minimum))),
+    (r"max(\.ftz)?\.NaN\.xorsign\.abs\.(?P<type>f32)", _apply(_by_size(np.maximum))),
     (rf"min\.(?P<type>{_INT})", _apply(np.minimum)),
     (rf"max\.(?P<type>{_INT})", _apply(np.maximum)),
     (rf"sqrt\.rn\.(?P<type>{_FLOAT})", _apply(np.sqrt)),
