@@ -44,7 +44,8 @@ ret;
     for array in arrays:
         memory.add(array.ctypes.data, array.nbytes)
     parameters = {
-        name: np.array([array.ctypes.data], np.uint64).view(np.uint8) for name, array in zip(names, arrays, strict=True)
+        name: np.array([array.ctypes.data], np.uint64).view(np.uint8)
+        for name, array in zip(names, arrays, strict=True)
     }
     Program(parse(ptx)).run((1, 1, 1), memory, parameters, shared)
 
@@ -158,7 +159,9 @@ def test_mma() -> None:
     np.testing.assert_allclose(out, expected, rtol=1e-6)
 
 
-def multiply(descriptor_swizzle: int, barrier: str = "bar.sync 0;", wait: str = "wgmma.wait_group.sync.aligned 0;") -> Any:
+def multiply(
+    descriptor_swizzle: int, barrier: str = "bar.sync 0;", wait: str = "wgmma.wait_group.sync.aligned 0;"
+) -> Any:
     """A product of (64, 16) and (8, 16) matrices whose rows of 32 bytes are swizzled: what wgmma makes of it,
     and what it should."""
     rng = np.random.default_rng(0)
@@ -281,7 +284,11 @@ def test_emulated_co2(dtype: torch.dtype) -> None:
 def test_emulated_conic(dtype: torch.dtype) -> None:
     case = ConICCase(2, 5, 130, 40, dtype, torch.float32, layout="strided", weight_layout="columns")
     views, weight, target = case.tensors()
-    settings, step, grad = ConICSettings(0.1, 2.5), SGDSettings(0.1, 0.9, 1e-4, False), torch.linspace(0.5, 1.5, 5)
+    settings, step, grad = (
+        ConICSettings(0.1, 2.5),
+        SGDSettings(0.1, 0.9, 1e-4, False),
+        torch.linspace(0.5, 1.5, 5),
+    )
     exact = views.double(), weight.double(), target
     forward, expected = kernels.conic(views, weight, target, settings), reference.conic(*exact, settings)
     compare(forward, expected, dtype)

@@ -64,7 +64,12 @@ def _fused(x: Array, y: Array, z: Array) -> Array:
 
 def _by_size(choose: Callable[..., Array]) -> Callable[[Array, Array], Array]:
     """Of the absolute values, with the sign of the product."""
-    return lambda x, y: np.copysign(choose(np.abs(x), np.abs(y)), np.where(np.signbit(x) ^ np.signbit(y), -1.0, 1.0).astype(x.dtype))
+
+    def chosen(x: Array, y: Array) -> Array:
+        sign = np.where(np.signbit(x) ^ np.signbit(y), x.dtype.type(-1), x.dtype.type(1))
+        return np.copysign(choose(np.abs(x), np.abs(y)), sign)
+
+    return chosen
 
 
 def _exp2(x: Array) -> Array:
@@ -250,6 +255,8 @@ TABLE += [
     (rf"max(\.ftz)?\.(?P<type>{_FLOAT})", _apply(np.fmax)),
     (r"min(\.ftz)?\.NaN\.(?P<type>f32)", _apply(np.minimum)),
     (r"max(\.ftz)?\.NaN\.(?P<type>f32)", _apply(np.maximum)),
+    (r"min(\.ftz)?\.xorsign\.abs\.(?P<type>f32)", _apply(_by_size(np.fmin))),
+    (r"max(\.ftz)?\.xorsign\.abs\.(?P<type>f32)", _apply(_by_size(np.fmax))),
     (r"min(\.ftz)?\.NaN\.xorsign\.abs\.(?P<type>f32)", _apply(_by_size(np.minimum))),
     (r"max(\.ftz)?\.NaN\.xorsign\.abs\.(?P<type>f32)", _apply(_by_size(np.maximum))),
     (rf"min\.(?P<type>{_INT})", _apply(np.minimum)),

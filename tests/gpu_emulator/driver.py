@@ -66,14 +66,16 @@ def start(architecture: str) -> None:
     library = folder / "libcuda.so.1"
     compiler = os.environ.get("CC", "cc")
     source = Path(__file__).with_name("libcuda.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True
+    )
     (folder / "libcuda.so").symlink_to(library)
 
     import triton
+    from contrastive_ops.kernels import _launch as host
     from triton.backends.nvidia import driver as nvidia
 
     from contrastive_ops import kernels
-    from contrastive_ops.kernels import _launch as host
 
     assembler = folder / "ptxas"
     assembler.write_text(_ASSEMBLER.format(real=Path(nvidia.__file__).parent / "bin" / "ptxas"))

@@ -40,7 +40,9 @@ class Blocks:
         self.registers: dict[str, Array] = {}
         self.memory, self.parameters = memory, parameters
         self.shared = SharedMemory(shared, count, kernel.threads // 32)
-        self.copies: list[tuple[Array, Array, Array, Array]] = []  # not yet landed: group, threads, bytes, data
+        self.copies: list[
+            tuple[Array, Array, Array, Array]
+        ] = []  # not yet landed: group, threads, bytes, data
         self.committed = np.zeros(self.count, np.int64)  # groups of copies, a thread
         self.products: list[tuple[int, int, Array]] = []  # in flight: group, first thread, bytes read
         self.committed_products = np.zeros(self.count // 128 + 1, np.int64)
@@ -169,7 +171,9 @@ class Program:
                 try:
                     step = build(decoder, match, instruction.operands)
                 except UnknownInstruction as error:
-                    raise UnknownInstruction(f"line {instruction.line}: {instruction.text}: {error}") from None
+                    raise UnknownInstruction(
+                        f"line {instruction.line}: {instruction.text}: {error}"
+                    ) from None
             self._steps.append((instruction, predicate, step))
 
     def run(

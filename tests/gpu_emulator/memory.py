@@ -107,7 +107,9 @@ class SharedMemory:
         first, stamp = self._stamps(block, warp)
         writer = self._writer[index]
         if ((writer >= first) & (writer != stamp)).any():
-            raise Fault(f"race: {'a write' if write else 'a read'} of what another warp wrote, and no barrier")
+            raise Fault(
+                f"race: {'a write' if write else 'a read'} of what another warp wrote, and no barrier"
+            )
         reader = self._reader[index]
         others = (reader >= first) & (reader != stamp)
         if not write:

@@ -50,7 +50,9 @@ def parse(ptx: str) -> Kernel:
     text = re.sub(r"//[^\n]*", "", ptx)
     entries = list(_ENTRY.finditer(text))
     if len(entries) != 1 or re.search(r"^\s*(\.\w+ )*\.func\b", text, re.MULTILINE):
-        raise UnknownInstruction(f"a module of one kernel and no functions is needed, got {len(entries)} kernels")
+        raise UnknownInstruction(
+            f"a module of one kernel and no functions is needed, got {len(entries)} kernels"
+        )
     entry = entries[0]
     parameters = {}
     for parameter in filter(str.strip, entry[2].split(",")):

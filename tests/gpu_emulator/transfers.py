@@ -170,7 +170,10 @@ def _load_matrices(decoder: Decoder, match: Match, operands: Operands) -> Execut
 
 
 def _store_matrices(decoder: Decoder, match: Match, operands: Operands) -> Execute:
-    address, sources = decoder.address(operands[0]), [decoder.read(x, "b32") for x in decoder.braced(operands[1])]
+    address, sources = (
+        decoder.address(operands[0]),
+        [decoder.read(x, "b32") for x in decoder.braced(operands[1])],
+    )
     transposed = match["trans"] is not None
     if len(sources) != int(match["count"]):
         raise UnknownInstruction(f"{len(sources)} registers")
