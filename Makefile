@@ -9,7 +9,7 @@ CSRC := $(shell find csrc -type f)
 # A file of tests on each core, in processes of one thread: on two cores all take half as long.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(shell nproc) --dist=loadfile
 
-.PHONY: demo test test-all quick dist test-installed test-oldest asan bench gpu lint format clean
+.PHONY: demo test test-all quick dist test-installed test-oldest asan emulate bench gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m train_ref fit --config digits_moco_v2_co2
@@ -61,6 +61,20 @@ asan: $(VENV)/.installed
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:faulthandler --capture=sys tests/test_ops_fuzz.py \
 		tests/classifier/test_store.py
+
+# The Triton kernels as they are compiled for two generations of GPUs, by the present Triton and by an older one, in the
+# emulator of tests/gpu_emulator.
+EMULATED := tests/test_co2.py tests/test_conic.py tests/test_nt_xent.py tests/test_ops.py tests/test_rows_ops.py \
+	tests/test_seam.py
+OLDER_TRITON := build/triton-3.6
+emulate: $(VENV)/.installed $(OLDER_TRITON)
+	for triton in "" $(abspath $(OLDER_TRITON)); do for gpu in sm_80 sm_90; do \
+		PYTHONPATH=$$triton GPU_EMULATOR=$$gpu HYPOTHESIS_PROFILE=interpreted $(PYTEST) -k triton $(EMULATED) || exit 1; \
+		PYTHONPATH=$$triton GPU_EMULATOR=$$gpu $(PYTEST) -k emulated tests/test_gpu_emulator.py || exit 1; \
+	done; done
+
+$(OLDER_TRITON): $(VENV)/.dependencies
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench

@@ -15,6 +15,7 @@ import contrastive_ops
 from contrastive_ops import available_backends
 from contrastive_ops._backends import preferred_on
 from tests.cases import INTERPRETED
+from tests.gpu_emulator import driver as gpu_emulator
 
 
 def another_package(tree: Path, package: Path) -> str:
@@ -44,10 +45,11 @@ settings.register_profile("few", settings.get_profile("default"), max_examples=1
 settings.register_profile("interpreted", settings.get_profile("default"), max_examples=4)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+gpu_emulator.start_if_requested()
 SERVING = [name for name, status in available_backends().items() if status.available]
 
 
-ON_GPU = () if INTERPRETED else preferred_on("cuda")
+ON_GPU = () if INTERPRETED or gpu_emulator.REQUESTED else preferred_on("cuda")
 
 
 @pytest.fixture(params=SERVING)

@@ -1,0 +1,129 @@
+"""Puts the emulator in the place of a GPU: a driver library, an assembler, and Triton's choice of both."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .machine import Program
+from .memory import GlobalMemory
+from .ptx import BYTES, parse
+
+REQUESTED = os.environ.get("GPU_EMULATOR")
+MULTIPROCESSORS = 4  # few, so that small problems have few programs, and yet several
+# "Assembles" by a copy, so that what the driver is told to load is PTX. The version is part of Triton's cache's key.
+_ASSEMBLER = """#!/bin/sh
+if [ "$1" = --version ]; then "{real}" --version; echo for the emulator; exit; fi
+for argument; do case "$argument" in *.ptx) source="$argument";; esac; done
+cp "$source" "$argument"
+"""
+_PROTOTYPE = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.POINTER(ctypes.c_void_p)
+)  # fmt: skip
+_kept: list[Any] = []  # what C refers to
+_memory = GlobalMemory()
+_failure: list[Exception] = []
+
+
+@functools.cache
+def _program(ptx: bytes) -> Program:
+    return Program(parse(ptx.decode()))
+
+
+def _launch(ptx: bytes, x: int, y: int, z: int, shared: int, pointers: Any) -> None:
+    """No exception passes through C: it is kept for the launcher."""
+    try:
+        program = _program(ptx)
+        parameters = {
+            name: np.frombuffer(ctypes.string_at(pointers[i], BYTES[kind]), np.uint8)
+            for i, (name, kind) in enumerate(program.kernel.parameters.items())
+        }
+        program.run((x, y, z), _memory, parameters, shared)
+    except Exception as error:
+        _failure.append(error)
+
+
+def _tensors(argument: Any) -> list[Tensor]:
+    if isinstance(argument, tuple | list):
+        return [tensor for part in argument for tensor in _tensors(part)]
+    return [argument] if isinstance(argument, Tensor) else []
+
+
+def start(architecture: str) -> None:
+    """From now on the "triton" backend serves CPU tensors through the emulator of "sm_80" or "sm_90"."""
+    capability = {"sm_80": (8, 0), "sm_90": (9, 0)}[architecture]
+    _kept.append(tempfile.TemporaryDirectory(prefix="gpu-emulator-"))
+    folder = Path(_kept[-1].name)
+    library = folder / "libcuda.so.1"
+    compiler = os.environ.get("CC", "cc")
+    source = Path(__file__).with_name("libcuda.c")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True
+    )
+    (folder / "libcuda.so").symlink_to(library)
+
+    import triton
+    from contrastive_ops.kernels import _launch as host
+    from triton.backends.nvidia import driver as nvidia
+
+    from contrastive_ops import kernels
+
+    assembler = folder / "ptxas"
+    assembler.write_text(_ASSEMBLER.format(real=Path(nvidia.__file__).parent / "bin" / "ptxas"))
+    assembler.chmod(0o755)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    os.environ["TRITON_PTXAS_PATH"] = str(assembler)
+    libcuda = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    callback = _PROTOTYPE(_launch)
+    _kept.extend([libcuda, callback])
+    libcuda.emulate(callback, *capability)
+
+    class Launcher(nvidia.CudaLauncher):  # type: ignore[misc]
+        """Tells the emulator which tensors a kernel may touch."""
+
+        def __call__(self, *arguments: Any) -> None:
+            global _memory
+            _memory = GlobalMemory()
+            for tensor in _tensors(arguments):
+                storage = tensor.untyped_storage()
+                _memory.add(storage.data_ptr(), storage.nbytes())
+            super().__call__(*arguments)
+            if _failure:
+                raise _failure.pop()
+
+    class Driver(nvidia.CudaDriver):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.utils, self.launcher_cls = nvidia.CudaUtils(), Launcher
+            self.get_device_capability = lambda device=None: capability
+            self.get_current_stream = lambda device=None: 0
+            self.get_current_device = lambda: 0
+            self.set_current_device = lambda device: None
+
+    triton.runtime.driver.set_active(Driver())
+
+    # Where the package asks whether CPU tensors are served, the answers are those of the interpreter, except
+    # that this multiplies bfloat16 rightly; a plan is that of the chip.
+    refuses = kernels.refuses
+    setattr(kernels, "_is_interpreted", lambda: True)  # noqa: B010
+
+    def refuses_as_gpu(operator: str, rows: Tensor) -> str | None:
+        return refuses(operator, rows.view(torch.float16) if rows.dtype == torch.bfloat16 else rows)
+
+    kernels.refuses = refuses_as_gpu
+    chip = host.Chip(capability, MULTIPROCESSORS)
+    setattr(host, "_device_chip", lambda device: chip)  # noqa: B010
+
+
+def start_if_requested() -> None:
+    """Before the backends are first asked whether they serve."""
+    if REQUESTED:
+        start(REQUESTED)

@@ -1,0 +1,181 @@
+"""Products of tensor cores: mma.sync of a warp, and wgmma of four, which reads shared memory by itself.
+
+Products are exact and added up in float64, and rounded to float32 once an instruction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from .machine import Blocks, Decoder, Execute, Mask
+from .memory import Array
+from .ptx import Fault, UnknownInstruction
+
+Match = re.Match[str]
+Operands = tuple[str, ...]
+_LANE = np.arange(32)
+_GROUP, _IN_GROUP = _LANE >> 2, _LANE & 3
+
+
+def _numbers(bits: Array, kind: str) -> Array:
+    """As tensor cores read them: of a float32, TF32 takes the upper 19 bits."""
+    if kind == "tf32":
+        return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+    if kind == "bf16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    return bits.view(np.float16).astype(np.float64)
+
+
+def _fragment(registers: list[Array], kind: str, rows: int) -> Array:
+    """(warps, rows, depth) of registers of (warps, 32): each has one number of TF32, or two of a half.
+
+    Registers go through the rows by eights first, then through the depth.
+    """
+    each = 1 if kind == "tf32" else 2
+    depth = 4 * each
+    matrix = np.empty((registers[0].shape[0], rows, depth * len(registers) * 8 // rows))
+    for i, register in enumerate(registers):
+        row, first = 8 * (i % (rows // 8)) + _GROUP, depth * (i // (rows // 8)) + each * _IN_GROUP
+        numbers = np.ascontiguousarray(register).view(np.uint32 if each == 1 else np.uint16)
+        numbers = _numbers(numbers, kind).reshape(-1, 32, each)
+        for j in range(each):
+            matrix[:, row, first + j] = numbers[:, :, j]
+    return matrix
+
+
+def _mma(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    kind = match["kind"]
+    names = [decoder.braced(operand) for operand in operands]
+    if [len(x) for x in names] != [4, 4, 2, 4]:
+        raise UnknownInstruction("registers of a product")
+    puts = [decoder.write(x) for x in names[0]]
+    a, b_, c = ([decoder.read(x, "b32") for x in some] for some in names[1:])
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        b.active_warps(mask)
+        left = _fragment([x(b).reshape(-1, 32) for x in a], kind, 16)
+        right = _fragment([x(b).reshape(-1, 32) for x in b_], kind, 8)
+        product = left @ right.transpose(0, 2, 1)
+        for i, (put, total) in enumerate(zip(puts, c, strict=True)):
+            part = product[:, _GROUP + 8 * (i // 2), 2 * _IN_GROUP + i % 2].reshape(-1)
+            put(b, mask, (part + total(b).view(np.float32)).astype(np.float32))
+
+    return execute
+
+
+def tile_bytes(descriptor: int, rows: int, depth: int, size: int, transposed: bool) -> Array:
+    """(rows, depth) offsets of the first bytes of an operand in shared memory, by its descriptor.
+
+    The operand consists of 8 rows of up to 128 bytes, of which the chunks of 16 are swizzled: the bits of the
+    address that count rows are added, without carry, to those that count chunks.
+
+    Args:
+        size: bytes of a number.
+        transposed: whether the numbers of a column lie together, and not those of a row.
+    """
+    start, leading, stride = (((descriptor >> shift) & 0x3FFF) << 4 for shift in (0, 16, 32))
+    swizzle = {0: 0, 1: 3, 2: 2, 3: 1}[descriptor >> 62]
+    chunk, row, column = 16 // size, np.arange(rows)[:, None], np.arange(depth)[None, :]
+    if transposed:
+        width = chunk << swizzle
+        over, down = (leading, stride) if swizzle else (stride, leading)
+        offset = (row % width) * size + (row // width) * over
+        offset = offset + (column % 8) * (16 << swizzle) + (column // 8) * down
+    else:
+        offset = (row % 8) * (16 << swizzle) + (row // 8) * stride
+        offset = offset + (column // chunk) * (16 if swizzle else leading) + (column % chunk) * size
+    address = start + offset
+    swizzled: Array = address ^ (((address >> 7) & ((1 << swizzle) - 1)) << 4)
+    return swizzled
+
+
+def _wgmma(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    kind, columns, depth = match["kind"], int(match["n"]), int(match["k"])
+    size = 4 if kind == "tf32" else 2
+    if depth * size != 32:
+        raise UnknownInstruction("shape of a product")
+    names, of_registers = decoder.braced(operands[0]), operands[1].startswith("{")
+    if len(names) != columns // 2:
+        raise UnknownInstruction(f"{len(names)} registers")
+    puts, totals = [decoder.write(x) for x in names], [decoder.read(x, "b32") for x in names]
+    a = [decoder.read(x, "b32" if of_registers else "u64") for x in decoder.braced(operands[1])]
+    b_, adds = decoder.read(operands[2], "u64"), decoder.read(operands[3], "pred")
+    tail = [int(x, 0) for x in operands[4:]]
+    if tail[:2] != [1, 1] or len(tail) != 2 + (0 if kind == "tf32" else 1 if of_registers else 2):
+        raise UnknownInstruction("immediates of a product")
+    transposed_a, transposed_b = ([0, 0, *tail[2:]])[-2:] if len(tail) > 2 else (0, 0)
+
+    def from_shared(b: Blocks, descriptor: int, group: int, rows: int, transposed: int) -> Array:
+        block = int(b.block[128 * group])
+        at = tile_bytes(descriptor, rows, depth, size, bool(transposed)).reshape(-1).astype(np.uint64)
+        index = b.shared.bytes_of(at, np.full(at.size, block), size)
+        b.shared.product_begins(index, block)
+        b.products.append((int(b.committed_products[group]), group, index))
+        bits = b.shared.data[index].view(np.uint32 if size == 4 else np.uint16)
+        return _numbers(bits.reshape(rows, depth), kind)
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        active = b.active_warps(mask)
+        groups = np.unique(active // 4)
+        if active.size != 4 * groups.size:
+            raise Fault("a product of four warps is executed by fewer")
+        left_values, right_values, add = [x(b) for x in a], b_(b), adds(b)
+        product = np.zeros((b.count // 128, 64, columns))
+        for group in groups:
+            first = 128 * int(group)
+            if of_registers:
+                parts = [x[first : first + 128].reshape(4, 32) for x in left_values]
+                left = _fragment(parts, kind, 16).reshape(64, depth)
+            else:
+                left = from_shared(b, int(left_values[0][first]), int(group), 64, transposed_a)
+            right = from_shared(b, int(right_values[first]), int(group), columns, transposed_b)
+            product[group] = left @ right.T
+        product = product.reshape(-1, 16, columns)
+        for i, (put, total) in enumerate(zip(puts, totals, strict=True)):
+            row, column = _GROUP + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * _IN_GROUP + i % 2
+            before = np.float32(0)
+            if add.any():
+                before = np.where(add, total(b).view(np.float32), before)
+            put(b, mask, (product[:, row, column].reshape(-1) + before).astype(np.float32))
+
+    return execute
+
+
+def _commit_products(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    def execute(b: Blocks, mask: Mask) -> None:
+        b.committed_products[np.unique(b.active_warps(mask) // 4)] += 1
+
+    return execute
+
+
+def _wait_products(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    left = int(operands[0], 0)
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        waiting, rest = set((b.active_warps(mask) // 4).tolist()), []
+        for number, group, index in b.products:
+            if group in waiting and number < b.committed_products[group] - left:
+                b.shared.product_ends(index)
+            else:
+                rest.append((number, group, index))
+        b.products = rest
+
+    return execute
+
+
+def _fence(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    return lambda b, mask: None
+
+
+TABLE: list[tuple[str, Callable[[Decoder, Match, Operands], Execute]]] = [
+    (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(?P<kind>f16|bf16)\.(?P=kind)\.f32", _mma),
+    (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.(?P<kind>tf32)\.tf32\.f32", _mma),
+    (r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k(?P<k>16|8)\.f32\.(?P<kind>f16|bf16|tf32)\.(?P=kind)",
+     _wgmma),
+    (r"wgmma\.fence\.sync\.aligned", _fence),
+    (r"wgmma\.commit_group\.sync\.aligned", _commit_products),
+    (r"wgmma\.wait_group\.sync\.aligned", _wait_products),
+]  # fmt: skip

@@ -1,0 +1,151 @@
+"""Memory with bounds: that of the tensors which a kernel was given, and shared memory, which watches for races."""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from .ptx import Fault
+
+Array = np.ndarray[Any, Any]
+
+
+def _rows(data: Array, width: int) -> Array:
+    """Memory as rows of `width` bytes."""
+    count = data.size // width
+    return data[: count * width].reshape(count, width)
+
+
+class GlobalMemory:
+    """The storages of tensors. An access elsewhere is a fault."""
+
+    def __init__(self) -> None:
+        self._bases: list[int] = []
+        self._buffers: list[Array] = []
+
+    def add(self, pointer: int, size: int) -> None:
+        if size == 0:
+            return
+        i = bisect.bisect_left(self._bases, pointer)
+        if i < len(self._bases) and self._bases[i] == pointer:
+            return
+        self._bases.insert(i, pointer)
+        self._buffers.insert(i, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer)))
+
+    def _locate(self, address: Array, width: int, unit: int) -> list[tuple[Array, Any, Array]]:
+        """Buffer, which of the addresses lie in it, and their offsets."""
+        if (address % np.uint64(width)).any():
+            raise Fault(f"an access of {width} bytes is not aligned")
+        which = np.searchsorted(np.array(self._bases, np.uint64), address, "right") - 1
+        if not address.size:
+            return []
+        first = int(which[0])
+        same = bool((which == first).all())
+        parts = []
+        for i in [first] if same else np.unique(which):
+            chosen = slice(None) if same else which == i
+            if i < 0:
+                raise Fault(f"address {int(address.min()):#x} is before every tensor")
+            buffer, offset = self._buffers[i], (address[chosen] - np.uint64(self._bases[i])).astype(np.int64)
+            if int(offset.max()) + width > buffer.size:
+                raise Fault(
+                    f"global memory out of bounds: byte {int(offset.max())} and {width} more of a tensor's {buffer.size}"
+                )
+            parts.append((buffer, chosen, offset))
+        return parts
+
+    def load(self, address: Array, width: int) -> Array:
+        """(addresses, width) bytes."""
+        data = np.empty((address.size, width), np.uint8)
+        for buffer, chosen, offset in self._locate(address, width, width):
+            data[chosen] = buffer[offset[:, None] + np.arange(width)]
+        return data
+
+    def store(self, address: Array, data: Array) -> None:
+        for buffer, chosen, offset in self._locate(address, data.shape[1], data.shape[1]):
+            buffer[offset[:, None] + np.arange(data.shape[1])] = data[chosen]
+
+
+class SharedMemory:
+    """The shared memory of blocks that run at once, one after the other in one array.
+
+    Who touched a byte last is noted as a stamp of the epoch (a barrier begins one) and the warp.
+    """
+
+    def __init__(self, size: int, blocks: int, warps: int) -> None:
+        self.size = (size + 127) // 128 * 128
+        self._limit = size
+        self.data = np.full(self.size * blocks, 0xFF, np.uint8)  # every float of these bytes is NaN
+        self._writer = np.zeros(self.data.size, np.int32)
+        self._reader = np.zeros(self.data.size, np.int32)
+        self._copied = np.zeros(self.data.size, np.int16)  # into by how many copies in flight
+        self._multiplied = np.zeros(self.data.size, np.int16)  # by how many products in flight
+        self._warps = warps
+        self.epoch = np.ones(blocks, np.int32)
+
+    def bytes_of(self, address: Array, block: Array, width: int) -> Array:
+        """(addresses, width) indices into the memory, after a look at bounds and alignment."""
+        offset = address.astype(np.int64)
+        if offset.size and (int(offset.min()) < 0 or int(offset.max()) + width > self._limit):
+            raise Fault(f"shared memory out of bounds: byte {int(offset.max())} of {self._limit}")
+        if (offset % width).any():
+            raise Fault(f"an access of {width} bytes of shared memory is not aligned")
+        index: Array = (offset + block * self.size)[:, None] + np.arange(width)
+        return index
+
+    def _stamps(self, block: Array, warp: Array) -> tuple[Array, Array]:
+        first = self.epoch[block] * (self._warps + 1)
+        return first[:, None], (first + warp)[:, None]
+
+    def touch(self, index: Array, block: Array, warp: Array, write: bool) -> None:
+        """Notes who touches bytes, and raises a fault where that is a race. `warp` counts within a block."""
+        if self._copied[index].any():
+            raise Fault("race: shared memory is touched into which a copy is in flight")
+        first, stamp = self._stamps(block, warp)
+        writer = self._writer[index]
+        if ((writer >= first) & (writer != stamp)).any():
+            raise Fault(
+                f"race: {'a write' if write else 'a read'} of what another warp wrote, and no barrier"
+            )
+        reader = self._reader[index]
+        others = (reader >= first) & (reader != stamp)
+        if not write:
+            self._reader[index] = np.where(others, first + self._warps, stamp)
+            return
+        if others.any():
+            raise Fault("race: a write of what another warp read, and no barrier")
+        if self._multiplied[index].any():
+            raise Fault("race: a write of what a product in flight reads")
+        self._writer[index] = np.broadcast_to(stamp, index.shape)
+
+    def load(self, index: Array, block: Array, warp: Array) -> Array:
+        self.touch(index, block, warp, False)
+        return self.data[index]
+
+    def store(self, index: Array, block: Array, warp: Array, data: Array) -> None:
+        self.touch(index, block, warp, True)
+        self.data[index] = data
+
+    def copy_begins(self, index: Array, block: Array, warp: Array) -> None:
+        self.touch(index, block, warp, True)
+        self._copied[index] += 1
+
+    def copy_lands(self, index: Array, block: Array, warp: Array, data: Array) -> None:
+        self._copied[index] -= 1
+        self.store(index, block, warp, data)
+
+    def product_begins(self, index: Array, block: int) -> None:
+        """A product reads for four warps at once, so a write by any is a race."""
+        if self._copied[index].any():
+            raise Fault("race: a product reads shared memory into which a copy is in flight")
+        first = self.epoch[block] * (self._warps + 1)
+        if (self._writer[index] >= first).any():
+            raise Fault("race: a product reads what was written, and no barrier")
+        self._reader[index] = first + self._warps
+        self._multiplied[index] += 1
+
+    def product_ends(self, index: Array) -> None:
+        self._multiplied[index] -= 1

@@ -1,0 +1,206 @@
+"""Instructions that move data: loads, stores, shuffles, asynchronous copies, and barriers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from .machine import NUMPY, Blocks, Decoder, Execute, Mask
+from .memory import Array
+from .ptx import BYTES, Fault, UnknownInstruction
+
+Match = re.Match[str]
+Operands = tuple[str, ...]
+
+
+def _load_parameter(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    name, put, kind = operands[1].strip("[] "), decoder.write(operands[0]), match["type"]
+    if name not in decoder.kernel.parameters or BYTES[decoder.kernel.parameters[name]] != BYTES[kind]:
+        raise UnknownInstruction(f"parameter {name}")
+    return lambda b, mask: put(b, mask, np.full(b.count, b.parameters[name].view(NUMPY[kind])[0]))
+
+
+def _load(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    vector, kind, shared = int(match["vector"] or 1), match["type"], match["space"] != "global"
+    puts = [decoder.write(name) for name in decoder.braced(operands[0])]
+    address, width = decoder.address(operands[1]), vector * BYTES[kind]
+    if len(puts) != vector:
+        raise UnknownInstruction(f"{len(puts)} registers")
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        at, block, warp = address(b), b.block, b.warp
+        if mask is not None:
+            at, block, warp = at[mask], block[mask], warp[mask]
+        if shared:
+            data = b.shared.load(b.shared.bytes_of(at, block, width), block, warp)
+        else:
+            data = b.memory.load(at, width)
+        if mask is not None:
+            every = np.zeros((b.count, width), np.uint8)
+            every[mask] = data
+            data = every
+        numbers = data.view(NUMPY[kind])
+        for i, put in enumerate(puts):
+            put(b, mask, np.ascontiguousarray(numbers[:, i]))
+
+    return execute
+
+
+def _store(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    vector, kind, shared = int(match["vector"] or 1), match["type"], match["space"] != "global"
+    sources = [decoder.read(name, kind) for name in decoder.braced(operands[1])]
+    address, width = decoder.address(operands[0]), vector * BYTES[kind]
+    if len(sources) != vector:
+        raise UnknownInstruction(f"{len(sources)} registers")
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        data = np.stack([source(b) for source in sources], 1).view(np.uint8).reshape(b.count, width)
+        at, block, warp = address(b), b.block, b.warp
+        if mask is not None:
+            data, at, block, warp = data[mask], at[mask], block[mask], warp[mask]
+        if shared:
+            b.shared.store(b.shared.bytes_of(at, block, width), block, warp, data)
+        else:
+            b.memory.store(at, data)
+
+    return execute
+
+
+def _copy(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    """Reads at once, but lands at the wait for its group. Of `size` bytes those past the last are zeros."""
+    target, source, size = decoder.address(operands[0]), decoder.address(operands[1]), int(operands[2], 0)
+    if size not in ((16,) if match["cache"] == "cg" else (4, 8, 16)):
+        raise UnknownInstruction(f"a copy of {size} bytes")
+    count = decoder.read(operands[3] if len(operands) > 3 else operands[2], "u32")
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        threads = np.flatnonzero(b.all(mask))
+        valid = count(b)[threads]
+        if ((valid != 0) & (valid != size)).any():
+            raise Fault("a copy of a part of its bytes")
+        data = np.zeros((threads.size, size), np.uint8)
+        data[valid > 0] = b.memory.load(source(b)[threads][valid > 0], size)
+        index = b.shared.bytes_of(target(b)[threads], b.block[threads], size)
+        b.shared.copy_begins(index, b.block[threads], b.warp[threads])
+        b.copies.append((b.committed[threads], threads, index, data))
+
+    return execute
+
+
+def _commit_copies(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    def execute(b: Blocks, mask: Mask) -> None:
+        b.committed[b.all(mask)] += 1
+
+    return execute
+
+
+def _wait_copies(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    left = int(operands[0], 0)
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        waits, rest = b.all(mask), []
+        for group, threads, index, data in b.copies:
+            lands = waits[threads] & (group < b.committed[threads] - left)
+            some = threads[lands]
+            b.shared.copy_lands(index[lands], b.block[some], b.warp[some], data[lands])
+            if not lands.all():
+                rest.append((group[~lands], threads[~lands], index[~lands], data[~lands]))
+        b.copies = rest
+
+    return execute
+
+
+def _barrier(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    if operands != ("0",):
+        raise UnknownInstruction("a barrier of some of a block's threads")
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        here = b.all(mask).reshape(-1, b.threads)
+        if (here.any(1) != here.all(1)).any():
+            raise Fault("some threads of a block are not at its barrier")
+        b.shared.epoch[here[:, 0]] += 1
+
+    return execute
+
+
+def _nothing(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    return lambda b, mask: None
+
+
+def _shuffle(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    if operands[3:] != ("31", "-1") or "|" in operands[0]:
+        raise UnknownInstruction("a shuffle within a part of a warp")
+    source, lane = decoder.read(operands[1], "b32"), decoder.read(operands[2], "u32")
+    put, butterfly = decoder.write(operands[0]), match["mode"] == "bfly"
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        b.active_warps(mask)
+        by = lane(b).reshape(-1, 32).astype(np.int64)
+        other = (np.arange(32) ^ by) if butterfly else by
+        put(b, mask, np.take_along_axis(source(b).reshape(-1, 32), other % 32, 1).reshape(-1))
+
+    return execute
+
+
+def _rows_of_matrix(b: Blocks, address: Array, warps: Array, i: int) -> tuple[Array, Array, Array]:
+    """Where the 8 rows of the i-th 8 × 8 matrix of each warp lie, by the addresses of its threads."""
+    threads = (warps[:, None] * 32 + 8 * i + np.arange(8)).reshape(-1)
+    block, warp = b.block[threads], b.warp[threads]
+    return b.shared.bytes_of(address[threads], block, 16), block, warp
+
+
+def _load_matrices(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    puts, address = [decoder.write(x) for x in decoder.braced(operands[0])], decoder.address(operands[1])
+    transposed = match["trans"] is not None
+    if len(puts) != int(match["count"]):
+        raise UnknownInstruction(f"{len(puts)} registers")
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        warps, at = b.active_warps(mask), address(b)
+        for i, put in enumerate(puts):
+            matrix = b.shared.load(*_rows_of_matrix(b, at, warps, i)).view(np.uint16).reshape(-1, 8, 8)
+            matrix = np.ascontiguousarray(matrix.transpose(0, 2, 1) if transposed else matrix)
+            every = np.zeros((b.count // 32, 32), np.uint32)
+            every[warps] = matrix.reshape(-1, 64).view(np.uint32)
+            put(b, mask, every.reshape(-1))
+
+    return execute
+
+
+def _store_matrices(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    address, sources = (
+        decoder.address(operands[0]),
+        [decoder.read(x, "b32") for x in decoder.braced(operands[1])],
+    )
+    transposed = match["trans"] is not None
+    if len(sources) != int(match["count"]):
+        raise UnknownInstruction(f"{len(sources)} registers")
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        warps, at = b.active_warps(mask), address(b)
+        for i, source in enumerate(sources):
+            matrix = np.ascontiguousarray(source(b).reshape(-1, 32)[warps]).view(np.uint16).reshape(-1, 8, 8)
+            matrix = np.ascontiguousarray(matrix.transpose(0, 2, 1) if transposed else matrix)
+            b.shared.store(*_rows_of_matrix(b, at, warps, i), matrix.view(np.uint8).reshape(-1, 16))
+
+    return execute
+
+
+_SPACE, _VECTOR = r"\.(?P<space>global|shared(::cta)?)", r"(\.v(?P<vector>[24]))?"
+_MATRICES = r"\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.shared\.b16"
+TABLE: list[tuple[str, Callable[[Decoder, Match, Operands], Execute]]] = [
+    (r"ld\.param\.(?P<type>[busf](8|16|32|64))", _load_parameter),
+    (rf"ld{_SPACE}{_VECTOR}\.(?P<type>[bu](8|16|32|64))", _load),
+    (rf"st{_SPACE}{_VECTOR}\.(?P<type>[bu](8|16|32|64))", _store),
+    (r"cp\.async\.(?P<cache>ca|cg)\.shared\.global", _copy),
+    (r"cp\.async\.commit_group", _commit_copies),
+    (r"cp\.async\.wait_group", _wait_copies),
+    (r"bar\.sync", _barrier),
+    # Threads of a warp are in step here, and accesses of all kinds reach memory in their order.
+    (r"bar\.warp\.sync|fence\.proxy\.async\.shared::cta", _nothing),
+    (r"shfl\.sync\.(?P<mode>bfly|idx)\.b32", _shuffle),
+    (rf"ldmatrix{_MATRICES}", _load_matrices),
+    (rf"stmatrix{_MATRICES}", _store_matrices),
+]
