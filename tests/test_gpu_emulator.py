@@ -94,6 +94,8 @@ def test_float_instructions(opcode: str, expected: Callable[..., Any]) -> None:
         ("bfe.s32", "3, 5", lambda x: (x << 24) >> 27),
         ("prmt.b32", "0, 0x0123", lambda x: x.byteswap()),
         ("and.b32", "-128", lambda x: x & -128),
+        ("div.s32", "-7", lambda x: np.trunc(x.astype(np.float64) / -7).astype(np.int32)),
+        ("rem.s32", "-7", lambda x: np.fmod(x, -7)),
         ("max.s32", "-1", lambda x: np.maximum(x, -1)),
     ],
 )

@@ -49,11 +49,16 @@ def _apply(function: Callable[..., Array]) -> Callable[[Decoder, Match, Operands
 
 
 def _divide(x: Array, y: Array) -> Array:
-    return x / y
+    """Of integers, towards zero; by 0, whatever a GPU makes of it, 0."""
+    if x.dtype.kind == "f":
+        return x / y
+    quotient: Array = (x - _remainder(x, y)) // np.where(y == 0, y.dtype.type(1), y)
+    return quotient
 
 
 def _remainder(x: Array, y: Array) -> Array:
-    return np.fmod(x, np.where(y == 0, y.dtype.type(1), y))
+    remainder: Array = np.fmod(x, np.where(y == 0, y.dtype.type(1), y))
+    return remainder
 
 
 def _fused(x: Array, y: Array, z: Array) -> Array:
@@ -248,6 +253,7 @@ TABLE += [
     (rf"fma\.rn(\.ftz)?\.(?P<type>{_FLOAT})", _apply(_fused)),
     (r"div\.(full|rn)(\.ftz)?\.(?P<type>f32)", _apply(_divide)),
     (r"div\.rn\.(?P<type>f64)", _apply(_divide)),
+    (r"div\.(?P<type>[us](32|64))", _apply(_divide)),
     (r"rem\.(?P<type>[us](32|64))", _apply(_remainder)),
     (rf"(neg)(\.ftz)?\.(?P<type>{_FLOAT}|s32|s64)", _apply(np.negative)),
     (rf"abs(\.ftz)?\.(?P<type>{_FLOAT}|s32|s64)", _apply(np.abs)),
