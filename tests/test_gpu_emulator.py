@@ -1,4 +1,4 @@
-"""The emulator of GPUs: its instructions against numpy, faults that it must catch, and the kernels through it."""
+"""The emulator of GPUs: its instructions against numpy, faults that it must catch, and the kernels in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ emulated = pytest.mark.skipif(not REQUESTED, reason="runs in a process with GPU_
 
 
 def execute(body: str, *arrays: np.ndarray[Any, Any], threads: int = 32, shared: int = 0) -> None:
-    """Runs PTX in which %rd1, %rd2, … are pointers to the arrays, %r0 the thread, and %rd0 four times that."""
+    """Run PTX in which %rd1, %rd2, … point to the arrays, %r0 is the thread and %rd0 four times that."""
     names = [f"p{i}" for i in range(len(arrays))]
     head = ", ".join(f".param .u64 {name}" for name in names)
     load = "\n".join(f"ld.param.b64 %rd{i + 1}, [p{i}];" for i in range(len(arrays)))
@@ -62,7 +62,7 @@ INTEGERS = np.random.default_rng(3).integers(-(2**31), 2**31, 32).astype(np.int3
 
 
 @pytest.mark.parametrize(
-    "opcode, expected",
+    ("opcode", "expected"),
     [
         ("add.f32", lambda x, y: x + y),
         ("sub.f32", lambda x, y: x - y),
@@ -84,7 +84,7 @@ def test_float_instructions(opcode: str, expected: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "opcode, operand, expected",
+    ("opcode", "operand", "expected"),
     [
         ("shr.s32", "5", lambda x: x >> 5),
         ("shr.s32", "40", lambda x: x >> 31),
@@ -115,7 +115,8 @@ def test_branches_meet_again() -> None:
     execute(
         """mov.b32 %r1, 0;
         $loop: setp.ge.s32 %p1, %r1, %r0; @%p1 bra $done; add.s32 %r1, %r1, 1; bra.uni $loop;
-        $done: shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1; add.s64 %rd4, %rd1, %rd0; st.global.b32 [%rd4], %r2;""",
+        $done: shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1; add.s64 %rd4, %rd1, %rd0;
+        st.global.b32 [%rd4], %r2;""",
         out,
     )
     np.testing.assert_array_equal(out, np.arange(32) ^ 1)
@@ -127,7 +128,8 @@ def test_ldmatrix_and_stmatrix(transposed: bool) -> None:
     matrix, out = np.arange(64, dtype=np.uint16), np.zeros(64, np.uint16)
     execute(
         f"""cvt.u32.u64 %r9, %rd0; add.s64 %rd4, %rd1, %rd0; add.s64 %rd5, %rd2, %rd0;
-        ld.global.b32 %r1, [%rd4]; st.shared.b32 [%r9], %r1; bar.sync 0; and.b32 %r2, %r0, 7; shl.b32 %r2, %r2, 4;
+        ld.global.b32 %r1, [%rd4]; st.shared.b32 [%r9], %r1; bar.sync 0; and.b32 %r2, %r0, 7;
+        shl.b32 %r2, %r2, 4;
         ldmatrix.sync.aligned.m8n8.x1{".trans" if transposed else ""}.shared.b16 {{%r3}}, [%r2]; bar.sync 0;
         stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r2], {{%r3}}; bar.sync 0;
         ld.shared.b32 %r4, [%r9]; st.global.b32 [%rd5], %r4;""",
@@ -148,10 +150,13 @@ def test_mma() -> None:
     right = np.stack([b[row, pair + 8 * i + j] for i in range(2) for j in range(2)], 1)
     left, right, out = np.ascontiguousarray(left), np.ascontiguousarray(right), np.zeros((32, 4), np.float32)
     execute(
-        """mul.wide.u32 %rd4, %r0, 16; mul.wide.u32 %rd5, %r0, 8; add.s64 %rd6, %rd1, %rd4; add.s64 %rd7, %rd2, %rd5;
-        add.s64 %rd8, %rd3, %rd4; ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd6]; ld.global.v2.b32 {%r5, %r6}, [%rd7];
+        """mul.wide.u32 %rd4, %r0, 16; mul.wide.u32 %rd5, %r0, 8; add.s64 %rd6, %rd1, %rd4;
+        add.s64 %rd7, %rd2, %rd5;
+        add.s64 %rd8, %rd3, %rd4; ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd6];
+        ld.global.v2.b32 {%r5, %r6}, [%rd7];
         mov.b32 %r7, 0;
-        mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r8, %r9, %r10, %r11}, {%r1, %r2, %r3, %r4}, {%r5, %r6},
+        mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
+            {%r8, %r9, %r10, %r11}, {%r1, %r2, %r3, %r4}, {%r5, %r6},
             {%r7, %r7, %r7, %r7};
         st.global.v4.b32 [%rd8], {%r8, %r9, %r10, %r11};""",
         left, right, out,
@@ -182,7 +187,8 @@ def multiply(
         fence.proxy.async.shared::cta; {barrier} setp.ne.b32 %p2, %r0, %r0;
         wgmma.fence.sync.aligned; mov.b32 %r10, 0; mov.b32 %r11, 0; mov.b32 %r12, 0; mov.b32 %r13, 0;
         mov.b64 %rd6, {descriptor}; mov.b64 %rd7, {descriptor | (2048 >> 4)};
-        wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{%r10, %r11, %r12, %r13}}, %rd6, %rd7, %p2, 1, 1, 0, 0;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+            {{%r10, %r11, %r12, %r13}}, %rd6, %rd7, %p2, 1, 1, 0, 0;
         wgmma.commit_group.sync.aligned; {wait} st.shared.b32 [%r9], %r10; wgmma.wait_group.sync.aligned 0;
         add.s64 %rd8, %rd2, %rd4; st.global.v4.b32 [%rd8], {{%r10, %r11, %r12, %r13}};""",
         memory, out, threads=128, shared=2304,
@@ -197,7 +203,7 @@ def test_wgmma_and_its_faults() -> None:
     barrier = "bar.sync 0;"
     with pytest.raises(Fault, match="what another warp read"):  # other warps may not have read it yet
         multiply(3)
-    with pytest.raises(Fault, match="product in flight|another warp read"):
+    with pytest.raises(Fault, match=r"product in flight|another warp read"):
         multiply(3, wait="wgmma.wait_group.sync.aligned 1; bar.sync 0;")
     with pytest.raises(Fault, match="a product reads what was written"):
         multiply(3, barrier="")
@@ -236,7 +242,8 @@ def test_a_mask_off_by_one_is_out_of_bounds(compare: str) -> None:
 def test_a_wait_that_leaves_too_many_copies(left: int) -> None:
     x, out = numbers(0), np.zeros(32, np.float32)
     body = f"""cvt.u32.u64 %r1, %rd0; add.s64 %rd4, %rd1, %rd0; add.s64 %rd5, %rd2, %rd0;
-        cp.async.ca.shared.global [%r1], [%rd4], 4; cp.async.commit_group; cp.async.wait_group {left}; bar.sync 0;
+        cp.async.ca.shared.global [%r1], [%rd4], 4; cp.async.commit_group; cp.async.wait_group {left};
+        bar.sync 0;
         ld.shared.b32 %r2, [%r1]; st.global.b32 [%rd5], %r2;"""
     if left:
         with pytest.raises(Fault, match="a copy is in flight"):
@@ -253,8 +260,15 @@ def test_bounds_and_alignment_of_shared_memory() -> None:
         execute("mov.b32 %r1, 8; ld.shared.v4.b32 {%r2, %r3, %r4, %r5}, [%r1];", shared=128)
 
 
-@pytest.mark.parametrize("instruction", ["frobnicate.f32 %r1, %r0, %r0;", "add.sat.f32 %r1, %r0, %r0;",
-                                         "add.f32 %r1, %r0, %nonsense;", "ld.weak.shared.b32 %r1, [%r0];"])  # fmt: skip
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "frobnicate.f32 %r1, %r0, %r0;",
+        "add.sat.f32 %r1, %r0, %r0;",
+        "add.f32 %r1, %r0, %nonsense;",
+        "ld.weak.shared.b32 %r1, [%r0];",
+    ],
+)
 def test_what_is_unknown_is_an_error(instruction: str) -> None:
     with pytest.raises(UnknownInstruction, match=r"line \d+: .*" + instruction.split()[0].split(".")[0]):
         execute(instruction)

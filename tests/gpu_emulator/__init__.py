@@ -5,7 +5,7 @@ through it. The package's host code, Triton's compiler and its launcher are the 
 and a GPU would do is done here, a number of blocks at a time, with numpy over their threads.
 
 What it checks besides the numbers: every access of global memory lies within a tensor that was passed, and is
-aligned; shared memory begins as NaN, and its bounds hold; two warps do not touch the same shared bytes between
+aligned; shared memory begins as NaN, and its bounds hold. Two warps do not touch the same bytes between
 barriers if one writes; nothing touches what an asynchronous copy or product has not yet done with. What it
 cannot see: the rounding of real tensor cores and special functions, missing proxy fences, and time.
 """

@@ -20,7 +20,8 @@ from .ptx import BYTES, parse
 
 REQUESTED = os.environ.get("GPU_EMULATOR")
 MULTIPROCESSORS = 4  # few, so that small problems have few programs, and yet several
-# "Assembles" by a copy, so that what the driver is told to load is PTX. The version is part of Triton's cache's key.
+# "Assembles" by a copy, so that what the driver is told to load is PTX. Its version is in the key of Triton's
+# cache.
 _ASSEMBLER = """#!/bin/sh
 if [ "$1" = --version ]; then "{real}" --version; echo for the emulator; exit; fi
 for argument; do case "$argument" in *.ptx) source="$argument";; esac; done

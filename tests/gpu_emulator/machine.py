@@ -1,4 +1,4 @@
-"""Runs a kernel: several blocks at once, whose threads go through its instructions together where they can."""
+"""Runs a kernel: several blocks at once, whose threads take its instructions together where they can."""
 
 from __future__ import annotations
 
@@ -163,10 +163,13 @@ class Program:
             elif instruction.opcode == "ret":
                 step = len(kernel.instructions)
             else:
-                for pattern, build in tables:
-                    if match := re.fullmatch(pattern, instruction.opcode):
-                        break
-                else:
+                known = (
+                    (build, match)
+                    for pattern, build in tables
+                    if (match := re.fullmatch(pattern, instruction.opcode))
+                )
+                build, match = next(known, (None, None))
+                if build is None:
                     raise UnknownInstruction(f"line {instruction.line}: {instruction.opcode}")
                 try:
                     step = build(decoder, match, instruction.operands)

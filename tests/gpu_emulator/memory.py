@@ -1,4 +1,4 @@
-"""Memory with bounds: that of the tensors which a kernel was given, and shared memory, which watches for races."""
+"""Memory with bounds: that of the tensors that a kernel was given, and shared memory, which finds races."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class GlobalMemory:
             buffer, offset = self._buffers[i], (address[chosen] - np.uint64(self._bases[i])).astype(np.int64)
             if int(offset.max()) + width > buffer.size:
                 raise Fault(
-                    f"global memory out of bounds: byte {int(offset.max())} and {width} more of a tensor's {buffer.size}"
+                    f"global memory out of bounds: byte {int(offset.max())} and {width} more "
+                    f"of a tensor's {buffer.size}"
                 )
             parts.append((buffer, chosen, offset))
         return parts
