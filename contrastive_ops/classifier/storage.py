@@ -84,9 +84,8 @@ class MemoryStore:
         self._seed, self._on_host = seed, on_host
         self._taken = np.zeros(num_instances, np.uint32)  # 1 + steps; 0 for a row that was never committed
         self._records = _untouched_zeros((num_instances, 2, dim), dtype)
-        self._pinned: weakref.finalize | None = (
-            None  # unpins the records, at the latest before they are freed
-        )
+        # Unpins the records, at the latest before they are freed.
+        self._pinned: weakref.finalize | None = None
         # The rows that the device was told to write to the host's memory, and when it will have.
         self._writes: deque[tuple[torch.cuda.Event, Indices]] = deque()
         self._staged: tuple[Indices, Tensor, torch.cuda.Event] | None = None

@@ -40,9 +40,8 @@ class Blocks:
         self.registers: dict[str, Array] = {}
         self.memory, self.parameters = memory, parameters
         self.shared = SharedMemory(shared, count, kernel.threads // 32)
-        self.copies: list[
-            tuple[Array, Array, Array, Array]
-        ] = []  # not yet landed: group, threads, bytes, data
+        # Not yet landed: group, threads, bytes, data.
+        self.copies: list[tuple[Array, Array, Array, Array]] = []
         self.committed = np.zeros(self.count, np.int64)  # groups of copies, a thread
         self.products: list[tuple[int, int, Array]] = []  # in flight: group, first thread, bytes read
         self.committed_products = np.zeros(self.count // 128 + 1, np.int64)
