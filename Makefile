@@ -17,8 +17,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PYTEST) -m "not thorough" $(PYTEST_ARGS)
 
-# With the tests that are much like another, every place that is interrupted, every fault of the disk, 300 power cuts, 10,000 calls of the operators, more
-# kills, longer trainings, and more examples in Triton's interpreter; one after the other, on all threads.
+# With the tests that are much like another, every place that is interrupted, every fault of the disk, 300 power cuts,
+# 10,000 calls of the operators, more kills, longer trainings, and more examples in Triton's interpreter; one after the
+# other, on all threads.
 test-all: $(VENV)/.installed
 	INTERRUPTS_EVERY=1 DISK_POWER_CUTS=300 DISK_FAULTS=1 CONTRASTIVE_OPS_FUZZ_CALLS=10000 KILLS=8 LONG_STEPS=1 \
 		INTERPRETED_PROFILE=few $(BIN)/python -m pytest $(PYTEST_ARGS)

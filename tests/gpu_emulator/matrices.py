@@ -13,6 +13,7 @@ import numpy as np
 from .machine import Blocks, Decoder, Execute, Mask
 from .memory import Array
 from .ptx import Fault, UnknownInstruction
+from .transfers import nothing
 
 Match = re.Match[str]
 Operands = tuple[str, ...]
@@ -166,16 +167,12 @@ def _wait_products(decoder: Decoder, match: Match, operands: Operands) -> Execut
     return execute
 
 
-def _fence(decoder: Decoder, match: Match, operands: Operands) -> Execute:
-    return lambda b, mask: None
-
-
 TABLE: list[tuple[str, Callable[[Decoder, Match, Operands], Execute]]] = [
     (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(?P<kind>f16|bf16)\.(?P=kind)\.f32", _mma),
     (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.(?P<kind>tf32)\.tf32\.f32", _mma),
     (r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k(?P<k>16|8)\.f32\.(?P<kind>f16|bf16|tf32)\.(?P=kind)",
      _wgmma),
-    (r"wgmma\.fence\.sync\.aligned", _fence),
+    (r"wgmma\.fence\.sync\.aligned", nothing),
     (r"wgmma\.commit_group\.sync\.aligned", _commit_products),
     (r"wgmma\.wait_group\.sync\.aligned", _wait_products),
 ]  # fmt: skip

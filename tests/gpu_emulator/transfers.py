@@ -125,7 +125,7 @@ def _barrier(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     return execute
 
 
-def _nothing(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+def nothing(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     return lambda b, mask: None
 
 
@@ -199,7 +199,7 @@ TABLE: list[tuple[str, Callable[[Decoder, Match, Operands], Execute]]] = [
     (r"cp\.async\.wait_group", _wait_copies),
     (r"bar\.sync", _barrier),
     # Threads of a warp are in step here, and accesses of all kinds reach memory in their order.
-    (r"bar\.warp\.sync|fence\.proxy\.async\.shared::cta", _nothing),
+    (r"bar\.warp\.sync|fence\.proxy\.async\.shared::cta", nothing),
     (r"shfl\.sync\.(?P<mode>bfly|idx)\.b32", _shuffle),
     (rf"ldmatrix{_MATRICES}", _load_matrices),
     (rf"stmatrix{_MATRICES}", _store_matrices),
