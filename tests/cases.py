@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,11 @@ def require(backend: str, dtype: torch.dtype) -> None:
     """Skips the test where the backend does not serve a dtype."""
     if reason := refusal(backend, dtype):
         pytest.skip(reason)
+
+
+def mostly_thorough(values: Iterable[Any], kept: Callable[[Any], bool]) -> list[Any]:
+    """A test's parameters, of which those that are not kept are left to `make test-all`."""
+    return [each if kept(each) else pytest.param(each, marks=pytest.mark.thorough) for each in values]
 
 
 def rows(count: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

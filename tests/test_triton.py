@@ -25,7 +25,7 @@ from contrastive_ops._contract import (
     NTXentPartial,
     SGDSettings,
 )
-from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase, rows
+from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase, mostly_thorough, rows
 from tests.elsewhere import pass_elsewhere
 from tests.oracles import (
     conic_loss_and_gradients,
@@ -320,12 +320,7 @@ OTHER_CALLS = [
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
 @pytest.mark.parametrize(
-    "call",
-    [
-        call if call.capability in ((8, 0), (9, 0)) else pytest.param(call, marks=pytest.mark.thorough)
-        for call in OTHER_CALLS
-    ],
-    ids=str,
+    "call", mostly_thorough(OTHER_CALLS, lambda call: call.capability in ((8, 0), (9, 0))), ids=str
 )
 def test_other_calls_spill_nothing_in_the_loop(
     made: Callable[[Call], resources.Resources], call: Call

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cases import mostly_thorough
+
 from .conftest import RECIPES, values_of
 
 SETTINGS = {
@@ -46,13 +48,7 @@ def train(which: str, devices: int, folder: Path, *options: str, name: str = "")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "which",
-    [
-        which
-        if which in ("moco", "simclr", "conic_accumulated")
-        else pytest.param(which, marks=pytest.mark.thorough)
-        for which in SETTINGS
-    ],
+    "which", mostly_thorough(SETTINGS, ("moco", "simclr", "conic_accumulated").__contains__)
 )
 def test_two_processes_are_one(tmp_path, which):
     with ThreadPoolExecutor() as pool:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import ttest_rel
 
+from tests.cases import mostly_thorough
 from train_ref import __main__ as command_line
 from train_ref import report
 from train_ref.commands import STUDIES
@@ -50,13 +51,7 @@ ROWS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("toy", "co2", "simclr") else pytest.param(name, marks=pytest.mark.thorough)
-        for name in STUDIES
-    ],
-)
+@pytest.mark.parametrize("name", mostly_thorough(STUDIES, ("toy", "co2", "simclr").__contains__))
 def test_a_quick_study_leaves_its_figure_and_its_numbers(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
