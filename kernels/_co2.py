@@ -54,15 +54,18 @@ from ._device import (
     measure_rows,
     merge,
     move,
+    move_sums,
     product,
     rounded,
     similarities,
     split,
     store_fields,
 )
-from ._launch import LOG2_E, Launch, Products, chip_of, current, lanes, matrix, plan, precision_of
+from ._launch import LARGEST_SCALE, LOG2_E, Launch, Products, chip_of, current, lanes, matrix, plan, precision_of
 
 _LN_2 = tl.constexpr(math.log(2))
+# Σ 2^a without those that float32 has no room for; were all of 2²⁴ below 2^−126, they would not count.
+_LEAST_SUM = tl.constexpr(2.0**-70)
 _PARTIAL, _ROW = tl.constexpr(len(CO2Partial._fields)), tl.constexpr(len(CO2Row._fields))
 
 # `do_not_specialize`: the last batch of an epoch, or a queue that is still filling, compiles nothing anew.
@@ -81,22 +84,87 @@ def _scales(scale, norm_q, norm_k):
 
 
 @triton.jit
+def _masked(x, valid, other, WHOLE_KEYS: tl.constexpr):
+    return x if WHOLE_KEYS else tl.where(valid, x, other)
+
+
+@triton.jit
 def _relative(s, top, scale, valid, WHOLE_KEYS: tl.constexpr):
     """A tile's logits relative to the highest similarity yet, and that one. Masked keys are LOWEST."""
-    if not WHOLE_KEYS:
-        s = tl.where(valid, s, float("-inf"))
+    s = _masked(s, valid, float("-inf"), WHOLE_KEYS)
     top = tl.maximum(top, tl.max(s, axis=1))
     a = (s - top[:, None, :]) * scale[:, :, None]  # in this order it loses nothing near the maximum
-    if not WHOLE_KEYS:
-        a = tl.where(valid, a, LOWEST)
-    return a, top
+    return _masked(a, valid, LOWEST, WHOLE_KEYS), top
+
+
+@triton.jit
+def _sum_up(
+    rows, queue, held, measured, part, keys, keys_a_range, dim, ratio,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, BOUNDED: tl.constexpr, LANES: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr = None,
+):  # fmt: skip
+    """What a range of keys adds to each lane of some rows: Σ 2^{a τc/τ}, Σ 2^a, Σ 2^b, Σ 2^a d, Σ 2^b d, both
+    maxima that a and b are relative to, and how many similarities are above the positive's.
+
+    Args:
+        rows: Blocks of query and key. queue: Matrix (K, D). held: q and k, rounded.
+        measured: λ/‖q‖, λ/‖k‖ and the positive's similarity of each row.
+        BOUNDED: whether logits are relative to 0, so that no maximum is looked for.
+    """
+    ROWS: tl.constexpr = rows[0].rows.shape[0]
+    KEYS: tl.constexpr = TILE.keys
+    WHOLE_KEYS: tl.constexpr = TILE.whole_keys
+    scale_q, scale_k, positive = measured
+    shape: tl.constexpr = [ROWS, LANES]
+    tile_shape: tl.constexpr = [ROWS, KEYS // LANES, LANES]
+    start_at = 0.0 if BOUNDED else LOWEST
+    top_s, top_y = tl.full(shape, start_at, tl.float32), tl.full(shape, start_at, tl.float32)
+    zero = tl.zeros(shape, tl.float32)
+    z_instance, sums = zero, (zero, zero, zero, zero)
+    rank = zero  # exact up to 2²⁴
+
+    begin = part.to(tl.int64) * keys_a_range
+    for start in tl.range(begin, tl.minimum(begin + keys_a_range, keys), KEYS, num_stages=STAGES):
+        tile_rows = start + tl.arange(0, KEYS)
+        queue_rows = Block(queue, tile_rows, keys)
+        s, y, _ = similarities(rows[0], rows[1], queue_rows, held, dim, CONSISTENCY, TILE)
+        valid = tl.reshape(tile_rows < keys, [1, KEYS // LANES, LANES])
+        s, y = tl.reshape(s, tile_shape), tl.reshape(y, tile_shape)
+        above = s > positive
+        if not WHOLE_KEYS:
+            above = above & valid
+        rank += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
+        if BOUNDED:
+            a = _masked(s * scale_q[:, :, None], valid, LOWEST, WHOLE_KEYS)
+            if INSTANCE:
+                z_instance += tl.sum(tl.exp2(a * ratio), axis=1)
+            if CONSISTENCY:
+                b = _masked(y * scale_k[:, :, None], valid, LOWEST, WHOLE_KEYS)
+                sums = add_tile(sums, a, b)
+        else:
+            a, new_s = _relative(s, top_s, scale_q, valid, WHOLE_KEYS)
+            moved_s = move(top_s, new_s, scale_q)  # what older sums are to be moved by
+            if INSTANCE:
+                z_instance = z_instance * tl.exp2(moved_s * ratio) + tl.sum(tl.exp2(a * ratio), axis=1)
+            if CONSISTENCY:
+                b, new_y = _relative(y, top_y, scale_k, valid, WHOLE_KEYS)
+                sums = add_tile(move_sums(sums, moved_s, move(top_y, new_y, scale_k)), a, b)
+                top_y = new_y
+            top_s = new_s
+    return z_instance, sums, top_s, top_y, rank
+
+
+@triton.jit
+def _all_held(z, inside):
+    """Whether float32 holds all sums of exponentials, without those too small for it having been many."""
+    return tl.min((((z > _LEAST_SUM) & (z < float("inf"))) | ~inside[:, None]).to(tl.int32)) == 1
 
 
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _statistics_kernel(
     query, key, queue, partial, row_records, batch, keys, dim, scale, ratio, keys_a_range,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, NORMALIZE: tl.constexpr, LANES: tl.constexpr,
-    TILE: tl.constexpr,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a range of keys knows of a block of rows.
 
@@ -105,10 +173,10 @@ def _statistics_kernel(
         partial: `CO2Partial` (ranges, B, 8) float32.
         row_records: `CO2Row` (B, 11) float64, of which it writes the first three.
         scale, ratio: λ and τc/τ.
+        BOUNDED: whether float32 holds the exponentials of all logits as they are, if no key is longer than 1.
+            Where one is, the range is walked again.
     """
     ROWS: tl.constexpr = TILE.rows
-    KEYS: tl.constexpr = TILE.keys
-    WHOLE_KEYS: tl.constexpr = TILE.whole_keys
     NORM_DEPTH: tl.constexpr = 32 if TILE.depth > 32 else TILE.depth
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -123,45 +191,30 @@ def _statistics_kernel(
         row = row_records + rows.to(tl.int64) * _ROW
         store_fields(row, (norm_q, norm_k, positive), inside)
     scale_q, scale_k = _scales(scale, norm_q[:, None], norm_k[:, None])
-    positive = positive.to(tl.float32)[:, None, None]
+    measured = (scale_q, scale_k, positive.to(tl.float32)[:, None, None])
 
     q, k = None, None
     if not TILE.chunked:
         q = rounded(load(query_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
         k = rounded(load(key_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
 
-    shape: tl.constexpr = [ROWS, LANES]
-    tile_shape: tl.constexpr = [ROWS, KEYS // LANES, LANES]
-    top_s, top_y = tl.full(shape, LOWEST, tl.float32), tl.full(shape, LOWEST, tl.float32)
-    zero = tl.zeros(shape, tl.float32)
-    z_instance, z_query, z_key, d_query, d_key = zero, zero, zero, zero, zero
-    rank = tl.zeros(shape, tl.int32)
-
-    begin = part.to(tl.int64) * keys_a_range
-    for start in range(begin, tl.minimum(begin + keys_a_range, keys), KEYS):
-        tile_rows = start + tl.arange(0, KEYS)
-        queue_rows = Block(queue, tile_rows, keys)
-        s, y, _ = similarities(query_rows, key_rows, queue_rows, (q, k), dim, CONSISTENCY, TILE)
-        valid = tl.reshape(tile_rows < keys, [1, KEYS // LANES, LANES])
-        s = tl.reshape(s, tile_shape)
-        above = s > positive
-        if not WHOLE_KEYS:
-            above = above & valid
-        rank += tl.sum(above.to(tl.int32), axis=1)
-        a, new_s = _relative(s, top_s, scale_q, valid, WHOLE_KEYS)
-        moved_s = move(top_s, new_s, scale_q)  # what older sums are to be moved by
+    z_instance, sums, top_s, top_y, rank = _sum_up(
+        (query_rows, key_rows), queue, (q, k), measured, part, keys, keys_a_range, dim, ratio,
+        INSTANCE, CONSISTENCY, BOUNDED, LANES, TILE,
+    )  # fmt: skip
+    if BOUNDED:
+        held = True
         if INSTANCE:
-            z_instance = z_instance * tl.exp2(moved_s * ratio) + tl.sum(tl.exp2(a * ratio), axis=1)
+            held = held & _all_held(z_instance, inside)
         if CONSISTENCY:
-            b, new_y = _relative(tl.reshape(y, tile_shape), top_y, scale_k, valid, WHOLE_KEYS)
-            moved_y = move(top_y, new_y, scale_k)
-            z_query, z_key, d_query, d_key = add_tile(
-                (z_query, z_key, d_query, d_key), a, b, moved_s, moved_y
-            )
-            top_y = new_y
-        top_s = new_s
+            held = held & _all_held(sums[0], inside) & _all_held(sums[1], inside)
+        if not held:
+            z_instance, sums, top_s, top_y, rank = _sum_up(
+                (query_rows, key_rows), queue, (q, k), measured, part, keys, keys_a_range, dim, ratio,
+                INSTANCE, CONSISTENCY, False, LANES, TILE, 1,
+            )  # fmt: skip
 
-    merged = merge(top_s, top_y, (z_query, z_key, d_query, d_key), scale_q, scale_k, 1)
+    merged = merge(top_s, top_y, sums, scale_q, scale_k, 1)
     known = CO2Partial(
         max_s=merged.max_s,
         max_y=merged.max_y,
@@ -170,7 +223,7 @@ def _statistics_kernel(
         z_key=merged.z_key,
         d_query=merged.d_query,
         d_key=merged.d_key,
-        rank=tl.sum(rank, axis=1).to(tl.float32),
+        rank=tl.sum(rank, axis=1),
     )
     store_fields(partial + (part.to(tl.int64) * batch + rows) * _PARTIAL, known, inside)
 
@@ -290,7 +343,7 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _gradient_kernel(
     query, key, queue, row_records, grad_parts, batch, keys, dim, scale, ratio, keys_a_range,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, TILE: tl.constexpr,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, BOUNDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a range of keys adds to g N of a block of rows, for a chunk of dimensions.
 
@@ -303,6 +356,7 @@ def _gradient_kernel(
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
     PRECISION: tl.constexpr = TILE.precision
+    EXACT: tl.constexpr = PRECISION == "tf32x3" or not BOUNDED
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, TILE.depth)
@@ -318,6 +372,10 @@ def _gradient_kernel(
     weight_instance = row.instance[:, None].to(tl.float32)
     weight_query, weight_query_low = split(row.query[:, None])
     weight_key, weight_key_low = split(row.key[:, None])
+    # Q (1 + d − E_Q[d]) is 2^a (base + slope d).
+    slope = weight_query * ln_2
+    base = weight_query - slope * mean
+    shift_s, shift_y = -top_s * scale_q, -top_y * scale_k
 
     q, k = None, None
     if not TILE.chunked:
@@ -330,17 +388,20 @@ def _gradient_kernel(
         tile_rows = start + tl.arange(0, KEYS)
         queue_rows = Block(queue, tile_rows, keys)
         s, y, tile = similarities(query_rows, key_rows, queue_rows, (q, k), dim, CONSISTENCY, TILE)
-        a = (s - top_s) * scale_q
         g = tl.zeros([ROWS, KEYS], tl.float32)
+        if EXACT:
+            a, b = (s - top_s) * scale_q, (y - top_y) * scale_k
+        else:
+            a, b = s * scale_q + shift_s, y * scale_k + shift_y
         if CONSISTENCY:
-            b = (y - top_y) * scale_k
             e_query, e_key = tl.exp2(a), tl.exp2(b)
-            Q = e_query * weight_query
-            g = Q - e_key * weight_key
-            if PRECISION == "tf32x3":
+            if EXACT:
+                Q = e_query * weight_query
                 # Where Q and P nearly cancel, what their weights lost would be left.
-                g += e_query * weight_query_low - e_key * weight_key_low
-            g += Q * ((a - b - mean) * ln_2)
+                g = Q - e_key * weight_key + (e_query * weight_query_low - e_key * weight_key_low)
+                g += Q * ((a - b - mean) * ln_2)
+            else:
+                g = e_query * (base + slope * (a - b)) - e_key * weight_key
         if INSTANCE:
             g += tl.exp2(a * ratio) * weight_instance
         if not TILE.whole_keys:
@@ -409,7 +470,7 @@ def _plan(batch: int, keys: int, products: Products) -> _Plan:
     )
     gradient = products.walk("co2.gradient", _gradient_kernel, batch, keys)
     columns = triton.next_power_of_2(products.dim)
-    ranges = min(triton.next_power_of_2(gradient.grid[1]), max(1, 4096 // columns))
+    ranges = min(triton.next_power_of_2(gradient.grid[1]), max(1, 8192 // columns))
     finish = Launch("co2.finish", _finish_kernel, (batch,), {"RANGES": ranges, "COLUMNS": columns})
     return _Plan(statistics, gradient, finish)
 
@@ -417,7 +478,7 @@ def _plan(batch: int, keys: int, products: Products) -> _Plan:
 @plan
 def _merge_plan(batch: int, parts: int) -> Launch:
     padded_parts = triton.next_power_of_2(parts)
-    rows = max(1, min(8, 512 // padded_parts))
+    rows = max(1, min(8, 128 // padded_parts))
     grid = (triton.cdiv(batch, rows),)
     return Launch("co2.merge", _merge_kernel, grid, {"ROWS": rows, "PARTS": padded_parts})
 
@@ -431,6 +492,14 @@ def _terms(settings: CO2Settings) -> dict[str, Any]:
         "INSTANCE": settings.instance_weight != 0,
         "CONSISTENCY": settings.consistency_weight != 0,
     }
+
+
+def _bounded(settings: CO2Settings, precision: str) -> bool:
+    """Whether logits need no maximum. Multiplied exactly they have one: near it nothing is lost."""
+    terms = _terms(settings)
+    return (
+        settings.normalize and precision != "tf32x3" and terms["scale"] * max(1.0, terms["ratio"]) <= LARGEST_SCALE
+    )
 
 
 class _Call:
@@ -451,6 +520,7 @@ class _Call:
         self.plan = _plan(self.batch, keys, Products(self.dim, dtype, precision, chip_of(self.device)))
         self.rows = {"query": matrix(query), "key": matrix(key), "batch": self.batch, "dim": self.dim}
         self.all = {**self.rows, "queue": matrix(queue), "keys": keys, **_terms(settings)}
+        self.all["BOUNDED"] = _bounded(settings, precision)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         launch = self.plan.statistics

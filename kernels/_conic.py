@@ -63,6 +63,7 @@ from ._device import (
     Block,
     Matrix,
     at,
+    four_fields,
     largest_size,
     load,
     load_fields,
@@ -76,6 +77,7 @@ from ._device import (
     through_norm,
 )
 from ._launch import (
+    LARGEST_SCALE,
     LOG2_E,
     MOST_KEYS_A_RANGE,
     NO_MATRIX,
@@ -94,7 +96,7 @@ from ._sgd import sgd_
 
 
 class _Pull(NamedTuple):
-    """(4, padded rows) float32: what the gradients need of a view."""
+    """(padded rows, 4) float32: what the gradients need of a view."""
 
     max_s: Any
     size: Any  # |grad_loss ∂ℓ_s/∂s_n|
@@ -112,11 +114,9 @@ class _Losses(NamedTuple):
     coefficients: Any
 
 
-_MAX_S, _SIZE, _INSTANCE, _SHARE = (
-    tl.constexpr(_Pull._fields.index(name)) for name in ("max_s", "size", "instance", "share")
-)
-_POSITIVES, _PARTIAL, _COEFFICIENTS = (
-    tl.constexpr(len(record._fields)) for record in (ConICPositives, ConICPartial, ConICCoefficients)
+_SIZE = tl.constexpr(_Pull._fields.index("size"))
+_PULL, _POSITIVES, _PARTIAL, _COEFFICIENTS = (
+    tl.constexpr(len(record._fields)) for record in (_Pull, ConICPositives, ConICPartial, ConICCoefficients)
 )
 # Gradients are multiplied relative to the largest. In float16 this leaves them 30 powers of two.
 _UNIT = tl.constexpr(32768.0)
@@ -167,8 +167,9 @@ def _similarities(unit, rows, keys, inverse, x, w, dim, BY_KEY: tl.constexpr, TI
 
 
 @triton.jit
-def _field(pull, FIELD: tl.constexpr, rows, padded_rows):
-    return tl.load(pull + FIELD * padded_rows.to(tl.int64) + rows)
+def _logits(s, top, scale, BOUNDED: tl.constexpr):
+    """λ (s − m); bounded ones, of which rounding leaves enough, in one instruction."""
+    return s * scale - top * scale if BOUNDED else (s - top) * scale
 
 
 @triton.jit(do_not_specialize=["count", "batch", "keys", "padded_rows"])
@@ -185,7 +186,7 @@ def _prepare_kernel(
         coefficients: `ConICCoefficients` (V·B, 3) float64.
         unit: Matrix (padded rows, padded dimensions) for x̂; what is past the last view is 0.
         own: (padded rows,) int32, the key that each view owns, −1 for none.
-        threshold: (padded rows,) float32. norm: (V·B,) float64. pull: `_Pull` (4, padded rows) float32.
+        threshold: (padded rows,) float32. norm: (V·B,) float64. pull: `_Pull` (padded rows, 4) float32.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < count
@@ -208,11 +209,8 @@ def _prepare_kernel(
         # ∂ℓ_s/∂s_n is less than 0, and as large as all others together.
         size = -known.grad_positive
         share = tl.where(size != 0.0, known.instance / size, 0.0)
-        field = padded_rows.to(tl.int64)
-        tl.store(pull + _MAX_S * field + row, known.max_s.to(tl.float32))
-        tl.store(pull + _SIZE * field + row, (grad * size).to(tl.float32))
-        tl.store(pull + _INSTANCE * field + row, (grad * known.instance).to(tl.float32))
-        tl.store(pull + _SHARE * field + row, share.to(tl.float32))
+        to_be = _Pull(max_s=known.max_s, size=grad * size, instance=grad * known.instance, share=share)
+        store_fields(pull + row * _PULL, to_be, None)
     if FIND:
         dot, squares = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
         for first in range(0, dim, DEPTH):
@@ -237,7 +235,7 @@ def _prepare_kernel(
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _statistics_kernel(
     unit, own, threshold, weight, partial, keys, dim, padded_rows, scale, keys_a_range, rows_a_range,
-    TILE: tl.constexpr,
+    BOUNDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a range of keys knows of a range of views.
 
@@ -246,6 +244,7 @@ def _statistics_kernel(
         own: (padded rows,) int32. threshold: (padded rows,) float32.
         partial: `ConICPartial` (ranges, padded rows, 3) float32.
         scale: log2(e)/τ.
+        BOUNDED: whether float32 holds the exponentials as they are: no maximum is looked for.
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
@@ -277,11 +276,16 @@ def _statistics_kernel(
             record = partial + (part * padded_rows + rows) * _PARTIAL
             known = ConICPartial(*load_fields(record, _PARTIAL, (rows >= 0) & (start > begin)))
             old = tl.where(start > begin, known.max_s, LOWEST)
-            top = tl.maximum(old, tl.max(s, axis=1))
-            e = tl.exp2((s - top[:, None]) * scale)
+            if BOUNDED:
+                top = tl.zeros_like(old)
+                z_instance = known.z_instance + tl.sum(tl.exp2(s * scale), axis=1)
+            else:
+                top = tl.maximum(old, tl.max(s, axis=1))
+                e = tl.exp2((s - top[:, None]) * scale)
+                z_instance = known.z_instance * tl.exp2(move(old, top, scale)) + tl.sum(e, axis=1)
             added = ConICPartial(
                 max_s=top,
-                z_instance=known.z_instance * tl.exp2(move(old, top, scale)) + tl.sum(e, axis=1),
+                z_instance=z_instance,
                 rank=known.rank + tl.sum(tl.where(above, 1.0, 0.0), axis=1),  # exact up to 2²⁴
             )
             store_fields(record, added, None)
@@ -352,13 +356,13 @@ def _merge_kernel(
 def _weight_kernel(
     unit, own, pull, weight, gradient, momentum_buffer, keys, dim, padded_rows, scale, lr, momentum,
     weight_decay,
-    NESTEROV: tl.constexpr, WHOLE_ROWS: tl.constexpr, TILE: tl.constexpr,
+    NESTEROV: tl.constexpr, WHOLE_ROWS: tl.constexpr, BOUNDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dw of a tile of keys; where there is a momentum buffer, a step of SGD in its place.
 
     Args:
         unit: Matrix (padded rows, padded dimensions), x̂. weight: Matrix (keys, D).
-        own: (padded rows,) int32. pull: `_Pull` (4, padded rows) float32.
+        own: (padded rows,) int32. pull: `_Pull` (padded rows, 4) float32.
         gradient, momentum_buffer: Matrix (keys, D), of which one has no data.
         scale: log2(e)/τ.
         WHOLE_ROWS: whether a program has all dimensions of its keys.
@@ -377,7 +381,7 @@ def _weight_kernel(
 
     unit_scale = 1.0
     if tl.float16 == TILE.dtype:  # the largest gradient becomes _UNIT, or up to half of it
-        largest = largest_size(pull + _SIZE * padded_rows.to(tl.int64), padded_rows)
+        largest = largest_size(pull + _SIZE, padded_rows, _PULL)
         unit_scale = _UNIT * tl.exp2(-tl.ceil(tl.maximum(tl.log2(largest), -100.0)))
 
     w = None
@@ -393,9 +397,9 @@ def _weight_kernel(
             x = tl.load(at(unit, rows, columns))
         s = _similarities(unit, rows, tile, inverse, x, w, dim, True, TILE)
         is_own = index[:, None] == (tl.load(own + rows) - start)[None, :]
-        pull_of_own = _field(pull, _SIZE, rows, padded_rows) * -unit_scale
-        instance = _field(pull, _INSTANCE, rows, padded_rows) * unit_scale
-        e = tl.exp2((s - _field(pull, _MAX_S, rows, padded_rows)[None, :]) * scale)
+        max_s, size, instance, _ = four_fields(pull + first * _PULL, ROWS)
+        pull_of_own, instance = size * -unit_scale, instance * unit_scale
+        e = tl.exp2(_logits(s, max_s[None, :], scale, BOUNDED))
         g = tl.where(is_own, pull_of_own[None, :], e * instance[None, :])
         if not TILE.whole_keys:
             g = tl.where((tile_rows < keys)[:, None], g, 0.0)
@@ -447,13 +451,13 @@ def _norms_kernel(
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _views_kernel(
     unit, own, pull, weight, inverse, grad_parts, keys, dim, padded_rows, scale, keys_a_range,
-    TILE: tl.constexpr,
+    BOUNDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a range of keys adds to dx̂ of a block of views.
 
     Args:
         unit: Matrix (padded rows, padded dimensions), x̂. weight: Matrix (keys, D).
-        own: (padded rows,) int32. pull: `_Pull` (4, padded rows) float32. inverse: (keys,) float32.
+        own: (padded rows,) int32. pull: `_Pull` (padded rows, 4) float32. inverse: (keys,) float32.
         grad_parts: Matrix (ranges · padded rows, padded dimensions) float32.
         scale: log2(e)/τ.
     """
@@ -465,8 +469,8 @@ def _views_kernel(
     out_columns = tl.program_id(2) * TILE.width + tl.arange(0, TILE.width)
 
     own_key = tl.load(own + rows)[:, None]
-    max_s = _field(pull, _MAX_S, rows, padded_rows)[:, None]
-    share = _field(pull, _SHARE, rows, padded_rows)[:, None] * _UNIT
+    known = _Pull(*load_fields(pull + rows.to(tl.int64) * _PULL, _PULL))
+    max_s, share = known.max_s[:, None], known.share[:, None] * _UNIT
     pull_of_own = tl.where(share == 0.0, 0.0, -_UNIT)
     x = None
     if not TILE.chunked:
@@ -482,14 +486,14 @@ def _views_kernel(
         if not TILE.chunked:
             w = _unit_rows(tile, inverses, columns, dim, TILE)
         s = _similarities(unit, rows, tile, inverses, x, w, dim, False, TILE)
-        g = tl.exp2((s - max_s) * scale) * share
+        g = tl.exp2(_logits(s, max_s, scale, BOUNDED)) * share
         g = tl.where((own_key - start).to(tl.int32) == index[None, :], pull_of_own, g)
         if not TILE.whole_keys:
             g = tl.where((tile_rows < keys)[None, :], g, 0.0)
         if TILE.chunked:
             w = _unit_rows(tile, inverses, out_columns, dim, TILE)
         grad = product(g.to(TILE.dtype), w, grad, PRECISION)
-    grad *= _field(pull, _SIZE, rows, padded_rows)[:, None] * (1.0 / _UNIT)
+    grad *= known.size[:, None] * (1.0 / _UNIT)
     tl.store(at(grad_parts, part * padded_rows + rows, out_columns), grad)
 
 
@@ -590,8 +594,8 @@ def _plan(count: int, batch: int, keys: int, products: Products) -> _Plan:
         prepare=Launch(
             "conic.prepare",
             _prepare_kernel,
-            (padded_rows // (16 * larger),),
-            {"ROWS": 16 * larger, "DEPTH": _padded_depth(dim, 64)},
+            (padded_rows // (4 * larger),),
+            {"ROWS": 4 * larger, "DEPTH": _padded_depth(dim, 64)},
         ),
         statistics=statistics,
         weight=weight,
@@ -614,9 +618,15 @@ def _plan(count: int, batch: int, keys: int, products: Products) -> _Plan:
 @plan
 def _merge_plan(batch: int, parts: int, dim: int, interpreted: bool) -> Launch:
     padded_parts = triton.next_power_of_2(parts)
-    rows = max(1, min(32 if interpreted else 8, 512 // padded_parts))
+    rows = max(1, min(32 if interpreted else 8, 128 // padded_parts))
     arguments = {"ROWS": rows, "PARTS": padded_parts, "DEPTH": _padded_depth(dim, 64)}
     return Launch("conic.merge", _merge_kernel, (triton.cdiv(batch, rows),), arguments)
+
+
+def _scale(settings: ConICSettings, rows: Tensor) -> dict[str, Any]:
+    scale = LOG2_E / settings.temperature
+    exactly = precision_of(rows.dtype) == "tf32x3"
+    return {"scale": scale, "BOUNDED": scale <= LARGEST_SCALE and not exactly}
 
 
 class _Call:
@@ -695,7 +705,7 @@ class _Call:
             keys=self.keys,
             dim=self.dim,
             padded_rows=padded_rows,
-            scale=LOG2_E / settings.temperature,
+            **_scale(settings, self.rows),
         )
         return partial[:, : len(self.rows)], positives
 
@@ -716,7 +726,7 @@ class _Gradient(_Call):
         self.settings, self.grad_loss = settings, grad_loss
         self.make_unit()
         self.norm = self.empty(len(self.rows), dtype=torch.float64)
-        pull = self.empty(len(_Pull._fields), self.plan.padded_rows)
+        pull = self.empty(self.plan.padded_rows, _PULL.value)
         self.prepare(norm=self.norm, pull=pull, grad_loss=grad_loss, coefficients=coefficients.contiguous())
         self.walking = {
             "unit": self.unit,
@@ -726,7 +736,7 @@ class _Gradient(_Call):
             "keys": self.keys,
             "dim": self.dim,
             "padded_rows": self.plan.padded_rows,
-            "scale": LOG2_E / settings.temperature,
+            **_scale(settings, self.rows),
         }
 
     def of_views(self, gradient: Tensor) -> None:

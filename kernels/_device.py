@@ -93,6 +93,23 @@ def load_fields(record, COUNT: tl.constexpr, mask=None):
 
 
 @triton.jit
+def four_fields(records, COUNT: tl.constexpr):
+    """Records of four numbers, a field each, (COUNT,). They are loaded all at once, for one by one they would
+    be as many copies to wait for."""
+    x = tl.load(records + tl.arange(0, COUNT)[:, None] * 4 + tl.arange(0, 4)[None, :])
+    return split_four(tl.reshape(x, [COUNT, 2, 2]))
+
+
+@triton.jit
+def split_four(x):
+    """The last two dimensions, (2, 2), apart."""
+    even, odd = tl.split(x)
+    zeroth, second = tl.split(even)
+    first, third = tl.split(odd)
+    return zeroth, first, second, third
+
+
+@triton.jit
 def store_fields(record, fields, mask):
     """The reverse of `load_fields`."""
     for i in tl.static_range(len(fields)):
@@ -184,17 +201,21 @@ def similarities(query, key, keys, held, dim, CONSISTENCY: tl.constexpr, TILE: t
 
 
 @triton.jit
-def add_tile(sums, a, b, moved_s, moved_y):
-    """What a tile's logits a and b, relative to the highest yet, add to the sums of 2^a, 2^b, 2^a d and 2^b d
-    with d = a − b; the older ones are moved to that maximum first."""
+def move_sums(sums, moved_s, moved_y):
+    """Sums of `add_tile` relative to other maxima."""
+    z_query, z_key, d_query, d_key = sums
+    moved_query, moved_key, shift = tl.exp2(moved_s), tl.exp2(moved_y), moved_s - moved_y
+    d_query, d_key = (d_query + shift * z_query) * moved_query, (d_key + shift * z_key) * moved_key
+    return z_query * moved_query, z_key * moved_key, d_query, d_key
+
+
+@triton.jit
+def add_tile(sums, a, b):
+    """What a tile's logits a and b add to the sums of 2^a, 2^b, 2^a d and 2^b d with d = a − b."""
     z_query, z_key, d_query, d_key = sums
     e_query, e_key, d = tl.exp2(a), tl.exp2(b), a - b
-    moved_query, moved_key, shift = tl.exp2(moved_s), tl.exp2(moved_y), moved_s - moved_y
-    d_query = (d_query + shift * z_query) * moved_query + tl.sum(e_query * d, axis=1)
-    d_key = (d_key + shift * z_key) * moved_key + tl.sum(e_key * d, axis=1)
-    z_query = z_query * moved_query + tl.sum(e_query, axis=1)
-    z_key = z_key * moved_key + tl.sum(e_key, axis=1)
-    return z_query, z_key, d_query, d_key
+    d_query, d_key = d_query + tl.sum(e_query * d, axis=1), d_key + tl.sum(e_key * d, axis=1)
+    return z_query + tl.sum(e_query, axis=1), z_key + tl.sum(e_key, axis=1), d_query, d_key
 
 
 class Merged(NamedTuple):
@@ -239,21 +260,22 @@ def softplus(x):
 
 
 @triton.jit
-def largest_size(sizes, count):
+def largest_size(sizes, count, STRIDE: tl.constexpr = 1):
     """max |x|, which each program that needs it finds for itself."""
     largest = tl.zeros([1024], tl.float32)
     for first in range(0, count, 1024):
         index = first + tl.arange(0, 1024)
-        largest = tl.maximum(largest, tl.abs(tl.load(sizes + index, mask=index < count, other=0.0)))
+        largest = tl.maximum(largest, tl.abs(tl.load(sizes + index * STRIDE, mask=index < count, other=0.0)))
     return tl.max(largest, axis=0)
 
 
 @triton.jit
 def store_unit(unit, unit_rows, block, norm, dim, DEPTH: tl.constexpr):
     """x̂ of some rows, with zeros where a row has less dimensions than `unit`, or is outside."""
+    inverse = 1.0 / norm
     for first in range(0, unit.row, DEPTH):
         columns = first + tl.arange(0, DEPTH)
-        x = load(block, columns, dim).to(tl.float32).to(tl.float64) / norm[:, None]
+        x = load(block, columns, dim).to(tl.float32).to(tl.float64) * inverse[:, None]
         tl.store(at(unit, unit_rows, columns), x.to(tl.float32).to(unit.data.dtype.element_ty))
 
 

@@ -18,6 +18,9 @@ from ._device import Matrix, Tile, Vector
 from ._tiles import INTERPRETER, Tiling, select
 
 LOG2_E = math.log2(math.e)
+# log2(e)/τ up to which float32 holds exponentials of similarities within ±1, and long sums of them: they need
+# no maximum.
+LARGEST_SCALE = 64.0
 # A range of keys counts ranks in float32, which is exact up to here.
 MOST_KEYS_A_RANGE = 1 << 24
 

@@ -77,10 +77,12 @@ from ._device import (
     measure_rows,
     merge,
     move,
+    move_sums,
     product,
     similarities,
     softplus,
     split,
+    split_four,
     store,
     store_fields,
     store_unit,
@@ -88,6 +90,7 @@ from ._device import (
     through_norm,
 )
 from ._launch import (
+    LARGEST_SCALE,
     LOG2_E,
     NO_VECTOR,
     Launch,
@@ -146,8 +149,6 @@ _QUERY, _SLOPE, _KEY, _TOP, _QUERY_LOW, _KEY_LOW = (
     for name in ("query", "slope", "key", "top", "query_low", "key_low")
 )
 
-# log2(e)/τ up to which exponentials of similarities within ±1 need no maximum.
-_LARGEST_SCALE = 64.0
 # In float16 H is multiplied by a power of two. The largest of the rows' sizes, which are the sums of their
 # coefficients, then lies in (2⁵, 2⁶], and |H| is at most twice that times 1 + 4/τc: with the lowest τc that
 # needs no maximum, 0.0226, it is 128 · 178 = 22784, and float16 holds 65504. The largest factor is 2⁶⁰, for
@@ -250,7 +251,7 @@ def _excluded(own, index, keys):
 @triton.jit(do_not_specialize=["batch", "keys", "padded_rows"])
 def _statistics_kernel(
     unit, key_unit, target, positive, partial, batch, keys, padded_rows, scale, ratio, keys_a_range,
-    CONSISTENCY: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    CONSISTENCY: tl.constexpr, BOUNDED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """s of a block's first views and y of its second ones; what a range of keys knows of both.
 
@@ -261,6 +262,7 @@ def _statistics_kernel(
         partial: `NTXentPartial` (ranges, 2 B, 5) float32.
         batch, keys: numbers of instances.
         scale, ratio: log2(e)/τc and τc/τ; without the consistency term log2(e)/τ and 1.
+        BOUNDED: whether float32 holds the exponentials as they are: no maximum is looked for.
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
@@ -281,9 +283,10 @@ def _statistics_kernel(
         z2 = tl.load(at(view2.matrix, instance, columns))
     shape: tl.constexpr = [ROWS, LANES]
     tile_shape: tl.constexpr = [ROWS, KEYS // LANES, LANES]
-    top_s, top_y = tl.full(shape, LOWEST, tl.float32), tl.full(shape, LOWEST, tl.float32)
+    start_at: tl.constexpr = 0.0 if BOUNDED else LOWEST
+    top_s, top_y = tl.full(shape, start_at, tl.float32), tl.full(shape, start_at, tl.float32)
     zero = tl.zeros(shape, tl.float32)
-    sum_s, sum_y, z_s, z_y, d_s, d_y = zero, zero, zero, zero, zero, zero
+    sum_s, sum_y, sums = zero, zero, (zero, zero, zero, zero)
     rank_s, rank_y = zero, zero  # exact up to 2²⁴, and an instruction less than integers
 
     begin = part * keys_a_range
@@ -296,17 +299,22 @@ def _statistics_kernel(
         s, y = tl.reshape(s, tile_shape), tl.reshape(y, tile_shape)
         rank_s += tl.sum(tl.where(s > threshold, 1.0, 0.0), axis=1)
         rank_y += tl.sum(tl.where(y > threshold, 1.0, 0.0), axis=1)
-        new_s, new_y = tl.maximum(top_s, tl.max(s, axis=1)), tl.maximum(top_y, tl.max(y, axis=1))
-        a, b = (s - new_s[:, None, :]) * scale, (y - new_y[:, None, :]) * scale
-        moved_s, moved_y = move(top_s, new_s, scale), move(top_y, new_y, scale)
-        e_s, e_y = a * ratio if CONSISTENCY else a, b * ratio if CONSISTENCY else b
-        sum_s = sum_s * tl.exp2(moved_s * ratio) + tl.sum(tl.exp2(e_s), axis=1)
-        sum_y = sum_y * tl.exp2(moved_y * ratio) + tl.sum(tl.exp2(e_y), axis=1)
+        if BOUNDED:
+            a, b = s * scale, y * scale
+        else:
+            new_s, new_y = tl.maximum(top_s, tl.max(s, axis=1)), tl.maximum(top_y, tl.max(y, axis=1))
+            a, b = (s - new_s[:, None, :]) * scale, (y - new_y[:, None, :]) * scale
+            moved_s, moved_y = move(top_s, new_s, scale), move(top_y, new_y, scale)
+            sum_s, sum_y = sum_s * tl.exp2(moved_s * ratio), sum_y * tl.exp2(moved_y * ratio)
+            if CONSISTENCY:
+                sums = move_sums(sums, moved_s, moved_y)
+            top_s, top_y = new_s, new_y
+        sum_s += tl.sum(tl.exp2(a * ratio if CONSISTENCY else a), axis=1)
+        sum_y += tl.sum(tl.exp2(b * ratio if CONSISTENCY else b), axis=1)
         if CONSISTENCY:
-            z_s, z_y, d_s, d_y = add_tile((z_s, z_y, d_s, d_y), a, b, moved_s, moved_y)
-        top_s, top_y = new_s, new_y
+            sums = add_tile(sums, a, b)
 
-    merged = merge(top_s, top_y, (z_s, z_y, d_s, d_y), scale, scale, 1)
+    merged = merge(top_s, top_y, sums, scale, scale, 1)
     known1 = NTXentPartial(
         max_s=merged.max_s,
         rank=tl.sum(rank_s, axis=1),
@@ -420,14 +428,12 @@ def _four_fields(half, KEYS: tl.constexpr):
     instance = tl.arange(0, KEYS // 2)[:, None, None]
     field, view = tl.arange(0, 4)[None, :, None], tl.arange(0, 2)[None, None, :]
     view1, view2 = tl.split(tl.load(half + instance * (2 * _PULL) + field * 2 + view))
-    return _unpack(view1, KEYS), _unpack(view2, KEYS)
+    return _of_keys(view1, KEYS), _of_keys(view2, KEYS)
 
 
 @triton.jit
-def _unpack(x, KEYS: tl.constexpr):
-    even, odd = tl.split(tl.reshape(x, [KEYS // 2, 2, 2]))
-    zeroth, second = tl.split(even)
-    first, third = tl.split(odd)
+def _of_keys(fields, KEYS: tl.constexpr):
+    zeroth, first, second, third = split_four(tl.reshape(fields, [KEYS // 2, 2, 2]))
     return zeroth[None, :], first[None, :], second[None, :], third[None, :]
 
 
@@ -635,7 +641,7 @@ def _plan(batch: int, keys: int, consistency: bool, products: Products) -> _Plan
     tiles = [launch.arguments["TILE"] for launch in (statistics, gradient)]
     widest = max(tile.width or tile.depth for tile in tiles)
 
-    prepared = 16 * larger
+    prepared = 4 * larger
     block = max(prepared, *(max(tile.rows, tile.keys // 2) for tile in tiles))
     depth = min(64 * larger, max(16, triton.next_power_of_2(dim)))
     padded_batch, padded_keys = (triton.cdiv(count, block) * block for count in (batch, keys))
@@ -660,7 +666,7 @@ def _plan(batch: int, keys: int, consistency: bool, products: Products) -> _Plan
 @plan
 def _merge_plan(batch: int, parts: int, interpreted: bool) -> Launch:
     padded_parts = triton.next_power_of_2(parts)
-    rows = max(1, min(128 if interpreted else 8, 512 // padded_parts))
+    rows = max(1, min(128 if interpreted else 8, 128 // padded_parts))
     grid = triton.cdiv(batch, rows), 2
     return Launch("nt_xent.merge", _merge_kernel, grid, {"ROWS": rows, "PARTS": padded_parts})
 
@@ -678,10 +684,10 @@ def _gradient_scales(settings: NTXentSettings) -> dict[str, float]:
 
 
 def _is_relative(settings: NTXentSettings, precision: str) -> bool:
-    """Whether the gradient's exponentials are taken relative to each row's maximum."""
+    """Whether exponentials are taken relative to each row's maximum."""
     scales = _gradient_scales(settings)
     largest = max(scales["scale"], scales["scale_c"] if settings.consistency_weight else 0.0)
-    return not settings.normalize or largest > _LARGEST_SCALE or precision == "tf32x3"
+    return not settings.normalize or largest > LARGEST_SCALE or precision == "tf32x3"
 
 
 class _Call:
@@ -751,6 +757,7 @@ class _Call:
             key_unit=key_rows.unit,
             positive=positive,
             partial=partial,
+            BOUNDED=not _is_relative(self.settings, self.precision),
             **_statistics_scales(self.settings),
             **self.walking,
         )
