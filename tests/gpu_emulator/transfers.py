@@ -144,6 +144,21 @@ def _shuffle(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     return execute
 
 
+def _reduce(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    """Of a whole warp; the third operand is the mask of its threads."""
+    source, members = decoder.read(operands[1], match["kind"]), decoder.read(operands[2], "b32")
+    put, combine = decoder.write(operands[0]), {"min": np.min, "max": np.max, "add": np.sum}[match["by"]]
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        warps = b.active_warps(mask)
+        if (members(b).reshape(-1, 32)[warps] != 0xFFFFFFFF).any():
+            raise UnknownInstruction("a reduction of a part of a warp")
+        numbers = source(b).reshape(-1, 32)
+        put(b, mask, np.repeat(combine(numbers, axis=1).astype(numbers.dtype), 32))
+
+    return execute
+
+
 def _rows_of_matrix(b: Blocks, address: Array, warps: Array, i: int) -> tuple[Array, Array, Array]:
     """Where the 8 rows of the i-th 8 × 8 matrix of each warp lie, by the addresses of its threads."""
     threads = (warps[:, None] * 32 + 8 * i + np.arange(8)).reshape(-1)
@@ -200,6 +215,7 @@ TABLE: list[tuple[str, Callable[[Decoder, Match, Operands], Execute]]] = [
     (r"bar\.sync", _barrier),
     # Threads of a warp are in step here, and accesses of all kinds reach memory in their order.
     (r"bar\.warp\.sync|fence\.proxy\.async\.shared::cta", nothing),
+    (r"redux\.sync\.(?P<by>min|max|add)\.(?P<kind>[us]32)", _reduce),
     (r"shfl\.sync\.(?P<mode>bfly|idx)\.b32", _shuffle),
     (rf"ldmatrix{_MATRICES}", _load_matrices),
     (rf"stmatrix{_MATRICES}", _store_matrices),
