@@ -6,15 +6,16 @@ row of any norm fits float16.
 
 Forward
 1. prepare      x̂, padded with zeros so that nothing that walks the views needs a mask; s_n, in float64.
-2. statistics   a program holds a tile of keys, normalises it once, and walks the views; per view the maximum
-                and sum of e^{s/τ} over its negatives, and how many of them are above s_n. A program that has
-                several tiles of keys merges each into the numbers it wrote of the last: three a view.
-3. merge        the ranges' numbers, in a fixed order and in float64: losses, rank, what backward needs to
+2. unit         ŵ, likewise, and 1/‖w‖; the weight is read this once, and what the others read of it fits the
+                cache more easily.
+3. statistics   a program holds views and walks a range of keys; per view the maximum and sum of e^{s/τ} over
+                its negatives, and how many of them are above s_n. Each range writes these three numbers.
+4. merge        the ranges' numbers, in a fixed order and in float64: losses, rank, what backward needs to
                 know of a view; and the consistency of an instance's views, straight from its formula.
 
 Backward
 1. prepare      x̂ again, and how large a view's gradients are.
-2. norms        1/‖w‖. To read the weight once for them also brings it into the cache.
+2. unit         ŵ again.
 3. views        a program holds views and walks a range of keys: s, g = ∂L/∂s, and a part of dx̂ = g Ŵ.
 4. finish       adds the parts up in a fixed order, adds the consistency's, differentiates the normalisation.
 5. weight       a program holds a tile of keys and walks the views: s, g, dŵ = gᵀ x̂, and at the end dw; or a
@@ -69,6 +70,7 @@ from ._device import (
     load_fields,
     move,
     product,
+    similarities,
     softplus,
     store,
     store_fields,
@@ -79,17 +81,16 @@ from ._device import (
 from ._launch import (
     LARGEST_SCALE,
     LOG2_E,
-    MOST_KEYS_A_RANGE,
     NO_MATRIX,
     NO_VECTOR,
     Launch,
     Products,
     chip_of,
     current,
+    lanes,
     matrix,
     plan,
     precision_of,
-    steps_a_range,
     vector,
 )
 from ._sgd import sgd_
@@ -131,39 +132,6 @@ def _norms(block, dim, DEPTH: tl.constexpr, WHOLE_COLUMNS: tl.constexpr):
         x = x.to(tl.float32).to(tl.float64)
         squares += tl.sum(x * x, axis=1)
     return tl.maximum(tl.sqrt(squares), NORM_EPSILON)
-
-
-@triton.jit
-def _unit_rows(keys, inverse, columns, dim, TILE: tl.constexpr):
-    """ŵ of a tile, rounded once, to the dtype of the views."""
-    w = load(keys, columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
-    return (w.to(tl.float32) * inverse[:, None]).to(TILE.dtype)
-
-
-@triton.jit
-def _similarities(unit, rows, keys, inverse, x, w, dim, BY_KEY: tl.constexpr, TILE: tl.constexpr):
-    """x̂ Ŵᵀ of a block of views and a tile of keys; Ŵ x̂ᵀ if BY_KEY.
-
-    x and w are x̂ and ŵ. Those of chunked rows are loaded here, `TILE.depth` dimensions at a time.
-    """
-    ROWS: tl.constexpr = TILE.rows
-    KEYS: tl.constexpr = TILE.keys
-    PRECISION: tl.constexpr = TILE.precision
-    s = tl.zeros([KEYS, ROWS] if BY_KEY else [ROWS, KEYS], tl.float32)
-    if TILE.chunked:
-        for first in range(0, dim, TILE.depth):
-            columns = first + tl.arange(0, TILE.depth)
-            x_chunk = tl.load(at(unit, rows, columns))
-            w_chunk = _unit_rows(keys, inverse, columns, dim, TILE)
-            if BY_KEY:
-                s = product(w_chunk, tl.trans(x_chunk), s, PRECISION)
-            else:
-                s = product(x_chunk, tl.trans(w_chunk), s, PRECISION)
-    elif BY_KEY:
-        s = product(w, tl.trans(x), s, PRECISION)
-    else:
-        s = product(x, tl.trans(w), s, PRECISION)
-    return s
 
 
 @triton.jit
@@ -232,15 +200,31 @@ def _prepare_kernel(
         tl.store(threshold + row, known.threshold.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["keys", "padded_rows"])
-def _statistics_kernel(
-    unit, own, threshold, weight, partial, keys, dim, padded_rows, scale, keys_a_range, rows_a_range,
-    BOUNDED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """What a range of keys knows of a range of views.
+@triton.jit(do_not_specialize=["keys"])
+def _unit_kernel(weight, unit_weight, inverse, keys, dim, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    """ŵ of some keys, rounded once, to the dtype of the views, and 1/‖w‖.
 
     Args:
-        unit: Matrix (padded rows, padded dimensions), x̂. weight: Matrix (keys, D).
+        weight: Matrix (keys, D).
+        unit_weight: Matrix (padded keys, padded dimensions); what is past the last key is 0.
+        inverse: (padded keys,) float32.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = Block(weight, rows.to(tl.int64), keys)
+    norm = _norms(block, dim, DEPTH, False)
+    store_unit(unit_weight, rows.to(tl.int64), block, norm, dim, DEPTH)
+    tl.store(inverse + rows, (1.0 / norm).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["keys", "padded_rows"])
+def _statistics_kernel(
+    unit, own, threshold, unit_weight, partial, keys, padded_rows, scale, keys_a_range,
+    BOUNDED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What a range of keys knows of a block of views.
+
+    Args:
+        unit: Matrix (padded rows, padded dimensions), x̂. unit_weight: the same of the keys, ŵ.
         own: (padded rows,) int32. threshold: (padded rows,) float32.
         partial: `ConICPartial` (ranges, padded rows, 3) float32.
         scale: log2(e)/τ.
@@ -248,47 +232,45 @@ def _statistics_kernel(
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
-    NORM_DEPTH: tl.constexpr = 32 if TILE.depth > 32 else TILE.depth
-    part = tl.program_id(0).to(tl.int64)
-    index, columns = tl.arange(0, KEYS), tl.arange(0, TILE.depth)
-    begin, first_row = part * keys_a_range, tl.program_id(1) * rows_a_range
-    last_row = tl.minimum(first_row + rows_a_range, padded_rows)
-    for start in range(begin, tl.minimum(begin + keys_a_range, keys), KEYS):
-        tile_rows = start + index
-        tile = Block(weight, tile_rows, keys)
-        inverse = (1.0 / _norms(tile, dim, NORM_DEPTH, TILE.whole_columns)).to(tl.float32)
-        w = None
-        if not TILE.chunked:
-            w = _unit_rows(tile, inverse, columns, dim, TILE)
-        tl.debug_barrier()  # what follows is merged with what other threads stored of the last tile
-        for first in range(first_row, last_row, ROWS):
-            rows = first + tl.arange(0, ROWS)
-            x = None
-            if not TILE.chunked:
-                x = tl.load(at(unit, rows, columns))
-            s = _similarities(unit, rows, tile, inverse, x, w, dim, False, TILE)
-            excluded = (tl.load(own + rows) - start).to(tl.int32)[:, None] == index[None, :]
-            if not TILE.whole_keys:
-                excluded = excluded | (tile_rows >= keys)[None, :]
-            s = tl.where(excluded, float("-inf"), s)
-            above = s > tl.load(threshold + rows)[:, None]
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1).to(tl.int64)
+    index = tl.arange(0, KEYS)
+    own_key, limit = tl.load(own + rows)[:, None], tl.load(threshold + rows)[:, None, None]
+    block = Block(unit, rows, padded_rows)
+    held = None, None
+    if not TILE.chunked:
+        x = tl.load(at(unit, rows, tl.arange(0, TILE.depth)))
+        held = x, x
+    shape: tl.constexpr = [ROWS, LANES]
+    tile_shape: tl.constexpr = [ROWS, KEYS // LANES, LANES]
+    start_at: tl.constexpr = 0.0 if BOUNDED else LOWEST
+    top = tl.full(shape, start_at, tl.float32)
+    z, rank = tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)  # exact up to 2²⁴
 
-            record = partial + (part * padded_rows + rows) * _PARTIAL
-            known = ConICPartial(*load_fields(record, _PARTIAL, (rows >= 0) & (start > begin)))
-            old = tl.where(start > begin, known.max_s, LOWEST)
-            if BOUNDED:
-                top = tl.zeros_like(old)
-                z_instance = known.z_instance + tl.sum(tl.exp2(s * scale), axis=1)
-            else:
-                top = tl.maximum(old, tl.max(s, axis=1))
-                e = tl.exp2((s - top[:, None]) * scale)
-                z_instance = known.z_instance * tl.exp2(move(old, top, scale)) + tl.sum(e, axis=1)
-            added = ConICPartial(
-                max_s=top,
-                z_instance=z_instance,
-                rank=known.rank + tl.sum(tl.where(above, 1.0, 0.0), axis=1),  # exact up to 2²⁴
-            )
-            store_fields(record, added, None)
+    begin = part * keys_a_range
+    for start in range(begin, tl.minimum(begin + keys_a_range, keys), KEYS):
+        tile = Matrix(unit_weight.data + start * unit_weight.row, unit_weight.row, unit_weight.column)
+        s, _, _ = similarities(block, block, Block(tile, index, 0), held, unit.row, False, TILE)
+        if start + KEYS > keys:
+            s = tl.where((start + index >= keys)[None, :], float("-inf"), s)
+        s = tl.where((own_key - start).to(tl.int32) == index[None, :], float("-inf"), s)
+        s = tl.reshape(s, tile_shape)
+        rank += tl.sum(tl.where(s > limit, 1.0, 0.0), axis=1)
+        if BOUNDED:
+            z += tl.sum(tl.exp2(s * scale), axis=1)
+        else:
+            new = tl.maximum(top, tl.max(s, axis=1))
+            e = tl.exp2((s - new[:, None, :]) * scale)
+            z = z * tl.exp2(move(top, new, scale)) + tl.sum(e, axis=1)
+            top = new
+
+    highest = tl.max(top, axis=1)
+    known = ConICPartial(
+        max_s=highest,
+        z_instance=tl.sum(z * tl.exp2(move(top, highest[:, None], scale)), axis=1),
+        rank=tl.sum(rank, axis=1),
+    )
+    store_fields(partial + (part * padded_rows + rows) * _PARTIAL, known, None)
 
 
 @triton.jit(do_not_specialize=["part_stride", "views_count", "batch", "parts"])
@@ -354,110 +336,96 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _weight_kernel(
-    unit, own, pull, weight, gradient, momentum_buffer, keys, dim, padded_rows, scale, lr, momentum,
-    weight_decay,
-    NESTEROV: tl.constexpr, WHOLE_ROWS: tl.constexpr, BOUNDED: tl.constexpr, TILE: tl.constexpr,
+    unit, own, pull, unit_weight, inverse, weight, gradient, momentum_buffer, keys, dim, padded_rows, scale,
+    lr, momentum, weight_decay,
+    NESTEROV: tl.constexpr, WHOLE_ROWS: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
+    BOUNDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dw of a tile of keys; where there is a momentum buffer, a step of SGD in its place.
 
     Args:
-        unit: Matrix (padded rows, padded dimensions), x̂. weight: Matrix (keys, D).
-        own: (padded rows,) int32. pull: `_Pull` (padded rows, 4) float32.
-        gradient, momentum_buffer: Matrix (keys, D), of which one has no data.
+        unit: Matrix (padded rows, padded dimensions), x̂. unit_weight: the same of the keys, ŵ.
+        own: (padded rows,) int32. pull: `_Pull` (padded rows, 4) float32. inverse: (padded keys,) float32.
+        weight, gradient, momentum_buffer: Matrix (keys, D); one of the last two has no data.
         scale: log2(e)/τ.
         WHOLE_ROWS: whether a program has all dimensions of its keys.
+        WHOLE_KEYS, WHOLE_COLUMNS: whether no program's keys, or dimensions, end past the last.
+        TILE: holds keys in its rows, and walks the views.
     """
-    ROWS: tl.constexpr = TILE.rows
-    KEYS: tl.constexpr = TILE.keys
+    KEYS: tl.constexpr = TILE.rows
+    ROWS: tl.constexpr = TILE.keys
     PRECISION: tl.constexpr = TILE.precision
-    NORM_DEPTH: tl.constexpr = 32 if TILE.depth > 32 else TILE.depth
     start, index = tl.program_id(0) * KEYS, tl.arange(0, KEYS)
     tile_rows = start.to(tl.int64) + index
-    tile = Block(weight, tile_rows, keys)
-    columns = tl.arange(0, TILE.depth)
     out_columns = tl.program_id(1) * TILE.width + tl.arange(0, TILE.width)
-    norm = _norms(tile, dim, NORM_DEPTH, TILE.whole_columns)
-    inverse = (1.0 / norm).to(tl.float32)
 
     unit_scale = 1.0
     if tl.float16 == TILE.dtype:  # the largest gradient becomes _UNIT, or up to half of it
         largest = largest_size(pull + _SIZE, padded_rows, _PULL)
         unit_scale = _UNIT * tl.exp2(-tl.ceil(tl.maximum(tl.log2(largest), -100.0)))
 
-    w = None
+    block = Block(unit_weight, tile_rows, keys)
+    held = None, None
     if not TILE.chunked:
-        w = _unit_rows(tile, inverse, columns, dim, TILE)
+        w = tl.load(at(unit_weight, tile_rows, tl.arange(0, TILE.depth)))
+        held = w, w
     shape: tl.constexpr = [KEYS, TILE.width]
     grad = tl.zeros(shape, tl.float32)
     radial = tl.zeros([KEYS], tl.float32)
     for first in range(0, padded_rows, ROWS):
         rows = first + tl.arange(0, ROWS)
-        x = None
-        if not TILE.chunked:
-            x = tl.load(at(unit, rows, columns))
-        s = _similarities(unit, rows, tile, inverse, x, w, dim, True, TILE)
+        s, _, x = similarities(block, block, Block(unit, rows, 0), held, unit.row, False, TILE)
         is_own = index[:, None] == (tl.load(own + rows) - start)[None, :]
         max_s, size, instance, _ = four_fields(pull + first * _PULL, ROWS)
         pull_of_own, instance = size * -unit_scale, instance * unit_scale
         e = tl.exp2(_logits(s, max_s[None, :], scale, BOUNDED))
         g = tl.where(is_own, pull_of_own[None, :], e * instance[None, :])
-        if not TILE.whole_keys:
-            g = tl.where((tile_rows < keys)[:, None], g, 0.0)
         if not WHOLE_ROWS:
             radial += tl.sum(g * s, axis=1)
         if TILE.chunked:
             x = tl.load(at(unit, rows, out_columns))
         grad = product(g.to(TILE.dtype), x, grad, PRECISION)
 
+    inverse_norm = tl.load(inverse + tile_rows)
+    tile = Block(weight, tile_rows, keys)
     # dw = (dŵ − ŵ (ŵ·dŵ)) / ‖w‖; a row below the epsilon was only scaled, so it has no projection
-    w_out = load(tile, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
+    w_out = load(tile, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
     w_out = w_out.to(tl.float32)
     if WHOLE_ROWS:
-        radial = tl.sum(w_out * grad, axis=1) * inverse
-    radial = tl.where(norm > NORM_EPSILON, radial, 0.0)
+        radial = tl.sum(w_out * grad, axis=1) * inverse_norm
+    radial = tl.where(inverse_norm < 1.0 / NORM_EPSILON, radial, 0.0)
     # As two factors of a row, with the decay of the step in one: a sum of three tiles takes more registers.
-    factor = inverse / unit_scale
-    of_w = -inverse * radial * factor
+    factor = inverse_norm / unit_scale
+    of_w = -inverse_norm * radial * factor
     if momentum_buffer.data is not None:
         of_w += weight_decay
     grad = grad * factor[:, None] + w_out * of_w[:, None]
     if momentum_buffer.data is not None:
         buffer = Block(momentum_buffer, tile_rows, keys)
-        v = load(buffer, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
+        v = load(buffer, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
         v = momentum * v.to(tl.float32) + grad
-        store(buffer, v, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
+        store(buffer, v, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
         step = grad + momentum * v if NESTEROV else v
         # Loaded again, from the cache: registers are too few to keep it.
-        w_out = load(tile, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
+        w_out = load(tile, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
         w_out = w_out.to(tl.float32) - lr * step
         tl.debug_barrier()  # all threads have read what one of them overwrites
-        store(tile, w_out, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
+        store(tile, w_out, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
     else:
         to = Block(gradient, tile_rows, keys)
-        store(to, grad, out_columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
-
-
-@triton.jit(do_not_specialize=["keys"])
-def _norms_kernel(
-    weight, inverse, keys, dim, ROWS: tl.constexpr, DEPTH: tl.constexpr, WHOLE_COLUMNS: tl.constexpr
-):
-    """1/‖w‖ (keys,) float32 of Matrix (keys, D), which also brings the weight into the cache."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    block = Block(weight, rows, keys)
-    norm = _norms(block, dim, DEPTH, WHOLE_COLUMNS)
-    tl.store(inverse + rows, (1.0 / norm).to(tl.float32), mask=rows < keys)
+        store(to, grad, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _views_kernel(
-    unit, own, pull, weight, inverse, grad_parts, keys, dim, padded_rows, scale, keys_a_range,
+    unit, own, pull, unit_weight, grad_parts, keys, padded_rows, scale, keys_a_range,
     BOUNDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a range of keys adds to dx̂ of a block of views.
 
     Args:
-        unit: Matrix (padded rows, padded dimensions), x̂. weight: Matrix (keys, D).
-        own: (padded rows,) int32. pull: `_Pull` (padded rows, 4) float32. inverse: (keys,) float32.
+        unit: Matrix (padded rows, padded dimensions), x̂. unit_weight: the same of the keys, ŵ.
+        own: (padded rows,) int32. pull: `_Pull` (padded rows, 4) float32.
         grad_parts: Matrix (ranges · padded rows, padded dimensions) float32.
         scale: log2(e)/τ.
     """
@@ -465,33 +433,27 @@ def _views_kernel(
     PRECISION: tl.constexpr = TILE.precision
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
-    columns = tl.arange(0, TILE.depth)
     out_columns = tl.program_id(2) * TILE.width + tl.arange(0, TILE.width)
 
     own_key = tl.load(own + rows)[:, None]
     known = _Pull(*load_fields(pull + rows.to(tl.int64) * _PULL, _PULL))
     max_s, share = known.max_s[:, None], known.share[:, None] * _UNIT
     pull_of_own = tl.where(share == 0.0, 0.0, -_UNIT)
-    x = None
+    block = Block(unit, rows, padded_rows)
+    held = None, None
     if not TILE.chunked:
-        x = tl.load(at(unit, rows, columns))
+        x = tl.load(at(unit, rows, tl.arange(0, TILE.depth)))
+        held = x, x
     shape: tl.constexpr = [ROWS, TILE.width]
     grad = tl.zeros(shape, tl.float32)
     begin, index = part * keys_a_range, tl.arange(0, TILE.keys)
     for start in range(begin, tl.minimum(begin + keys_a_range, keys), TILE.keys):
-        tile_rows = start + index
-        tile = Block(weight, tile_rows, keys)
-        inverses = tl.load(inverse + tile_rows, mask=tile_rows < keys, other=0.0)
-        w = None
-        if not TILE.chunked:
-            w = _unit_rows(tile, inverses, columns, dim, TILE)
-        s = _similarities(unit, rows, tile, inverses, x, w, dim, False, TILE)
+        tile = Matrix(unit_weight.data + start * unit_weight.row, unit_weight.row, unit_weight.column)
+        s, _, w = similarities(block, block, Block(tile, index, 0), held, unit.row, False, TILE)
         g = tl.exp2(_logits(s, max_s, scale, BOUNDED)) * share
         g = tl.where((own_key - start).to(tl.int32) == index[None, :], pull_of_own, g)
-        if not TILE.whole_keys:
-            g = tl.where((tile_rows < keys)[None, :], g, 0.0)
         if TILE.chunked:
-            w = _unit_rows(tile, inverses, out_columns, dim, TILE)
+            w = tl.load(at(tile, index, out_columns))
         grad = product(g.to(TILE.dtype), w, grad, PRECISION)
     grad *= known.size[:, None] * (1.0 / _UNIT)
     tl.store(at(grad_parts, part * padded_rows + rows, out_columns), grad)
@@ -533,11 +495,12 @@ def _finish_kernel(
 @dataclass(frozen=True)
 class _Plan:
     padded_rows: int
+    padded_keys: int
     padded_dim: int
     prepare: Launch
+    unit: Launch
     statistics: Launch
     weight: Launch
-    norms: Launch
     views: Launch
     finish: Launch
 
@@ -551,60 +514,47 @@ def _plan(count: int, batch: int, keys: int, products: Products) -> _Plan:
     dim, chip = products.dim, products.chip
     larger = 4 if chip.interpreted else 1
     rows = count * batch
-
-    def holds_keys(name: str) -> dict[str, Any]:
-        tiling = products.tiling(name)
-        tile = products.tile(tiling, tiling.walked, tiling.held, keys)
-        return {"TILE": tile, **tiling.options}
-
-    # Ranges of keys for the chip to be full, and ranges of views where either they or the keys do not do it:
-    # with few keys, or with so many views that each range's numbers of them would be too much.
-    tiling = products.tiling("conic.statistics")
-    blocks, slots = triton.cdiv(keys, tiling.held), tiling.programs * chip.multiprocessors
-    size = steps_a_range(blocks, triton.cdiv(rows, 4096), slots, MOST_KEYS_A_RANGE // tiling.held)
-    ranges, steps = triton.cdiv(blocks, size), triton.cdiv(rows, tiling.walked)
-    steps_of_views = steps_a_range(steps, ranges, slots)
-    ranges_of_both = {"keys_a_range": size * tiling.held, "rows_a_range": steps_of_views * tiling.walked}
-    statistics = Launch(
-        "conic.statistics",
-        _statistics_kernel,
-        (ranges, triton.cdiv(steps, steps_of_views)),
-        holds_keys("conic.statistics") | ranges_of_both,
-    )
-
-    arguments = holds_keys("conic.weight")
-    width = arguments["TILE"].width
-    weight = Launch(
-        "conic.weight",
-        _weight_kernel,
-        (triton.cdiv(keys, arguments["TILE"].keys), triton.cdiv(dim, width)),
-        arguments | {"WHOLE_ROWS": dim <= width},
-    )
-    views = products.walk("conic.views", _views_kernel, rows, keys)
-
-    tiles = [each.arguments["TILE"] for each in (statistics, weight, views)]
-    block, widest = max(tile.rows for tile in tiles), max(tile.width or tile.depth for tile in tiles)
-    padded_rows = triton.cdiv(rows, block) * block
-    depth = _padded_depth(dim, 32)
     columns = triton.next_power_of_2(dim)
-    finished = max(1, larger * 512 // columns)
+
+    statistics = products.walk(
+        "conic.statistics", _statistics_kernel, rows, keys, padded=True, LANES=lanes(chip.capability)
+    )
+    views = products.walk("conic.views", _views_kernel, rows, keys, padded=True)
+    tiling = products.tiling("conic.weight")
+    tile = products.tile(tiling, rows, padded=True)
+    whole = {
+        "WHOLE_ROWS": dim <= tile.width,
+        "WHOLE_KEYS": keys % tile.rows == 0,
+        "WHOLE_COLUMNS": dim % tile.width == 0,
+    }
+    grid = triton.cdiv(keys, tile.rows), triton.cdiv(dim, tile.width)
+    weight = Launch("conic.weight", _weight_kernel, grid, {"TILE": tile, **tiling.options, **whole})
+
+    tiles = [launch.arguments["TILE"] for launch in (statistics, views)]
+    widest = max(each.width or each.depth for each in (*tiles, tile))
+    block_of_rows = max(tile.keys, *(each.rows for each in tiles))
+    block_of_keys = max(tile.rows, *(each.keys for each in tiles))
+    padded_rows = triton.cdiv(rows, block_of_rows) * block_of_rows
+    padded_keys = triton.cdiv(keys, block_of_keys) * block_of_keys
+    prepared, finished = 4 * larger, max(1, larger * 512 // columns)
     return _Plan(
         padded_rows,
+        padded_keys,
         triton.cdiv(dim, widest) * widest,
         prepare=Launch(
             "conic.prepare",
             _prepare_kernel,
-            (padded_rows // (4 * larger),),
-            {"ROWS": 4 * larger, "DEPTH": _padded_depth(dim, 64)},
+            (padded_rows // prepared,),
+            {"ROWS": prepared, "DEPTH": _padded_depth(dim, 64)},
+        ),
+        unit=Launch(
+            "conic.unit",
+            _unit_kernel,
+            (padded_keys // 16,),
+            {"ROWS": 16, "DEPTH": _padded_depth(dim, 128)},
         ),
         statistics=statistics,
         weight=weight,
-        norms=Launch(
-            "conic.norms",
-            _norms_kernel,
-            (triton.cdiv(keys, 64 * larger),),
-            {"ROWS": 64 * larger, "DEPTH": depth, "WHOLE_COLUMNS": dim % depth == 0},
-        ),
         views=views,
         finish=Launch(
             "conic.finish",
@@ -677,9 +627,20 @@ class _Call:
 
     def make_unit(self) -> None:
         """Room for x̂ and for the key that each view owns, which `prepare` fills."""
-        padded_rows, padded_dim = self.plan.padded_rows, self.plan.padded_dim
-        self.unit = Matrix(self.empty(padded_rows, padded_dim, dtype=self.rows.dtype), padded_dim, 1)
-        self.own = self.empty(padded_rows, dtype=torch.int32)
+        self.unit = self._padded(self.plan.padded_rows)
+        self.own = self.empty(self.plan.padded_rows, dtype=torch.int32)
+
+    def _padded(self, rows: int) -> Matrix:
+        padded_dim = self.plan.padded_dim
+        return Matrix(self.empty(rows, padded_dim, dtype=self.rows.dtype), padded_dim, 1)
+
+    def unit_weight(self) -> tuple[Matrix, Tensor]:
+        """ŵ and 1/‖w‖."""
+        unit, inverse = self._padded(self.plan.padded_keys), self.empty(self.plan.padded_keys)
+        self.plan.unit(
+            weight=self.weight, unit_weight=unit, inverse=inverse, keys=self.keys, dim=self.dim
+        )
+        return unit, inverse
 
     def positives(self) -> Tensor:
         positives = self.empty(len(self.rows), _POSITIVES.value, dtype=torch.float64)
@@ -695,15 +656,14 @@ class _Call:
         if positives is None:
             positives = self.empty(len(self.rows), _POSITIVES.value, dtype=torch.float64)
         self.prepare(find, positives, threshold)
-        partial = self.empty(launch.grid[0], padded_rows, _PARTIAL.value)
+        partial = self.empty(launch.grid[1], padded_rows, _PARTIAL.value)
         launch(
             unit=self.unit,
             own=self.own,
             threshold=threshold,
-            weight=self.weight,
+            unit_weight=self.unit_weight()[0],
             partial=partial,
             keys=self.keys,
-            dim=self.dim,
             padded_rows=padded_rows,
             **_scale(settings, self.rows),
         )
@@ -728,13 +688,13 @@ class _Gradient(_Call):
         self.norm = self.empty(len(self.rows), dtype=torch.float64)
         pull = self.empty(self.plan.padded_rows, _PULL.value)
         self.prepare(norm=self.norm, pull=pull, grad_loss=grad_loss, coefficients=coefficients.contiguous())
+        unit_weight, self.inverse = self.unit_weight()
         self.walking = {
             "unit": self.unit,
             "own": self.own,
             "pull": pull,
-            "weight": self.weight,
+            "unit_weight": unit_weight,
             "keys": self.keys,
-            "dim": self.dim,
             "padded_rows": self.plan.padded_rows,
             **_scale(settings, self.rows),
         }
@@ -742,11 +702,9 @@ class _Gradient(_Call):
     def of_views(self, gradient: Tensor) -> None:
         """Writes the gradient of the views (V, B, D)."""
         launch, plan = self.plan.views, self.plan
-        inverse = self.empty(self.keys)
         parts = self.empty(launch.grid[1], plan.padded_rows, plan.padded_dim)
         grad_parts = Matrix(parts, plan.padded_dim, 1)
-        plan.norms(weight=self.weight, inverse=inverse, keys=self.keys, dim=self.dim)
-        launch(inverse=inverse, grad_parts=grad_parts, **self.walking)
+        launch(grad_parts=grad_parts, **self.walking)
         plan.finish(
             views=self.views,
             norm=self.norm,
@@ -771,6 +729,9 @@ class _Gradient(_Call):
 
     def _of_weight(self, gradient: Matrix, momentum_buffer: Matrix, sgd: SGDSettings) -> None:
         self.plan.weight(
+            inverse=self.inverse,
+            weight=self.weight,
+            dim=self.dim,
             gradient=gradient,
             momentum_buffer=momentum_buffer,
             lr=sgd.lr,

@@ -171,20 +171,21 @@ class Products(NamedTuple):
     def tiling(self, name: str) -> Tiling:
         return select(name, self.chip.capability, self.precision, self.dim)
 
-    def tile(self, tiling: Tiling, rows: int, keys: int, all_keys: int) -> Tile:
-        """What is compiled into a kernel that walks tiles of `rows` × `keys`."""
+    def tile(self, tiling: Tiling, all_keys: int, padded: bool = False) -> Tile:
+        """What is compiled into a kernel that walks. Where rows are `padded`, tiles and chunks may be taken for
+        whole."""
         padded_dim = max(16, triton.next_power_of_2(self.dim))
         depth = min(tiling.depth, padded_dim)
         chunked = self.dim > depth
         width = tiling.width and (min(tiling.width, padded_dim) if chunked else depth)
         return Tile(
-            rows=rows,
-            keys=keys,
+            rows=tiling.held,
+            keys=tiling.walked,
             depth=depth,
             width=width,
             chunked=chunked,
-            whole_keys=all_keys % keys == 0,
-            whole_columns=self.dim % depth == 0 and (not width or self.dim % width == 0),
+            whole_keys=padded or all_keys % tiling.walked == 0,
+            whole_columns=padded or (self.dim % depth == 0 and (not width or self.dim % width == 0)),
             dtype=getattr(tl, str(self.dtype).removeprefix("torch.")),
             precision=self.precision,
         )
@@ -193,11 +194,9 @@ class Products(NamedTuple):
         self, name: str, kernel: Any, rows: int, keys: int, padded: bool = False, **arguments: Any
     ) -> Launch:
         """A kernel whose programs hold rows and walk the keys: row blocks × ranges of keys × chunks of the
-        gradient's dimensions. Where rows are `padded`, tiles and chunks may be taken for whole."""
+        gradient's dimensions."""
         tiling = self.tiling(name)
-        tile = self.tile(tiling, tiling.held, tiling.walked, keys)
-        if padded:
-            tile = tile._replace(whole_keys=True, whole_columns=True)
+        tile = self.tile(tiling, keys, padded)
         blocks, steps = triton.cdiv(rows, tiling.held), triton.cdiv(keys, tiling.walked)
         chunks = triton.cdiv(self.dim, tile.width) if tile.width else 1
         slots = tiling.programs * self.chip.multiprocessors
