@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import ceilings
-from bench.cases import Case, Inputs, Loss, grid, implementation, inputs, step
+from bench.cases import GRIDS, Case, Inputs, Loss, grid, implementation, inputs, step
 from bench.records import Result, case_of, record, write
 from train_ref.memory import PeakMemory
 
@@ -39,9 +43,9 @@ def run(machine: dict[str, Any], chosen: Callable[[str], bool], output: Path) ->
     """
     result = begun(machine, output)
     done = {str(case_of(each)) for each in result["records"]}
-    for case in grid("cuda"):
-        if not chosen(str(case)) or str(case) in done:
-            continue
+    cases = [case for case in grid("cuda") if chosen(str(case)) and str(case) not in done]
+    compile_ahead(cases)
+    for case in cases:
         try:
             measured = measure(case)
         except torch.OutOfMemoryError:
@@ -54,6 +58,27 @@ def run(machine: dict[str, Any], chosen: Callable[[str], bool], output: Path) ->
         write(result, output)
         print(told(case, result["records"][-1]), flush=True)
     return 0
+
+
+def compile_ahead(cases: Sequence[Case]) -> None:
+    """Compiles what the cases need, on all cores. The kernels then lie in their compilers' caches on the disk."""
+    cores = len(os.sched_getaffinity(0))
+    # Of a size each of our kernels is one; with eager's matrices, few fit the memory side by side.
+    fused = {replace(case, K=min(case.K, 65536)): None for case in cases if case.impl in GRIDS["cuda"].fused}
+    compiled = [case for case in cases if case.impl == "compile" and case.B * case.K <= 1 << 27]
+    for chosen, processes in ((fused, cores), (compiled, cores // 4)):
+        if len(chosen) > 2 and processes > 1:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(min(len(chosen), processes), context) as pool:
+                for _ in pool.map(_step_once, chosen):
+                    pass
+
+
+def _step_once(case: Case) -> None:
+    try:
+        step(implementation(case), *inputs(case, "cuda"))
+    except RuntimeError as error:  # is met again, and told, where it is measured
+        print(f"{case}: {str(error).splitlines()[0]}", flush=True)
 
 
 def begun(machine: dict[str, Any], output: Path) -> Result:

@@ -12,11 +12,12 @@ backend makes of it.
 A record is a tensor whose last dimension is its fields. Their names stand here, once for all backends: a
 class below names what `record.unbind(-1)` gives, and `csrc/records.h` repeats the order for C++ (what was
 compiled is compared with this when it is loaded). Partials and `CO2Row` are in the units in which the backend
-that wrote them multiplies, and only that backend reads them; coefficients that operators return are alike in
-all.
+that wrote them multiplies, and only that backend reads them; coefficients that operators return mean the same
+in all.
 
 Letters: s_j and y_j are the similarities of a row's query and key to the key j of a part, m and m' their
-maxima, a_j = s_j − m, b_j = y_j − m', and d_j = a_j − b_j.
+maxima, a_j = s_j − m, b_j = y_j − m', and d_j = a_j − b_j. A backend may take m and m' as 0 where it knows that
+no exponential is too large for it; of several parts the largest m counts, whatever each has.
 """
 
 from __future__ import annotations

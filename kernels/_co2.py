@@ -66,6 +66,7 @@ from ._launch import LARGEST_SCALE, LOG2_E, Launch, Products, chip_of, current, 
 _LN_2 = tl.constexpr(math.log(2))
 # Σ 2^a without those that float32 has no room for; were all of 2²⁴ below 2^−126, they would not count.
 _LEAST_SUM = tl.constexpr(2.0**-70)
+_LARGEST_PULL = tl.constexpr(4096.0)
 _PARTIAL, _ROW = tl.constexpr(len(CO2Partial._fields)), tl.constexpr(len(CO2Row._fields))
 
 # `do_not_specialize`: the last batch of an epoch, or a queue that is still filling, compiles nothing anew.
@@ -279,6 +280,7 @@ def _merge_kernel(
     positive_s, positive_y = positive - top_s * scale_q, positive - top_y * scale_k
     value_instance, value_consistency, grad_positive = zero, zero, zero
     weight_instance, weight_query, weight_key, mean = zero, zero, zero, zero
+    size_instance, size_consistency = zero, zero
 
     if INSTANCE:
         # Relative to the largest logit, be it the positive's.
@@ -290,10 +292,12 @@ def _merge_kernel(
         value_instance = tl.where((gap > 0.0) & (negatives < 1e-9), negatives, value_instance)
         weight = instance_weight / tau / total
         weight_instance = weight * to_top
-        grad_positive -= weight * negatives  # (p_+ − 1)/τ
+        size_instance = weight * negatives
+        grad_positive -= size_instance  # (p_+ − 1)/τ
 
     if CONSISTENCY:
         weight = consistency_weight / (2.0 * tau_c)
+        size_consistency += 2.0 * weight
         factor_query, factor_key = zero + weight, zero + weight
         if INCLUDE_POSITIVE:  # s_+ joins both lists, where it may be the largest entry
             moved_query, moved_key = (
@@ -321,9 +325,10 @@ def _merge_kernel(
     tl.store(losses.consistency_loss + rows, value_consistency, mask=inside)
     tl.store(losses.positive_rank + rows, rank, mask=inside)
 
-    # In float16 the weights of a long queue would vanish: they are kept relative to their sum.
-    sum_of_weights = weight_instance + weight_query + weight_key
-    relative = tl.where(sum_of_weights > 0.0, 1.0 / sum_of_weights, 0.0)
+    # Relative to what all keys of a row pull together: a key then has up to _LARGEST_PULL in float16, which
+    # leaves 65536 equal ones, and those of a loss that is scaled down, within its range.
+    together = size_instance + size_consistency
+    relative = tl.where(together > 0.0, _LARGEST_PULL / together, 0.0)
     complete = CO2Row(
         norm_query=norm_query,
         norm_key=norm_key,
@@ -334,7 +339,7 @@ def _merge_kernel(
         instance=weight_instance * relative,
         query=weight_query * relative,
         key=weight_key * relative,
-        scale=sum_of_weights,
+        scale=together / _LARGEST_PULL,
         grad_positive=grad_positive,
     )
     store_fields(record, complete, inside)
@@ -343,7 +348,7 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _gradient_kernel(
     query, key, queue, row_records, grad_parts, batch, keys, dim, scale, ratio, keys_a_range,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, BOUNDED: tl.constexpr, TILE: tl.constexpr,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a range of keys adds to g N of a block of rows, for a chunk of dimensions.
 
@@ -356,7 +361,7 @@ def _gradient_kernel(
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
     PRECISION: tl.constexpr = TILE.precision
-    EXACT: tl.constexpr = PRECISION == "tf32x3" or not BOUNDED
+    EXACT: tl.constexpr = PRECISION == "tf32x3"
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, TILE.depth)
@@ -375,7 +380,6 @@ def _gradient_kernel(
     # Q (1 + d − E_Q[d]) is 2^a (base + slope d).
     slope = weight_query * ln_2
     base = weight_query - slope * mean
-    shift_s, shift_y = -top_s * scale_q, -top_y * scale_k
 
     q, k = None, None
     if not TILE.chunked:
@@ -389,10 +393,7 @@ def _gradient_kernel(
         queue_rows = Block(queue, tile_rows, keys)
         s, y, tile = similarities(query_rows, key_rows, queue_rows, (q, k), dim, CONSISTENCY, TILE)
         g = tl.zeros([ROWS, KEYS], tl.float32)
-        if EXACT:
-            a, b = (s - top_s) * scale_q, (y - top_y) * scale_k
-        else:
-            a, b = s * scale_q + shift_s, y * scale_k + shift_y
+        a, b = (s - top_s) * scale_q, (y - top_y) * scale_k
         if CONSISTENCY:
             e_query, e_key = tl.exp2(a), tl.exp2(b)
             if EXACT:
@@ -520,13 +521,19 @@ class _Call:
         self.plan = _plan(self.batch, keys, Products(self.dim, dtype, precision, chip_of(self.device)))
         self.rows = {"query": matrix(query), "key": matrix(key), "batch": self.batch, "dim": self.dim}
         self.all = {**self.rows, "queue": matrix(queue), "keys": keys, **_terms(settings)}
-        self.all["BOUNDED"] = _bounded(settings, precision)
+        self.bounded = _bounded(settings, precision)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         launch = self.plan.statistics
         partial = torch.empty((launch.grid[1], self.batch, _PARTIAL.value), device=self.device)
         rows = torch.empty((self.batch, _ROW.value), dtype=torch.float64, device=self.device)
-        launch(partial=partial, row_records=rows, NORMALIZE=self.settings.normalize, **self.all)
+        launch(
+            partial=partial,
+            row_records=rows,
+            NORMALIZE=self.settings.normalize,
+            BOUNDED=self.bounded,
+            **self.all,
+        )
         return partial, rows
 
     def gradient(self, rows: Tensor) -> Tensor:

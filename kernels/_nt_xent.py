@@ -149,8 +149,8 @@ _QUERY, _SLOPE, _KEY, _TOP, _QUERY_LOW, _KEY_LOW = (
     for name in ("query", "slope", "key", "top", "query_low", "key_low")
 )
 
-# In float16 H is multiplied by a power of two. The largest of the rows' sizes, which are the sums of their
-# coefficients, then lies in (2⁵, 2⁶], and |H| is at most twice that times 1 + 4/τc: with the lowest τc that
+# In float16 H is multiplied by a power of two. The largest of the rows' sizes, which is what all pairs of a row
+# pull together, then lies in (2⁵, 2⁶], and |H| is at most twice that times 1 + 4/τc: with the lowest τc that
 # needs no maximum, 0.0226, it is 128 · 178 = 22784, and float16 holds 65504. The largest factor is 2⁶⁰, for
 # sizes of 2⁻⁵⁴ and less: times e^{s/τ}, which is up to 2⁶⁴, float32 still holds it.
 _LOG2_UNIT, _LEAST_LOG2_SIZE = tl.constexpr(6.0), tl.constexpr(-54.0)
@@ -159,7 +159,7 @@ _LOG2_UNIT, _LEAST_LOG2_SIZE = tl.constexpr(6.0), tl.constexpr(-54.0)
 @triton.jit(do_not_specialize=["batch"])
 def _prepare_kernel(
     views, grad_loss, coefficients, rows, norm, positive, batch, dim,
-    scale: tl.float64, scale_c: tl.float64, tau_c: tl.float64,
+    scale: tl.float64, scale_c: tl.float64, tau_c: tl.float64, consistency_size: tl.float64,
     NORMALIZE: tl.constexpr, RELATIVE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """z of both views of some instances, padded with zeros, and what is known of them. What is None is left
@@ -170,6 +170,7 @@ def _prepare_kernel(
         coefficients: `NTXentCoefficients` (2 B, 5) float64.
         rows: _Rows to be written.
         norm: (2 B,) float64. positive: (2 B,) float64, s_ip(i).
+        consistency_size: what a row's consistency pulls at either of its terms, all keys together.
     """
     instance = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = instance < batch
@@ -200,7 +201,8 @@ def _prepare_kernel(
             grad = load_double(grad_loss.data + own * grad_loss.stride, inside, 0.0)
             instance_weight = grad * known.instance
             query_weight, key_weight = grad * known.query, grad * other.query
-            size = tl.abs(instance_weight) + tl.abs(query_weight) + tl.abs(key_weight)
+            # No pair's exponential, times its coefficient, is larger than those of all pairs together.
+            size = tl.abs(grad) * (tl.abs(known.grad_positive) + 2.0 * consistency_size)
             tl.store(rows.sizes + row + view, size.to(tl.float32))
 
             mean = known.mean
@@ -739,6 +741,7 @@ class _Call:
             batch=views.shape[1],
             dim=self.dim,
             tau_c=self.settings.consistency_temperature,
+            consistency_size=self.settings.consistency_weight / (2 * self.settings.consistency_temperature),
             NORMALIZE=self.settings.normalize,
             RELATIVE=relative,
             **_gradient_scales(self.settings),

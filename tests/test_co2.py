@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -241,6 +242,22 @@ class TestGradient:
         loss = info_nce_loss(query, key, queue, backend=backend, reduction="none")
         (scaled,) = torch.autograd.grad((loss * 1e-5).sum() * 65536, query)
         assert distance(scaled.double() / 65536, expected) <= 2e-3 * expected.norm()
+
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("longest", [1.0, 40.0, 3000.0])
+    def test_rows_that_are_all_alike(self, backend: str, dtype: torch.dtype, longest: float) -> None:
+        """Similarities near 1 have the largest exponentials; those of longer keys no float32 holds."""
+        require(backend, dtype)
+        common = rows(1, 32, 9, torch.float64)
+        query, key, queue = (common + 0.2 * rows(n, 32, n, torch.float64) for n in (8, 9, 300))
+        queue = F.normalize(queue, dim=1)
+        queue[7] *= longest
+        query, key, queue = (x.to(dtype) for x in (query, key[:8], queue))
+        settings = {"temperature": 0.07, "consistency_temperature": 0.04, "consistency_weight": 10.0}
+        allowed = (1e-6, 1e-5) if dtype == torch.float32 else (1e-3, 2e-2)
+        actual = fused(query, key, queue, **settings, backend=backend)
+        assert_near(actual, oracle(query, key, queue, **settings), allowed, 1e-6 * longest)
 
 
 class TestValue:

@@ -106,6 +106,26 @@ def test_serves_gpu_tensors_unasked() -> None:
     assert torch.equal(co2_loss(query, key, queue), co2_loss(query, key, queue, backend=SERVING[0]))
 
 
+@pytest.mark.parametrize("loss", ["co2", "info_nce", "conic", "nt_xent", "nt_xent_co2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_operator_once(gpu_backend: str, dtype: torch.dtype, loss: str) -> None:
+    """At a size that users have: what a first run on a new GPU shows."""
+    exact, settings = (1e-6, 1e-5) if dtype == torch.float32 else (1e-4, 1e-2), {"backend": gpu_backend}
+    if loss == "conic":
+        case = ConICCase(batch=128, rows=16384, dim=128, dtype=dtype)
+        actual = conic_loss_and_gradients(conic_loss, *on_gpu(case), **case.settings(), **settings)
+        assert_near(actual, conic_oracle(*on_gpu(case), **case.settings()), (*exact, exact[1]))
+    elif loss.startswith("nt_xent"):
+        own = NTXentCase(2048, 128, dtype, consistency_weight=1.0 if loss == "nt_xent_co2" else 0.0)
+        views = [x.cuda() for x in own.tensors()]
+        actual = nt_xent_loss_and_gradients(nt_xent_loss, *views, **own.settings(), **settings)
+        assert_near(actual, nt_xent_oracle(*views, **own.settings()), (*exact, exact[1])[: len(actual)])
+    else:
+        queue = Case(256, 16384, 128, dtype, consistency_weight=10.0 if loss == "co2" else 0.0)
+        actual = fused(*on_gpu(queue), **queue.settings(), **settings)
+        assert_near(actual, oracle(*on_gpu(queue), **queue.settings()), exact)
+
+
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_offsets_beyond_32_bits(gpu_backend: str, dtype: torch.dtype, columns: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from contrastive_ops import NTXentLoss, nt_xent_loss
-from tests.cases import LAYOUTS, NTXentCase, nt_xent_cases, require, scales, temperatures
+from tests.cases import LAYOUTS, NTXentCase, nt_xent_cases, require, rows, scales, temperatures
 from tests.oracles import (
     LAST_DIGIT,
     ORACLE_ERROR,
@@ -78,6 +78,17 @@ class TestAccuracy:
             rounding=rounding,
             cancelling=1e-3 * rounding / case.temperature,
         )
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_rows_that_are_all_alike(self, backend: str, dtype: torch.dtype) -> None:
+        """Similarities near 1 have the largest exponentials."""
+        require(backend, dtype)
+        common = rows(1, 32, 9, torch.float64)
+        views = [(common + 0.2 * rows(150, 32, seed, torch.float64)).to(dtype) for seed in (1, 2)]
+        settings = NTXentCase(temperature=0.1, consistency_temperature=0.04).settings()
+        allowed = (1e-6, 1e-5) if dtype == torch.float32 else (1e-3, 2e-2)
+        actual = nt_xent_loss_and_gradients(nt_xent_loss, *views, **settings, backend=backend)
+        assert_near(actual, nt_xent_oracle(*views, **settings), allowed)
 
     @given(
         case=nt_xent_cases,
