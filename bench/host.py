@@ -14,7 +14,7 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,57 +26,66 @@ BATCH, KEYS = 32, 2048  # few, so that the CPU has next to nothing to compute in
 MULTIPROCESSORS = 132
 
 
-@dataclass(frozen=True)
-class HostTime:
-    """µs of a step, medians of a few loops, and how many kernels of the backend it launches."""
-
-    forward: float
-    backward: float
-    step: float
-    launches: int
+LOOPS, CALLS = 60, 25
 
 
-def measure(case: Case, launch_count: Callable[[], int], loops: int = 15) -> HostTime:
-    loss, tensors = implementation(case), inputs(case, "cpu")
+class Times(NamedTuple):
+    """µs of a call: over loops of calls, the median, and the least, which a busy machine disturbs less."""
+
+    median: float
+    least: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.0f} ({self.least:.0f})"
+
+
+def measure(call: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> Times:
+    """Times of `call`; what prepares a loop of calls of it is not counted."""
+    times = []
+    for _ in range(LOOPS):
+        prepare()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        times.append((time.perf_counter() - start) / CALLS * 1e6)
+    return Times(statistics.median(times), min(times))
+
+
+class _Same(torch.autograd.Function):
+    """What of PyTorch's own a loss needs at least: a function of ours."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor) -> Tensor:
+        return query.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def tell(name: str, loss: Loss, tensors: Inputs, launch_count: Callable[[], int]) -> None:
+    """Prints what a step takes, its forward and its backward, each apart."""
     step(loss, *tensors)
     before = launch_count()
     step(loss, *tensors)
     launches = launch_count() - before
-    return HostTime(
-        forward=_median_us(lambda: loss(*tensors), loops),
-        backward=_backward_us(loss, tensors, loops),
-        step=_median_us(lambda: step(loss, *tensors), loops),
-        launches=launches,
+    made: list[Tensor] = []
+
+    def prepare() -> None:
+        made.extend(loss(*tensors) for _ in range(CALLS))
+
+    def backward() -> None:
+        for tensor in tensors:
+            tensor.grad = None
+        made.pop().backward()
+
+    whole, forward = measure(lambda: step(loss, *tensors)), measure(lambda: loss(*tensors))
+    print(
+        f"{name:12} {whole!s:>12} {forward!s:>12} {measure(backward, prepare)!s:>12} {launches:9}", flush=True
     )
 
 
-def _median_us(call: Callable[[], object], loops: int, calls: int = 100) -> float:
-    times = []
-    for _ in range(loops):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times) * 1e6
-
-
-def _backward_us(loss: Loss, tensors: Inputs, loops: int, calls: int = 100) -> float:
-    """Of losses that are made beforehand, so that the forward is not measured."""
-    times = []
-    for _ in range(loops):
-        made: list[Tensor] = [loss(*tensors) for _ in range(calls)]
-        start = time.perf_counter()
-        for each in made:
-            for tensor in tensors:
-                tensor.grad = None
-            each.backward()
-        times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times) * 1e6
-
-
-def profile(case: Case, calls: int = 2000) -> None:
-    loss, tensors = implementation(case), inputs(case, "cpu")
-    step(loss, *tensors)
+def profile(loss: Loss, tensors: Inputs, calls: int = 2000) -> None:
     with cProfile.Profile() as profiler:
         for _ in range(calls):
             step(loss, *tensors)
@@ -93,18 +102,16 @@ def main() -> int:
     torch.set_num_threads(1)
     launch_count = driver.start_without_launches(arguments.architecture, MULTIPROCESSORS)
     gc.disable()
+    print("µs of the host: median (least)")
+    print(f"{'loss':12} {'step':>12} {'forward':>12} {'backward':>12} {'launches':>9}")
+    tell("none", lambda x: _Same.apply(x).mean(), (torch.ones(BATCH, requires_grad=True),), launch_count)
     for name in arguments.losses or PROBLEMS:
         keys = 2 * BATCH if PROBLEMS[name].among_rows else KEYS
         case = Case(name, "triton", arguments.dtype, 2 * BATCH if keys < KEYS else BATCH, keys)
+        loss, tensors = implementation(case), inputs(case, "cpu")
+        tell(name, loss, tensors, launch_count)
         if arguments.profile:
-            profile(case)
-            continue
-        found = measure(case, launch_count)
-        print(
-            f"{name}: {found.step:.0f} µs a step, forward {found.forward:.0f}, backward {found.backward:.0f}, "
-            f"{found.launches} launches",
-            flush=True,
-        )
+            profile(loss, tensors)
     return 0
 
 

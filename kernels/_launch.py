@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -70,26 +70,112 @@ def recording(chip: Chip) -> Iterator[list[Call]]:
         _recording = before
 
 
-@dataclass(frozen=True)
+# Versions of Triton whose compiled kernels are known to be launched by `run` as below.
+_KNOWN_TRITON = (3, 5) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 8)
+_MOST_COMPILED = 64  # of one launch; more than a few come from arguments that change from call to call
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _specialization(values: Iterable[Any], key: list[Any]) -> None:
+    """Appends what Triton's compiler is told of arguments, and more where that is less work: whether a
+    pointer or an integer is divisible by 16, and whether an integer is 1. A number that is no float stands
+    for itself, with its type, for 1 and True are equal."""
+    for value in values:
+        kind = type(value)
+        if kind in _TENSORS:
+            key.append(value.dtype)
+            key.append(value.data_ptr() % 16)
+        elif kind is float:
+            key.append(kind)
+        elif issubclass(kind, tuple):
+            key.append(kind)
+            _specialization(value, key)
+        else:
+            key.append(kind)
+            key.append(value)
+
+
+def _is_observed(kernel: Any) -> bool:
+    """Whether launches are to be told to somebody, or kernels to be compiled in another way than usual."""
+    runtime = triton.knobs.runtime
+    return bool(
+        runtime.debug
+        or _has_calls(runtime.launch_enter_hook)
+        or _has_calls(runtime.launch_exit_hook)
+        or kernel.pre_run_hooks
+        or getattr(runtime, "add_stages_inspection_hook", None)
+        or getattr(triton.knobs.compilation, "instrumentation_mode", "")
+    )
+
+
+def _has_calls(hook: Any) -> bool:
+    """Whether it is more than an empty chain of hooks."""
+    return hook is not None and getattr(hook, "calls", True) != []
+
+
 class Launch:
     """A kernel with its grid and those arguments that depend on the problem's size alone. Called with the
     others, by name, it is launched.
 
+    Triton's own launch, `kernel[grid](...)`, takes 25 to 50 µs to look at all arguments before it finds the
+    compiled kernel. Here that is done once for each of their kinds, and then the compiled kernel is called.
+
     Attributes:
         name: of the loss and the kernel, as in the table of tiles.
+        kernel: Triton's function.
+        grid: how many programs there are in each of up to three dimensions.
         arguments: Triton's own `num_warps` and `num_stages` are among them.
     """
 
-    name: str
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    def __init__(self, name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        self.name, self.kernel, self.grid, self.arguments = name, kernel, grid, arguments
+        self._compiled: dict[Any, Any] = {}
+        self._is_compiled = _KNOWN_TRITON and isinstance(kernel, triton.JITFunction)
+        if self._is_compiled:
+            names = kernel.arg_names
+            given = [name for name in names if name not in arguments]
+            fixed = [name for name in names if name in arguments]
+            self._constants = [
+                each.name for each in kernel.params if each.is_constexpr and each.name in given
+            ]
+            self._whole_grid = (*grid, 1, 1)[:3]
+            self._fixed = tuple(arguments[name] for name in fixed)
+            self._select_given = itemgetter(*given)
+            # From given and fixed arguments, one after the other, to the order of the kernel's.
+            self._in_order = itemgetter(*map([*given, *fixed].index, names))
 
     def __call__(self, **arguments: Any) -> None:
-        if _recording is None:
+        if _recording is not None:
+            _recording.calls.append(Call(self, arguments | self.arguments))
+        elif not self._is_compiled or _is_observed(self.kernel):
             self.kernel[self.grid](**arguments, **self.arguments)
         else:
-            _recording.calls.append(Call(self, arguments | self.arguments))
+            self._launch(arguments)
+
+    def _launch(self, arguments: dict[str, Any]) -> None:
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        given = self._select_given(arguments)
+        specialization = [device]
+        _specialization(given, specialization)
+        key = tuple(specialization)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compile(key, arguments)
+            return
+        # Its arguments, and None for what hooks would be told, and for hooks before and after.
+        run, function, metadata = compiled
+        stream, ordered = driver.get_current_stream(device), self._in_order(given + self._fixed)
+        run(*self._whole_grid, stream, function, metadata, None, None, None, *ordered)
+
+    def _compile(self, key: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        """Launches as Triton does, and keeps what it has compiled."""
+        compiled = self.kernel[self.grid](**arguments, **self.arguments)
+        if compiled is None or any(isinstance(arguments[name], float) for name in self._constants):
+            return  # a hook refused it, or it is compiled for a number that is not in the key
+        if len(self._compiled) >= _MOST_COMPILED:
+            self._compiled.clear()
+        self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
 
 
 F = TypeVar("F", bound=Callable[..., Any])
