@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import ctypes
 import gc
 import pstats
 import statistics
@@ -92,6 +93,13 @@ def profile(loss: Loss, tensors: Inputs, calls: int = 2000) -> None:
     pstats.Stats(profiler).sort_stats("tottime").print_stats(35)
 
 
+def _keep_freed_memory() -> None:
+    """As PyTorch's allocator for GPUs does: else each large tensor would be a system call or two."""
+    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+    for parameter in (trim_threshold, mmap_threshold):
+        libc.mallopt(parameter, 1 << 30)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("losses", nargs="*", choices=[[], *PROBLEMS], help="which; by default all")
@@ -100,6 +108,7 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="where the time of each goes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    _keep_freed_memory()
     launch_count = driver.start_without_launches(arguments.architecture, MULTIPROCESSORS)
     gc.disable()
     print("µs of the host: median (least)")

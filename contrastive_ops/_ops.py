@@ -21,7 +21,7 @@ a call on filling in defaults, of which these schemas have none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -103,8 +103,47 @@ def _co2_fake(query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any
     return loss, instance, consistency, rank, gradient
 
 
-def _below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
+_kernels: dict[str, Callable[..., Any]] = {}  # what an operator calls in the end, by its name
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _plain_keys(device: str) -> int:
+    """The keys by which PyTorch dispatches on a tensor of that device that is nothing but numbers: no fake,
+    negated, functional, batched or inference tensor, and of no class of its own."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+    for functionality in ("ADInplaceOrView", f"Autograd{device}", f"Autocast{device}"):
+        keys = keys.add(getattr(torch._C.DispatchKey, functionality))
+    return keys.raw_repr()
+
+
+_PLAIN_KEYS = frozenset(map(_plain_keys, ("CPU", "CUDA")))
+
+
+def _goes_straight(arguments: Sequence[Any]) -> bool:
+    """Whether PyTorch's dispatcher would come to nothing but our autograd and then our kernel: no mode, no
+    transform and no profiler is there to see the call, and all tensors are plain."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch.is_inference_mode_enabled()
+    ):
+        return False
+    for argument in arguments:
+        if type(argument) in _TENSORS:
+            if torch._C._dispatch_keys(argument).raw_repr() not in _PLAIN_KEYS:
+                return False
+        elif isinstance(argument, Tensor):
+            return False
+    return True
+
+
+def _below_autograd(name: str, *arguments: Any) -> Any:
+    straight = _goes_straight(arguments)
     with torch._C._AutoDispatchBelowAutograd():
+        operator = _kernels[name] if straight else getattr(torch.ops.contrastive_ops, name)
         return operator(*arguments)
 
 
@@ -127,7 +166,7 @@ class _CO2(torch.autograd.Function):
             )
         if any(ctx.needs_input_grad[1:]):
             raise RuntimeError("contrastive_ops::co2: key and queue get no gradient, but one requires it")
-        loss, *others, gradient = _below_autograd(co2, query, key, queue, *settings_and_more)
+        loss, *others, gradient = _below_autograd("co2", query, key, queue, *settings_and_more)
         ctx.mark_non_differentiable(*others, gradient)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient, query)
@@ -151,7 +190,7 @@ def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tenso
 class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, views: Tensor, *settings_and_backend: Any) -> tuple[Tensor, ...]:
-        loss, *others, statistics = _below_autograd(nt_xent, views, *settings_and_backend)
+        loss, *others, statistics = _below_autograd("nt_xent", views, *settings_and_backend)
         ctx.settings_and_backend = settings_and_backend
         ctx.mark_non_differentiable(*others, statistics)
         ctx.set_materialize_grads(False)
@@ -192,7 +231,7 @@ class _ConIC(torch.autograd.Function):
     def forward(
         ctx: Any, views: Tensor, weight: Tensor, target: Tensor, *settings_and_backend: Any
     ) -> tuple[Tensor, ...]:
-        loss, *others, statistics = _below_autograd(conic, views, weight, target, *settings_and_backend)
+        loss, *others, statistics = _below_autograd("conic", views, weight, target, *settings_and_backend)
         temperature, _compensation, consistency_weight, ctx.backend = settings_and_backend
         ctx.settings = temperature, consistency_weight
         ctx.mark_non_differentiable(*others, statistics)
@@ -353,7 +392,7 @@ class _NoDoubleBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, name: str, *arguments: Any) -> Any:
-        return _below_autograd(getattr(torch.ops.contrastive_ops, name), *arguments)
+        return _below_autograd(name, *arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -391,7 +430,10 @@ def _register(
     record: Callable[..., Any] | None = None,
 ) -> Any:
     """The operator, with its arguments checked before `kernel` and `fake` see them, and with `record` called
-    in its place where a tensor argument requires a gradient. An operator without it has no derivative."""
+    in its place where a tensor argument requires a gradient. An operator without it has no derivative.
+
+    What is returned calls the operator, or without PyTorch's dispatcher what this would come to: a way there
+    and back takes the host as long as the launches of several kernels."""
     operator = getattr(torch.ops.contrastive_ops, name)
     check = Checks(name, operator.default._schema)
 
@@ -422,10 +464,15 @@ def _register(
                 f"contrastive_ops::{name} writes in place and has no derivative, but a tensor requires one; "
                 "call it under torch.no_grad(), or with detached tensors"
             )
-        return _below_autograd(operator, *arguments)
+        return _below_autograd(name, *arguments)
 
+    def call(*arguments: Any) -> Any:
+        straight = not torch.compiler.is_compiling() and _goes_straight(arguments)
+        return autograd(*arguments) if straight else operator(*arguments)
+
+    _kernels[name] = checked_kernel
     _library.impl(name, autograd, "Autograd")
-    return operator
+    return call
 
 
 # Each is specified by the function of its name in `reference.py`; the last argument names a backend. Of a

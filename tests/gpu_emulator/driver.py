@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,9 @@ def _serve_cpu_tensors(architecture: str, multiprocessors: int, callback: Any) -
     setattr(kernels, "_is_interpreted", lambda: True)  # noqa: B010
 
     def refuses_as_gpu(operator: str, rows: Tensor) -> str | None:
-        return refuses(operator, rows.view(torch.float16) if rows.dtype == torch.bfloat16 else rows)
+        if rows.dtype != torch.bfloat16:
+            return refuses(operator, rows)
+        return refuses(operator, SimpleNamespace(device=rows.device, dtype=torch.float16, shape=rows.shape))
 
     kernels.refuses = refuses_as_gpu
     chip = host.Chip(capability, multiprocessors)
