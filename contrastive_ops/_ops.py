@@ -164,12 +164,14 @@ class _CO2(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return _gradients(ctx, None)
         gradient, query = ctx.saved_tensors
-        scaled = None
-        if grad_loss is not None:
-            # `query` stands in the signature so that a graph of the backward exists, and refuses.
-            scaled = scale_gradient(gradient, grad_loss, query)
-        return _gradients(ctx, scaled)
+        # `query` stands in the signature so that a graph of the backward exists, and refuses. Where none is
+        # made, there is nothing to check in a gradient of ours and a loss's that autograd has looked at.
+        tensors = gradient, grad_loss, query
+        unseen = not torch.is_grad_enabled() and _goes_straight(tensors)
+        return _gradients(ctx, (_scale_gradient if unseen else scale_gradient)(*tensors))
 
 
 def _record_co2(
