@@ -42,7 +42,7 @@ def test_launches_in_the_emulator() -> None:
     pass_elsewhere(["tests/test_launch.py"], "launched", {"GPU_EMULATOR": "sm_90"})
 
 
-BLOCK = 128
+BLOCK = 1024  # several numbers for each thread, which loads them at once where they are aligned
 
 
 @triton.jit
@@ -57,12 +57,12 @@ def _add_kernel(source, other, to, count, factor, NEGATED: tl.constexpr, BLOCK: 
 
 def sources() -> dict[str, Tensor]:
     """Tensors of one size that differ in a single property which Triton compiles in."""
-    numbers = torch.randn(1024, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    numbers = torch.randn(3 * BLOCK, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     return {
         "plain": numbers[:BLOCK],
         "unaligned": numbers[1 : 1 + BLOCK],
         "strided": numbers[: 3 * BLOCK : 3],
-        "strided by 16": torch.as_strided(numbers.repeat(3), (BLOCK,), (16,)),
+        "strided by 16": torch.as_strided(numbers.repeat(6), (BLOCK,), (16,)),
         "constant": numbers[:1].expand(BLOCK),
         "bfloat16": numbers[:BLOCK].bfloat16(),
         "float64": numbers[:BLOCK].double(),
@@ -87,7 +87,7 @@ def add(
     launch: Launch,
     source: Tensor,
     other: Tensor | None = None,
-    count: int = 100,
+    count: int = 112,
     factor: float = 2.0,
     NEGATED: bool = False,
 ) -> None:
