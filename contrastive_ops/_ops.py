@@ -21,7 +21,7 @@ a call on filling in defaults, of which these schemas have none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -103,9 +103,42 @@ def _co2_fake(query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any
     return loss, instance, consistency, rank, gradient
 
 
-def _below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+_TENSORS = (Tensor, torch.nn.Parameter)
+_AS_IN_SCHEMA = (float, bool, str, type(None))  # of what no dispatcher makes something else, as of an integer
+
+
+def _plain_keys(device: str) -> int:
+    """The keys by which PyTorch dispatches on a tensor of that device that is nothing but numbers: no fake,
+    negated, functional, batched or inference tensor, and of no class of its own."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+    for functionality in ("ADInplaceOrView", f"Autograd{device}", f"Autocast{device}"):
+        keys = keys.add(getattr(torch._C.DispatchKey, functionality))
+    return keys.raw_repr()
+
+
+_PLAIN_KEYS = frozenset(map(_plain_keys, ("CPU", "CUDA")))
+
+
+def _goes_straight(arguments: Sequence[Any]) -> bool:
+    """Whether PyTorch's dispatcher would come to nothing but our autograd and then our kernel: no mode, no
+    transform and no profiler is there to see the call, and all tensors are plain."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch.is_inference_mode_enabled()
+    ):
+        return False
+    for argument in arguments:
+        kind = type(argument)
+        if kind in _TENSORS:
+            if torch._C._dispatch_keys(argument).raw_repr() not in _PLAIN_KEYS:
+                return False
+        elif kind not in _AS_IN_SCHEMA:
+            return False
+    return True
 
 
 def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -114,33 +147,44 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]
 
 
 class _CO2(torch.autograd.Function):
-    """`co2` with the backward that its gradient output allows."""
+    """The loss of `co2` with the backward that its gradient output allows.
+
+    Here and in the functions below, only what has a derivative goes through autograd. `compute` is the
+    operator below autograd, and puts its other outputs into the list `others`.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any
-    ) -> tuple[Tensor, ...]:
-        *_, compute_gradient, _ = settings_and_more
-        if not compute_gradient:
-            raise RuntimeError(
-                "contrastive_ops::co2: compute_gradient is false, but query requires a gradient"
-            )
-        if any(ctx.needs_input_grad[1:]):
-            raise RuntimeError("contrastive_ops::co2: key and queue get no gradient, but one requires it")
-        loss, *others, gradient = _below_autograd(co2, query, key, queue, *settings_and_more)
-        ctx.mark_non_differentiable(*others, gradient)
+        ctx: Any, query: Tensor, compute: Callable[[], tuple[Tensor, ...]], others: list[Tensor]
+    ) -> Tensor:
+        loss, *others[:] = compute()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradient, query)
-        return loss, *others, gradient
+        ctx.save_for_backward(others[-1], query)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return _gradients(ctx, None)
         gradient, query = ctx.saved_tensors
-        scaled = None
-        if grad_loss is not None:
-            # `query` stands in the signature so that a graph of the backward exists, and refuses.
-            scaled = scale_gradient(gradient, grad_loss, query)
-        return _gradients(ctx, scaled)
+        # `query` stands in the signature so that a graph of the backward exists, and refuses. Where none is
+        # made, there is nothing to check in a gradient of ours and a loss's that autograd has looked at.
+        tensors = gradient, grad_loss, query
+        unseen = not torch.is_grad_enabled() and _goes_straight(tensors)
+        return _gradients(ctx, (_scale_gradient if unseen else scale_gradient)(*tensors))
+
+
+def _record_co2(
+    below: Callable[..., Any], query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any
+) -> tuple[Tensor, ...]:
+    *_, compute_gradient, _ = settings_and_more
+    if not compute_gradient:
+        raise RuntimeError("contrastive_ops::co2: compute_gradient is false, but query requires a gradient")
+    if key.requires_grad or queue.requires_grad:
+        raise RuntimeError("contrastive_ops::co2: key and queue get no gradient, but one requires it")
+    others: list[Tensor] = []
+    loss = _CO2.apply(query, partial(below, query, key, queue, *settings_and_more), others)
+    return loss, *others
 
 
 def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tensor:
@@ -150,20 +194,34 @@ def _scale_gradient(gradient: Tensor, grad_loss: Tensor, query: Tensor) -> Tenso
 
 class _NTXent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, views: Tensor, *settings_and_backend: Any) -> tuple[Tensor, ...]:
-        loss, *others, statistics = _below_autograd(nt_xent, views, *settings_and_backend)
+    def forward(
+        ctx: Any,
+        views: Tensor,
+        compute: Callable[[], tuple[Tensor, ...]],
+        others: list[Tensor],
+        settings_and_backend: tuple[Any, ...],
+    ) -> Tensor:
+        loss, *others[:] = compute()
         ctx.settings_and_backend = settings_and_backend
-        ctx.mark_non_differentiable(*others, statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(views, statistics)
-        return loss, *others, statistics
+        ctx.save_for_backward(views, others[-1])
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = None
         if grad_loss is not None:
             gradient = nt_xent_backward(grad_loss, *ctx.saved_tensors, *ctx.settings_and_backend)
         return _gradients(ctx, gradient)
+
+
+def _record_nt_xent(
+    below: Callable[..., Any], views: Tensor, *settings_and_backend: Any
+) -> tuple[Tensor, ...]:
+    others: list[Tensor] = []
+    compute = partial(below, views, *settings_and_backend)
+    loss = _NTXent.apply(views, compute, others, settings_and_backend)
+    return loss, *others
 
 
 def _nt_xent(views: Tensor, *settings_and_backend: Any) -> tuple[Tensor, ...]:
@@ -190,18 +248,23 @@ def _nt_xent_backward(
 class _ConIC(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, views: Tensor, weight: Tensor, target: Tensor, *settings_and_backend: Any
-    ) -> tuple[Tensor, ...]:
-        loss, *others, statistics = _below_autograd(conic, views, weight, target, *settings_and_backend)
+        ctx: Any,
+        views: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        compute: Callable[[], tuple[Tensor, ...]],
+        others: list[Tensor],
+        settings_and_backend: tuple[Any, ...],
+    ) -> Tensor:
+        loss, *others[:] = compute()
         temperature, _compensation, consistency_weight, ctx.backend = settings_and_backend
         ctx.settings = temperature, consistency_weight
-        ctx.mark_non_differentiable(*others, statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(views, weight, target, statistics)
-        return loss, *others, statistics
+        ctx.save_for_backward(views, weight, target, others[-1])
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         need_views, need_weight, *_ = ctx.needs_input_grad
         grad_views = grad_weight = None
         if grad_loss is not None:
@@ -209,6 +272,15 @@ class _ConIC(torch.autograd.Function):
                 grad_loss, *ctx.saved_tensors, *ctx.settings, need_views, need_weight, ctx.backend
             )
         return _gradients(ctx, grad_views if need_views else None, grad_weight if need_weight else None)
+
+
+def _record_conic(
+    below: Callable[..., Any], views: Tensor, weight: Tensor, target: Tensor, *settings_and_backend: Any
+) -> tuple[Tensor, ...]:
+    others: list[Tensor] = []
+    compute = partial(below, views, weight, target, *settings_and_backend)
+    loss = _ConIC.apply(views, weight, target, compute, others, settings_and_backend)
+    return loss, *others
 
 
 _steps = eager("the step that backward takes is recorded on the host")
@@ -220,24 +292,34 @@ class _ConICWithUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        views: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        update: PendingStep,
-        *settings_and_backend: Any,
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, views: Tensor, weight: Tensor, target: Tensor, update: PendingStep, *others_of_conic: Any
+    ) -> Tensor:
         ctx.update = update
-        return _ConIC.forward(ctx, views, weight, target, *settings_and_backend)
+        return _ConIC.forward(ctx, views, weight, target, *others_of_conic)
 
     @staticmethod
     @_steps
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         update, grad_views = ctx.update, None
         if grad_loss is not None:
             with update.lock:
                 grad_views = _backward_with_a_step(ctx, grad_loss)
         return _gradients(ctx, grad_views)
+
+
+@_steps
+def conic_with_update(
+    views: Tensor, weight: Tensor, target: Tensor, update: PendingStep, *settings_and_backend: Any
+) -> tuple[Tensor, ...]:
+    """`conic`, whose backward takes the step `update`."""
+    others: list[Tensor] = []
+
+    def compute() -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.contrastive_ops.conic(views, weight, target, *settings_and_backend)
+
+    loss = _ConICWithUpdate.apply(views, weight, target, update, compute, others, settings_and_backend)
+    return loss, *others
 
 
 def _backward_with_a_step(ctx: Any, grad_loss: Tensor) -> Tensor:
@@ -352,8 +434,8 @@ class _NoDoubleBackward(torch.autograd.Function):
     differentiated; without it the second derivative would silently be left out."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, *arguments: Any) -> Any:
-        return _below_autograd(getattr(torch.ops.contrastive_ops, name), *arguments)
+    def forward(ctx: Any, below: Callable[..., Any], *arguments: Any) -> Any:
+        return below(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -391,7 +473,10 @@ def _register(
     record: Callable[..., Any] | None = None,
 ) -> Any:
     """The operator, with its arguments checked before `kernel` and `fake` see them, and with `record` called
-    in its place where a tensor argument requires a gradient. An operator without it has no derivative."""
+    in its place where a tensor argument requires a gradient, with the operator below autograd for its first. An operator without it has no derivative.
+
+    What is returned calls the operator, or without PyTorch's dispatcher what this would come to: a way there
+    and back takes the host as long as the launches of several kernels."""
     operator = getattr(torch.ops.contrastive_ops, name)
     check = Checks(name, operator.default._schema)
 
@@ -411,50 +496,65 @@ def _register(
     if check.written:  # else PyTorch resolves them
         _library.impl(name, negated, "Negative")
 
-    def autograd(*arguments: Any) -> Any:
+    def below_autograd(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    def straight_below_autograd(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return checked_kernel(*arguments)
+
+    def differentiable(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         tensors = [a for a in arguments if isinstance(a, Tensor)]
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         _refuse_transforms(name, tensors, needs_gradient)
         if record is not None and needs_gradient:
-            return record(*arguments)
+            return record(below, *arguments)
         if check.written and needs_gradient:
             raise RuntimeError(
                 f"contrastive_ops::{name} writes in place and has no derivative, but a tensor requires one; "
                 "call it under torch.no_grad(), or with detached tensors"
             )
-        return _below_autograd(operator, *arguments)
+        return below(*arguments)
+
+    def autograd(*arguments: Any) -> Any:
+        return differentiable(below_autograd, arguments)
+
+    def call(*arguments: Any) -> Any:
+        if not torch.compiler.is_compiling() and _goes_straight(arguments):
+            return differentiable(straight_below_autograd, arguments)
+        return operator(*arguments)
 
     _library.impl(name, autograd, "Autograd")
-    return operator
+    return call
 
 
 # Each is specified by the function of its name in `reference.py`; the last argument names a backend. Of a
 # loss only the first output, its rows, is differentiable: `co2` in the query, `nt_xent` in the views, `conic`
 # in views and weight.
-co2 = _register("co2", _co2, _co2_fake, _CO2.apply)
+co2 = _register("co2", _co2, _co2_fake, _record_co2)
 scale_gradient = _register(
     "scale_gradient",
     _scale_gradient,
     lambda gradient, grad_loss, query: query.new_empty(query.shape),
-    partial(_NoDoubleBackward.apply, "scale_gradient"),
+    _NoDoubleBackward.apply,
 )
-nt_xent = _register("nt_xent", _nt_xent, _nt_xent_fake, _NTXent.apply)
+nt_xent = _register("nt_xent", _nt_xent, _nt_xent_fake, _record_nt_xent)
 nt_xent_backward = _register(
     "nt_xent_backward",
     _nt_xent_backward,
     lambda grad_loss, views, *_: views.new_empty(views.shape),
-    partial(_NoDoubleBackward.apply, "nt_xent_backward"),
+    _NoDoubleBackward.apply,
 )
-conic = _register("conic", _conic, _conic_fake, _ConIC.apply)
+conic = _register("conic", _conic, _conic_fake, _record_conic)
 conic_backward = _register(
     "conic_backward",
     _conic_backward,
     _conic_backward_fake,
-    partial(_NoDoubleBackward.apply, "conic_backward"),
+    _NoDoubleBackward.apply,
 )
 conic_backward_sgd_ = _register(
     "conic_backward_sgd_", _conic_backward_sgd_, lambda grad_loss, views, *_: views.new_empty(views.shape)
 )
 sgd_ = _register("sgd_", _sgd_, _fake_in_place)
 exchange_rows_ = _register("exchange_rows_", _exchange_rows_, _fake_in_place)
-conic_with_update = _steps(_ConICWithUpdate.apply)

@@ -61,7 +61,20 @@ from ._device import (
     split,
     store_fields,
 )
-from ._launch import LARGEST_SCALE, LOG2_E, Launch, Products, chip_of, current, lanes, matrix, plan, precision_of
+from ._launch import (
+    LARGEST_SCALE,
+    LOG2_E,
+    Launch,
+    Products,
+    chip_of,
+    current,
+    empty,
+    lanes,
+    matrix,
+    plan,
+    precision_of,
+    replayed,
+)
 
 _LN_2 = tl.constexpr(math.log(2))
 # Σ 2^a without those that float32 has no room for; were all of 2²⁴ below 2^−126, they would not count.
@@ -525,8 +538,8 @@ class _Call:
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         launch = self.plan.statistics
-        partial = torch.empty((launch.grid[1], self.batch, _PARTIAL.value), device=self.device)
-        rows = torch.empty((self.batch, _ROW.value), dtype=torch.float64, device=self.device)
+        partial = empty((launch.grid[1], self.batch, _PARTIAL.value), torch.float32, self.device)
+        rows = empty((self.batch, _ROW.value), torch.float64, self.device)
         launch(
             partial=partial,
             row_records=rows,
@@ -538,8 +551,8 @@ class _Call:
 
     def gradient(self, rows: Tensor) -> Tensor:
         ranges = self.plan.gradient.grid[1]
-        parts = torch.empty((ranges, self.batch, self.dim), device=self.device)
-        gradient = torch.empty((self.batch, self.dim), device=self.device)
+        parts = empty((ranges, self.batch, self.dim), torch.float32, self.device)
+        gradient = empty((self.batch, self.dim), torch.float32, self.device)
         self.plan.gradient(row_records=rows, grad_parts=parts, **self.all)
         self.plan.finish(
             row_records=rows,
@@ -555,10 +568,8 @@ class _Call:
 def _merge(partial: Tensor, rows: Tensor, settings: CO2Settings, dtype: torch.dtype) -> Losses:
     """The losses in that dtype; completes `rows` in place."""
     parts, batch, _ = partial.shape
-    loss, instance_loss, consistency_loss = (
-        torch.empty(batch, dtype=dtype, device=partial.device) for _ in range(3)
-    )
-    rank = torch.empty(batch, dtype=torch.int64, device=partial.device)
+    loss, instance_loss, consistency_loss = (empty((batch,), dtype, partial.device) for _ in range(3))
+    rank = empty((batch,), torch.int64, partial.device)
     losses = Losses(loss, instance_loss, consistency_loss, rank, rows)
     _merge_plan(batch, parts)(
         partial=partial,
@@ -575,6 +586,7 @@ def _merge(partial: Tensor, rows: Tensor, settings: CO2Settings, dtype: torch.dt
     return losses
 
 
+@replayed
 def co2(
     query: Tensor, key: Tensor, queue: Tensor, settings: CO2Settings, compute_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -586,7 +598,7 @@ def co2(
         if compute_gradient:
             gradient = call.gradient(rows)
         else:
-            gradient = torch.empty((0, query.shape[1]), device=query.device)
+            gradient = empty((0, query.shape[1]), torch.float32, query.device)
     loss, instance_loss, consistency_loss = losses
     return loss, instance_loss, consistency_loss, rank, gradient
 

@@ -87,10 +87,12 @@ from ._launch import (
     Products,
     chip_of,
     current,
+    empty,
     lanes,
     matrix,
     plan,
     precision_of,
+    replayed,
     vector,
 )
 from ._sgd import sgd_
@@ -623,7 +625,7 @@ class _Call:
         )
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return empty(shape, dtype, self.device)
 
     def make_unit(self) -> None:
         """Room for x̂ and for the key that each view owns, which `prepare` fills."""
@@ -748,10 +750,10 @@ def _merge(
     """The losses in that dtype. `partial` may have numbers between its parts."""
     (count, batch, dim), device, parts = views.shape, views.device, len(partial)
     rows = views.flatten(0, 1)
-    loss, consistency = (torch.empty(batch, dtype=dtype, device=device) for _ in range(2))
-    classification = torch.empty((count, batch), dtype=dtype, device=device)
-    rank = torch.empty((count, batch), dtype=torch.int64, device=device)
-    coefficients = torch.empty((count, batch, _COEFFICIENTS.value), dtype=torch.float64, device=device)
+    loss, consistency = (empty((batch,), dtype, device) for _ in range(2))
+    classification = empty((count, batch), dtype, device)
+    rank = empty((count, batch), torch.int64, device)
+    coefficients = empty((count, batch, _COEFFICIENTS.value), torch.float64, device)
     losses = _Losses(loss, classification, consistency, rank, coefficients)
     _merge_plan(batch, parts, dim, chip_of(device).interpreted)(
         partial=partial,
@@ -771,6 +773,7 @@ def _merge(
     return losses
 
 
+@replayed
 def conic(
     views: Tensor, weight: Tensor, target: Tensor, settings: ConICSettings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -806,6 +809,7 @@ def conic_merge(
         return _merge(partial, positives.contiguous(), views, settings, torch.float64)
 
 
+@replayed
 def conic_gradient(
     grad_loss: Tensor,
     views: Tensor,
@@ -818,8 +822,8 @@ def conic_gradient(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.conic_gradient`."""
     count, batch, dim = views.shape
-    grad_views = views.new_empty((count if views_need_grad else 0, batch, dim))
-    grad_weight = weight.new_empty((len(weight) if weight_needs_grad else 0, dim))
+    grad_views = empty((count if views_need_grad else 0, batch, dim), views.dtype, views.device)
+    grad_weight = empty((len(weight) if weight_needs_grad else 0, dim), weight.dtype, weight.device)
     with current(views):
         gradient = _Gradient(grad_loss, views, weight, target, coefficients, settings)
         if views_need_grad:

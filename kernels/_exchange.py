@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ._launch import Launch, current, matrix
+from ._launch import Launch, current, matrix, plan
 
 
 class Records(NamedTuple):
@@ -65,6 +65,12 @@ def _exchange_kernel(
     tl.store(to_buffer, new_v.to(tl.float32).to(momentum_buffer.data.dtype.element_ty), mask=here)
 
 
+@plan
+def _plan(rows: int, dim: int) -> Launch:
+    block = min(1024, triton.next_power_of_2(dim))
+    return Launch("exchange", _exchange_kernel, (rows, triton.cdiv(dim, block)), {"BLOCK": block})
+
+
 def exchange_rows_(
     weight: Tensor,
     momentum_buffer: Tensor,
@@ -78,10 +84,8 @@ def exchange_rows_(
     """See `reference.exchange_rows_`. `incoming` and `outgoing` may be pinned memory of the host, which the
     GPU then reads and writes across the bus."""
     dim = weight.shape[1]
-    block = min(1024, triton.next_power_of_2(dim))
-    launch = Launch("exchange", _exchange_kernel, (len(slots), triton.cdiv(dim, block)), {"BLOCK": block})
     with current(weight):
-        launch(
+        _plan(len(slots), dim)(
             weight=matrix(weight),
             momentum_buffer=matrix(momentum_buffer),
             slots=slots.contiguous(),

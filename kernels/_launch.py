@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._contract import CO2Settings, ConICSettings, NTXentSettings
 from ._device import Matrix, Tile, Vector
 from ._tiles import INTERPRETER, Tiling, select
 
@@ -73,30 +75,312 @@ def recording(chip: Chip) -> Iterator[list[Call]]:
         _recording = before
 
 
-@dataclass(frozen=True)
+# Versions of Triton whose compiled kernels are known to be launched by `run` as below.
+_KNOWN_TRITON = (3, 5) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 8)
+_MOST_COMPILED = 64  # of one launch; more than a few come from arguments that change from call to call
+_TENSORS = (Tensor, torch.nn.Parameter)
+_SETTINGS = (CO2Settings, ConICSettings, NTXentSettings)
+
+
+def _specialization(values: Iterable[Any], key: list[Any]) -> None:
+    """Appends what Triton's compiler is told of arguments, and more where that is less work: whether a
+    pointer or an integer is divisible by 16, and whether an integer is 1. A number that is no float stands
+    for itself, with its type, for 1 and True are equal."""
+    for value in values:
+        kind = type(value)
+        if kind in _TENSORS:
+            key.append(value.dtype)
+            key.append(value.data_ptr() % 16)
+        elif kind is float:
+            key.append(kind)
+        elif issubclass(kind, tuple):
+            key.append(kind)
+            _specialization(value, key)
+        else:
+            key.append(kind)
+            key.append(value)
+
+
+def is_observed() -> bool:
+    """Whether launches are to be told to somebody, or kernels to be compiled in another way than usual."""
+    runtime = triton.knobs.runtime
+    return bool(
+        runtime.debug
+        or _has_calls(runtime.launch_enter_hook)
+        or _has_calls(runtime.launch_exit_hook)
+        or getattr(runtime, "add_stages_inspection_hook", None)
+        or getattr(triton.knobs.compilation, "instrumentation_mode", "")
+    )
+
+
+def _has_calls(hook: Any) -> bool:
+    """Whether it is more than an empty chain of hooks."""
+    return hook is not None and getattr(hook, "calls", True) != []
+
+
+class Compiled(NamedTuple):
+    """What a launch needs of a compiled kernel."""
+
+    run: Callable[..., Any]
+    function: Any
+    metadata: Any
+
+
 class Launch:
     """A kernel with its grid and those arguments that depend on the problem's size alone. Called with the
     others, by name, it is launched.
 
+    Triton's own launch, `kernel[grid](...)`, takes 25 to 50 µs to look at all arguments before it finds the
+    compiled kernel. Here that is done once for each of their kinds, and then the compiled kernel is called.
+
     Attributes:
         name: of the loss and the kernel, as in the table of tiles.
+        kernel: Triton's function.
+        grid: how many programs there are in each of up to three dimensions.
         arguments: Triton's own `num_warps` and `num_stages` are among them.
     """
 
-    name: str
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    def __init__(self, name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        self.name, self.kernel, self.grid, self.arguments = name, kernel, grid, arguments
+        self._compiled: dict[Any, Any] = {}
+        self._is_compiled = _KNOWN_TRITON and isinstance(kernel, triton.JITFunction)
+        if self._is_compiled:
+            names = kernel.arg_names
+            given = [name for name in names if name not in arguments]
+            fixed = [name for name in names if name in arguments]
+            self._constants = [
+                each.name for each in kernel.params if each.is_constexpr and each.name in given
+            ]
+            self.whole_grid = (*grid, 1, 1)[:3]
+            self._fixed = tuple(arguments[name] for name in fixed)
+            self._select_given = itemgetter(*given)
+            # From given and fixed arguments, one after the other, to the order of the kernel's.
+            self._in_order = itemgetter(*map([*given, *fixed].index, names))
 
     def __call__(self, **arguments: Any) -> None:
-        if _recording is None:
-            self.kernel[self.grid](**arguments, **self.arguments)
-        else:
+        if _recording is not None:
             _recording.calls.append(Call(self, arguments | self.arguments))
+        elif not self._is_compiled or is_observed() or self.kernel.pre_run_hooks:
+            self._leave_to_triton(arguments)
+        else:
+            self._launch(arguments)
+
+    def _leave_to_triton(self, arguments: dict[str, Any]) -> Any:
+        if (tape := _threads.tape) is not None:
+            tape.is_whole = False
+        return self.kernel[self.grid](**arguments, **self.arguments)
+
+    def _launch(self, arguments: dict[str, Any]) -> None:
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        given = self._select_given(arguments)
+        specialization = [device]
+        _specialization(given, specialization)
+        key = tuple(specialization)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compile(key, arguments)
+            return
+        ordered = self._in_order(given + self._fixed)
+        if (tape := _threads.tape) is not None:
+            tape.launches(self, compiled, ordered)
+        # None for what would be told to hooks, and for the hooks before and after.
+        run, function, metadata = compiled
+        stream = driver.get_current_stream(device)
+        run(*self.whole_grid, stream, function, metadata, None, None, None, *ordered)
+
+    def _compile(self, key: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        """Launches as Triton does, and keeps what it has compiled."""
+        kernel = self._leave_to_triton(arguments)
+        if kernel is None or any(isinstance(arguments[name], float) for name in self._constants):
+            return  # a hook refused it, or it is compiled for a number that is not in the key
+        if len(self._compiled) >= _MOST_COMPILED:
+            self._compiled.clear()
+        self._compiled[key] = Compiled(kernel.run, kernel.function, kernel.packed_metadata)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
-_plans: list[Any] = []
+_plans: list[Any] = []  # caches, of plans and of what follows from them
+
+
+class _Threads(threading.local):
+    tape: Tape | None = None  # on which the thread's call is being recorded
+
+
+_threads = _Threads()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.empty. What a kernel writes has to come from here where its call is to be `replayed`."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if (tape := _threads.tape) is not None:
+        tape.allocates(tensor)
+    return tensor
+
+
+Step = Callable[[list[Any]], Any]
+
+
+class Replay(NamedTuple):
+    """A call as it was recorded on a `Tape`: the constants, and the steps, of which each gives one more value
+    from those before it."""
+
+    constants: list[Any]
+    steps: list[Step]
+    results: Step
+    kernels: list[Any]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        driver = triton.runtime.driver.active
+        values = [*self.constants, driver.get_current_stream(driver.get_current_device()), *inputs]
+        for step in self.steps:
+            values.append(step(values))
+        return self.results(values)
+
+
+class Tape:
+    """Records what the host does in a call of a loss: which tensors it allocates, and which kernels it
+    launches with them, with tensors of the call and with constants.
+
+    A value is known by its place: constants count from −1 downwards, others from 0 upwards, where the stream
+    comes first, then the call's tensors, and then what the steps give: a tensor, an argument that is a tuple
+    of other values, or nothing.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.is_whole = True  # whether all was seen that a replay needs
+        self._kernels: list[Any] = []
+        self._constants: list[Any] = []
+        self._steps: list[tuple[Callable[[Step], Step], tuple[int, ...]]] = []
+        self._kept: list[Any] = []  # so that no two tensors have one address, and no two objects one id
+        self._places: dict[int, int] = {}  # by id
+        for tensor in inputs:
+            self._keep(tensor, 1 + len(self._kept))
+        self._first_step = 1 + len(inputs)
+
+    def allocates(self, tensor: Tensor) -> None:
+        shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
+        place = self._append(lambda _: lambda _: torch.empty(shape, dtype=dtype, device=device))
+        self._keep(tensor, place)
+
+    def launches(self, launch: Launch, compiled: Compiled, arguments: Sequence[Any]) -> None:
+        run, stream = compiled.run, 0
+        self._kernels.append(launch.kernel)
+        before, behind = launch.whole_grid, (compiled.function, compiled.metadata, None, None, None)
+        places = (
+            *map(self._constant, before),
+            stream,
+            *map(self._constant, behind),
+            *map(self._place, arguments),
+        )
+        self._append(lambda select: lambda values: run(*select(values)), *places)
+
+    def replay(self, results: Any) -> Replay | None:
+        """The call as it may be replayed, if it may."""
+        places = self._place(results)
+        if not self.is_whole:
+            return None
+        steps = [make(self._select(places)) for make, places in self._steps]
+        return Replay(self._constants, steps, itemgetter(len(self._constants) + places), self._kernels)
+
+    def _select(self, places: Sequence[int]) -> Step:
+        count = len(self._constants)
+        return itemgetter(*(count + place if place >= 0 else -1 - place for place in places or (0,)))
+
+    def _append(self, make: Callable[[Step], Step], *places: int) -> int:
+        """Adds a step, which is made from a function that selects the values at these places."""
+        self._steps.append((make, places))
+        return self._first_step + len(self._steps) - 1
+
+    def _keep(self, value: Any, place: int) -> None:
+        self._kept.append(value)
+        self._places[id(value)] = place
+
+    def _constant(self, value: Any) -> int:
+        self._constants.append(value)
+        return -len(self._constants)
+
+    def _place(self, value: Any) -> int:
+        place = self._places.get(id(value))
+        if place is not None:
+            return place
+        if isinstance(value, Tensor):
+            return self._place_of_view(value)
+        if not _has_tensor(value):
+            return self._constant(value)
+        place = self._append(lambda select: select, *map(self._place, value))
+        self._keep(value, place)
+        return place
+
+    def _place_of_view(self, view: Tensor) -> int:
+        """That of the tensor which begins where the view does, for its strides are arguments of their own."""
+        of = [
+            each
+            for each in self._kept
+            if isinstance(each, Tensor) and each.dtype == view.dtype and each.data_ptr() == view.data_ptr()
+        ]
+        if len(of) != 1 or not view.numel():
+            self.is_whole = False  # PyTorch has made it, of numbers that are others in another call
+            return 0
+        return self._places[id(of[0])]
+
+
+def _has_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple) and any(map(_has_tensor, value)))
+
+
+_MOST_REPLAYS = 256  # of one function
+_SEEN_ONCE, _NEVER_REPLAYED = "seen once", "never replayed"
+
+
+def replayed(function: F) -> F:
+    """A function that allocates by `empty` and launches kernels, and does nothing else: what it does depends
+    on its arguments, but on nothing of tensors except for what is in the key below. When it is called for the
+    third time with arguments of a kind, it is not run: what it did the second time is done again."""
+    replays: dict[Any, Replay | str] = {}
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if named or _recording is not None or not _KNOWN_TRITON or is_observed():
+            return function(*arguments, **named)
+        key, inputs, addresses = [], [], []
+        for argument in arguments:
+            kind = type(argument)
+            if kind in _TENSORS:
+                address = argument.data_ptr()
+                inputs.append(argument)
+                addresses.append(address)
+                key += argument.dtype, argument.shape, argument.stride(), address % 16
+            elif kind is bool or kind in _SETTINGS:
+                key.append(argument)
+            else:
+                return function(*arguments)
+        first = inputs[0]
+        key += precision_of(torch.float32), first.device
+        exact = tuple(key)
+        known = replays.get(exact)
+        if isinstance(known, Replay):
+            with current(first):
+                return known(inputs)
+        # One tensor in two places would be taken for the first of them in the replay, too.
+        is_recorded = known is _SEEN_ONCE and len(set(addresses)) == len(addresses) and _threads.tape is None
+        if not is_recorded:
+            if known is None:
+                if len(replays) >= _MOST_REPLAYS:
+                    replays.clear()
+                replays[exact] = _SEEN_ONCE
+            return function(*arguments)
+        _threads.tape = tape = Tape(inputs)
+        try:
+            results = function(*arguments)
+        finally:
+            _threads.tape = None
+        replays[exact] = tape.replay(results) or _NEVER_REPLAYED
+        return results
+
+    functools.update_wrapper(call, function)
+    call.cache_clear = replays.clear  # type: ignore[attr-defined]
+    _plans.append(call)
+    return call  # type: ignore[return-value]
 
 
 def plan(function: F) -> F:
@@ -124,9 +408,14 @@ def chip_of(device: torch.device) -> Chip:
     return _device_chip(device) if _recording is None else _recording.chip
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def current(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes a tensor's device the current one, on which kernels are launched."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
 
 
 def matrix(tensor: Tensor) -> Matrix:

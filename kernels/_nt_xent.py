@@ -97,9 +97,11 @@ from ._launch import (
     Products,
     chip_of,
     current,
+    empty,
     lanes,
     plan,
     precision_of,
+    replayed,
     vector,
 )
 
@@ -710,7 +712,7 @@ class _Call:
         }
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return empty(shape, dtype, self.device)
 
     def prepare(
         self,
@@ -813,9 +815,9 @@ class _Call:
 def _merge(partial: Tensor, positive: Tensor, settings: NTXentSettings, dtype: torch.dtype) -> Losses:
     """The losses in that dtype."""
     (parts, rows, _), device = partial.shape, partial.device
-    loss, instance_loss, consistency_loss = (torch.empty(rows, dtype=dtype, device=device) for _ in range(3))
-    rank = torch.empty(rows, dtype=torch.int64, device=device)
-    coefficients = torch.empty((rows, _COEFFICIENTS.value), dtype=torch.float64, device=device)
+    loss, instance_loss, consistency_loss = (empty((rows,), dtype, device) for _ in range(3))
+    rank = empty((rows,), torch.int64, device)
+    coefficients = empty((rows, _COEFFICIENTS.value), torch.float64, device)
     losses = Losses(loss, instance_loss, consistency_loss, rank, coefficients)
     _merge_plan(rows // 2, parts, chip_of(device).interpreted)(
         partial=partial,
@@ -832,6 +834,7 @@ def _merge(partial: Tensor, positive: Tensor, settings: NTXentSettings, dtype: t
     return losses
 
 
+@replayed
 def nt_xent(views: Tensor, settings: NTXentSettings) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.nt_xent`; float16, bfloat16 and float32, D up to 1024."""
     with current(views):
@@ -853,6 +856,7 @@ def nt_xent_merge(partial: Tensor, positive: Tensor, settings: NTXentSettings) -
         return _merge(partial.contiguous(), positive.contiguous(), settings, torch.float64)
 
 
+@replayed
 def nt_xent_gradient(
     grad_loss: Tensor,
     views: Tensor,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .._contract import SGDSettings
-from ._launch import Launch, current, matrix
+from ._launch import Launch, current, matrix, plan
 
 _BLOCK = 2048
 
@@ -47,13 +47,17 @@ def _sgd_kernel(
     tl.store(to, w.to(weight.data.dtype.element_ty), mask=inside)
 
 
+@plan
+def _plan(count: int) -> Launch:
+    return Launch("sgd", _sgd_kernel, (triton.cdiv(count, _BLOCK),), {"BLOCK": _BLOCK})
+
+
 def sgd_(weight: Tensor, momentum_buffer: Tensor, grad: Tensor, sgd: SGDSettings) -> None:
     """See `reference.sgd_`; computed in float32."""
     lr, momentum, weight_decay, nesterov = sgd
     contiguous = all(x.is_contiguous() for x in (weight, momentum_buffer, grad))
-    launch = Launch("sgd", _sgd_kernel, (triton.cdiv(weight.numel(), _BLOCK),), {"BLOCK": _BLOCK})
     with current(weight):
-        launch(
+        _plan(weight.numel())(
             weight=matrix(weight),
             momentum_buffer=matrix(momentum_buffer),
             grad=matrix(grad),

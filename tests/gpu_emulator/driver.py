@@ -7,7 +7,9 @@ import functools
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,17 @@ def _tensors(argument: Any) -> list[Tensor]:
 
 def start(architecture: str) -> None:
     """From now on the "triton" backend serves CPU tensors through the emulator of "sm_80" or "sm_90"."""
+    _serve_cpu_tensors(architecture, MULTIPROCESSORS, _PROTOTYPE(_launch))
+
+
+def start_without_launches(architecture: str, multiprocessors: int) -> Callable[[], int]:
+    """The same for a driver whose launches do nothing, to measure what the host does for them. Kernels are
+    compiled as for a GPU. Returns a function that tells how many launches there were."""
+    return _serve_cpu_tensors(architecture, multiprocessors, None).launch_count
+
+
+def _serve_cpu_tensors(architecture: str, multiprocessors: int, callback: Any) -> ctypes.CDLL:
+    """Puts the driver in its place. Launches are handed to the callback, if there is one."""
     capability = {"sm_80": (8, 0), "sm_90": (9, 0)}[architecture]
     _kept.append(tempfile.TemporaryDirectory(prefix="gpu-emulator-"))
     folder = Path(_kept[-1].name)
@@ -78,15 +91,16 @@ def start(architecture: str) -> None:
 
     from contrastive_ops import kernels
 
-    assembler = folder / "ptxas"
-    assembler.write_text(_ASSEMBLER.format(real=Path(nvidia.__file__).parent / "bin" / "ptxas"))
-    assembler.chmod(0o755)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    os.environ["TRITON_PTXAS_PATH"] = str(assembler)
+    if callback is not None:
+        assembler = folder / "ptxas"
+        assembler.write_text(_ASSEMBLER.format(real=Path(nvidia.__file__).parent / "bin" / "ptxas"))
+        assembler.chmod(0o755)
+        os.environ["TRITON_PTXAS_PATH"] = str(assembler)
     libcuda = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    callback = _PROTOTYPE(_launch)
+    libcuda.launch_count.restype = ctypes.c_long
     _kept.extend([libcuda, callback])
-    libcuda.emulate(callback, *capability)
+    libcuda.emulate(callback, *capability, multiprocessors)
 
     class Launcher(nvidia.CudaLauncher):  # type: ignore[misc]
         """Tells the emulator which tensors a kernel may touch."""
@@ -103,7 +117,8 @@ def start(architecture: str) -> None:
 
     class Driver(nvidia.CudaDriver):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.utils, self.launcher_cls = nvidia.CudaUtils(), Launcher
+            self.utils = nvidia.CudaUtils()
+            self.launcher_cls = nvidia.CudaLauncher if callback is None else Launcher
             self.get_device_capability = lambda device=None: capability
             self.get_current_stream = lambda device=None: 0
             self.get_current_device = lambda: 0
@@ -117,11 +132,14 @@ def start(architecture: str) -> None:
     setattr(kernels, "_is_interpreted", lambda: True)  # noqa: B010
 
     def refuses_as_gpu(operator: str, rows: Tensor) -> str | None:
-        return refuses(operator, rows.view(torch.float16) if rows.dtype == torch.bfloat16 else rows)
+        if rows.dtype != torch.bfloat16:
+            return refuses(operator, rows)
+        return refuses(operator, SimpleNamespace(device=rows.device, dtype=torch.float16, shape=rows.shape))
 
     kernels.refuses = refuses_as_gpu
-    chip = host.Chip(capability, MULTIPROCESSORS)
+    chip = host.Chip(capability, multiprocessors)
     setattr(host, "_device_chip", lambda device: chip)  # noqa: B010
+    return libcuda
 
 
 def start_if_requested() -> None:

@@ -1,4 +1,5 @@
-/* A CUDA driver without a GPU, as far as Triton calls it. What it loads is PTX, and a launch is handed on. */
+/* A CUDA driver without a GPU, as far as Triton calls it. What it loads is PTX, and a launch is handed on; where
+   no one takes it, a launch does nothing, and what is loaded is any image. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,11 +14,13 @@ typedef struct {
 typedef void (*Launcher)(const char *ptx, unsigned x, unsigned y, unsigned z, unsigned shared, void **parameters);
 
 static Launcher launcher;
-static int major, minor;
+static int major, minor, multiprocessors;
+static long launches;
 
-void emulate(Launcher with, int capability_major, int capability_minor) {
-  launcher = with, major = capability_major, minor = capability_minor;
+void emulate(Launcher with, int capability_major, int capability_minor, int count) {
+  launcher = with, major = capability_major, minor = capability_minor, multiprocessors = count;
 }
+long launch_count(void) { return launches; }
 
 CUresult cuInit(unsigned flags) { return 0; }
 CUresult cuDriverGetVersion(int *version) { return *version = 13000, 0; }
@@ -37,7 +40,7 @@ CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
   case 8: *value = 49152; break;  /* shared bytes of a block */
   case 10: *value = 32; break;    /* threads of a warp */
   case 12: *value = 65536; break; /* registers of a block */
-  case 16: *value = 4; break;     /* multiprocessors */
+  case 16: *value = multiprocessors; break;
   case 75: *value = major; break;
   case 76: *value = minor; break;
   case 81: *value = major == 9 ? 233472 : 167936; break; /* shared bytes of a multiprocessor */
@@ -63,6 +66,8 @@ CUresult cuPointerGetAttribute(void *value, int attribute, uint64_t pointer) {
 }
 
 CUresult cuLaunchKernelEx(const LaunchConfig *config, void *function, void **parameters, void **extra) {
-  launcher(function, config->grid_x, config->grid_y, config->grid_z, config->shared_bytes, parameters);
+  launches++;
+  if (launcher)
+    launcher(function, config->grid_x, config->grid_y, config->grid_z, config->shared_bytes, parameters);
   return 0;
 }
