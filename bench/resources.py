@@ -41,7 +41,7 @@ TENSOR_COLUMNS = 512  # of its tensor memory, where it has one
 ISSUED, EXPONENTIALS = 128, 16
 OPERATIONS = {(8, 0): 2048, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
 UNITS = ("instructions", "exponentials", "products")
-SLOWER = {"half": 1, "wide": 1, "tf32": 2, "tf32x3": 6}
+SLOWER = {"half": 1, "tf32": 2, "tf32x3": 6}
 CHIPS = {(8, 0): ("A100", 108, 1.41), (9, 0): ("H200", 132, 1.98)}  # multiprocessors, highest clock in GHz
 
 # The kernels that walk: how many products of D operations a pair takes for similarities, and for a gradient.
@@ -56,11 +56,11 @@ WALKING = {
     "nt_xent.plain": (1, 1),
 }
 SMALL = (
-    "co2.merge", "co2.finish", "conic.prepare", "conic.merge", "conic.norms", "conic.finish",
+    "co2.round", "co2.merge", "co2.finish", "conic.prepare", "conic.merge", "conic.unit", "conic.finish",
     "nt_xent.prepare", "nt_xent.merge", "nt_xent.finish",
 )  # fmt: skip
 PAIRS = {"co2": 256 << 16, "conic": 1024 << 16, "nt_xent": 8192**2}
-DTYPES = {"half": torch.bfloat16, "wide": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
+DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 MULTIPROCESSORS = 132  # of the chip that calls are planned for
 
 
@@ -110,6 +110,7 @@ def record(
     columns: bool = False,
     dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype = torch.float32,
+    queue_dtype: torch.dtype | None = None,
     keys: int = 65536,
     consistency: bool = True,
     relative: bool = False,
@@ -136,7 +137,7 @@ def record(
     try:
         with _launch.recording(_launch.Chip(capability, MULTIPROCESSORS)) as calls:
             if loss == "co2":
-                queue = matrix(torch.float32 if precision == "wide" else dtype)
+                queue = matrix(queue_dtype or dtype)
                 weight = 0.3 if consistency else 0.0
                 kernels.co2(
                     empty(256, dim),
@@ -195,6 +196,8 @@ def compile_kernel(
     loss = name.split(".")[0]
     if name == "nt_xent.plain":
         problem["consistency"] = False
+    if name == "co2.round":
+        problem.setdefault("queue_dtype", torch.float32)
     calls = record(loss, capability, precision, dim, **problem)[name]
     call = calls[-1 if step else 0]
     compiled = compile_call(call, capability)
@@ -272,11 +275,9 @@ def loop_instructions(code: str) -> Counter[str]:
 
 def entries(name: str, capability: tuple[int, int]) -> list[tuple[str, int]]:
     """Precision and the D at which each line of a kernel's table is asked for."""
-    lines = list(_tiles.entries(name, capability))
-    if name.startswith("co2") and ("wide", 1024) not in lines:
-        lines += [("wide", dim) for precision, dim in lines if precision == "half"]
     return [
-        (precision, largest if DTYPES[precision] == torch.bfloat16 else 128) for precision, largest in lines
+        (precision, largest if DTYPES[precision] == torch.bfloat16 else 128)
+        for precision, largest in _tiles.entries(name, capability)
     ]
 
 

@@ -3,6 +3,7 @@
 Plan. The grid is (block of query rows) × (range of keys), so that a batch of 32 fills the chip as one of 4096
 does. A program walks its range a tile of keys at a time; nothing of size B×K leaves it.
 
+0. round        the queue in the query's half precision, where it has another dtype.
 1. statistics   s = q Nᵀ and y = k Nᵀ of each tile; per row both maxima, three partition sums, both sums of
                 d, and the rank of the positive. Each range writes these eight numbers a row.
 2. merge        the ranges' numbers, in a fixed order: losses, rank, and what a row's gradient needs.
@@ -11,8 +12,8 @@ does. A program walks its range a tile of keys at a time; nothing of size B×K l
 
 Without a gradient the first two are all. There are no atomics: equal input gives equal bits.
 
-Rows are multiplied as stored, but a queue of another dtype is rounded to the query's as its tiles are
-loaded; norms divide similarities, not rows. A pair of row and key has
+Rows are multiplied as stored, but a queue of another dtype is rounded to the query's; norms divide
+similarities, not rows. A pair of row and key has
 
     a_j = λ (s_j − max s)     b_j = λ (y_j − max y)     d_j = a_j − b_j     with λ = log2(e)/τc,
 
@@ -59,6 +60,7 @@ from ._device import (
     rounded,
     similarities,
     split,
+    store,
     store_fields,
 )
 from ._launch import (
@@ -95,6 +97,15 @@ def _load_row(row_records, rows, batch):
 def _scales(scale, norm_q, norm_k):
     """λ/‖q‖ and λ/‖k‖, which make logits of products of stored rows; every kernel rounds them alike."""
     return (scale / norm_q).to(tl.float32), (scale / norm_k).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["keys"])
+def _round_kernel(queue, rounded_queue, keys, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some rows of a Matrix (K, D) as they are multiplied, in another of that shape."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    x = rounded(load(Block(queue, rows, keys), columns, dim), rounded_queue.data.dtype.element_ty)
+    store(Block(rounded_queue, rows, keys), x, columns, dim)
 
 
 @triton.jit
@@ -516,6 +527,19 @@ def _bounded(settings: CO2Settings, precision: str) -> bool:
     )
 
 
+def _rounded_queue(queue: Tensor, dtype: torch.dtype) -> Tensor:
+    """The queue in half precision, its rows at multiples of 16 numbers."""
+    keys, dim = queue.shape
+    columns = triton.next_power_of_2(dim)
+    rows = max(1, 4096 // columns)
+    launch = Launch(
+        "co2.round", _round_kernel, (triton.cdiv(keys, rows),), {"ROWS": rows, "COLUMNS": columns}
+    )
+    rounded_queue = empty((keys, triton.cdiv(dim, 16) * 16), dtype, queue.device)[:, :dim]
+    launch(queue=matrix(queue), rounded_queue=matrix(rounded_queue), keys=keys, dim=dim)
+    return rounded_queue
+
+
 class _Call:
     """What the kernels of a call share: their plan, and arguments by name."""
 
@@ -525,7 +549,7 @@ class _Call:
         dtype = query.dtype if queue.dtype != torch.float64 else torch.float32
         precision = precision_of(dtype)
         if precision == "half" and queue.dtype != dtype:
-            precision = "wide"
+            queue = _rounded_queue(queue, dtype)
         if settings.normalize and query.dtype == torch.float16 and key.dtype != torch.float16:
             # Keys are multiplied as they are stored, and float16 does not hold rows of any length.
             norm = torch.linalg.vector_norm(key, dim=1, keepdim=True, dtype=torch.float64)

@@ -50,7 +50,7 @@ class Tile(NamedTuple):
     whole_keys: bool  # whether no tile ends past the last key
     whole_columns: bool  # whether no chunk ends past the last dimension
     dtype: Any  # in which rows are multiplied
-    precision: str  # "half", "wide", "tf32" or "tf32x3"; see `precision_of`
+    precision: str  # "half", "tf32" or "tf32x3"; see `precision_of`
 
 
 @triton.jit

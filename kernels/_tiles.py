@@ -56,24 +56,20 @@ def _table(text: str) -> Table:
     return table
 
 
-# Precisions are those of `_launch.precision_of`, and "wide": "half" with a queue of another dtype, which is
-# rounded as it is loaded. Without the consistency term NT-Xent's gradient is "plain", and has registers left
-# for longer tiles.
+# Precisions are those of `_launch.precision_of`. Without the consistency term NT-Xent's gradient is "plain",
+# and has registers left for longer tiles.
 
-# A100: 163 KiB of shared memory a program. Its tensor cores take tiles from registers, where a whole one that
-# was rounded would spill: "wide" goes through in chunks.
+# A100: 163 KiB of shared memory a program.
 AMPERE = _table("""
 kernel              precision   D  held walked depth width warps stages programs
 co2.statistics      half      128    64     64   128     0     4      2        2
 co2.statistics      half      256   128     64   256     0     8      2        1
 co2.statistics      half     1024    64     64    32     0     4      3        2
-co2.statistics      wide     1024    64     64    32     0     4      3        2
 co2.statistics      tf32     1024    64     32    32     0     4      2        2
 co2.statistics      tf32x3   1024    64     32    16     0     4      2        2
 co2.gradient        half      128    64     64   128   128     4      2        2
 co2.gradient        half      256    64     64   256   256     8      2        1
 co2.gradient        half     1024    32     64    64   256     4      2        2
-co2.gradient        wide     1024    64     64    32   256     8      2        1
 co2.gradient        tf32     1024    64     32    32   128     8      2        1
 co2.gradient        tf32x3   1024    64     32    16   256     8      2        1
 conic.statistics    half      128   128     64   128     0     4      2        2
@@ -258,6 +254,6 @@ def entries(name: str, capability: tuple[int, int]) -> dict[tuple[str, int], Til
 def select(name: str, capability: tuple[int, int], precision: str, dim: int) -> Tiling:
     """The tiles of a kernel for rows of D dimensions; arguments as of `entries`."""
     lines = entries(name, capability)
-    if capability == INTERPRETER or (precision == "wide" and ("wide", 1024) not in lines):
-        precision = "half"  # Tensor cores that take tiles from shared memory need no others for "wide".
+    if capability == INTERPRETER:
+        precision = "half"
     return lines[precision, min(most for of, most in lines if of == precision and dim <= most)]

@@ -297,7 +297,6 @@ VARIANTS: list[dict[str, Any]] = [{"columns": True, **HALF}, {"keys": 65535}]
 OTHERS: list[tuple[str, dict[str, Any]]] = [
     *((name, variant) for name in resources.WALKING if "nt_xent" not in name for variant in VARIANTS),
     *((f"co2.{name}", {"consistency": False}) for name in ("statistics", "gradient")),
-    *((f"co2.{name}", {"precision": "wide", **HALF}) for name in ("statistics", "gradient")),
     *((f"conic.{name}", {"weight_dtype": torch.bfloat16}) for name in ("statistics", "weight", "views")),
     ("conic.weight", {"step": False}),
     ("nt_xent.statistics", {"consistency": False}),
