@@ -80,18 +80,12 @@ $(OLDER_TRITON): $(VENV)/.dependencies
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench
 
-# Everything that needs a GPU, in the environment of PYTHON, which must have the package with [test,train,disk]. What was
-# measured is left in OUT; a part that fails does not stop the rest.
+# Everything that needs a GPU, in the environment of PYTHON, which must have the package with [test,train,disk]: in the
+# order of its worth, for as many seconds as the GPU is to be had. Called again, it goes on with what was left.
 OUT ?= bench/results
+SECONDS ?= 7200
 gpu:
-	-HYPOTHESIS_PROFILE=few $(PYTHON) -m pytest -q tests/test_co2.py tests/test_conic.py tests/test_nt_xent.py \
-		tests/test_ops.py tests/test_rows_ops.py tests/test_gpu.py
-	-$(PYTHON) -m pytest -q -s bench/test_gpu_promises.py
-	-$(PYTHON) -m train_ref validate --network resnet18 --accelerator gpu --output $(OUT)/validate-resnet18
-	-$(PYTHON) -m train_ref validate --network resnet50 --dataset synthetic --image_size 224 --batch_size 256 \
-		--queue_size 65536 --precision bf16-mixed --steps 10 --accelerator gpu --output $(OUT)/validate-resnet50
-	-$(PYTHON) -m bench --device cuda --output $(OUT)/gpu.json
-	-$(PYTHON) -m bench.instances --device cuda --output $(OUT)/gpu-instances.json
+	$(PYTHON) -m bench.lease --seconds $(SECONDS) --output $(OUT)
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
