@@ -472,11 +472,13 @@ def _register(
     fake: Callable[..., Any],
     record: Callable[..., Any] | None = None,
 ) -> Any:
-    """The operator, with its arguments checked before `kernel` and `fake` see them, and with `record` called
-    in its place where a tensor argument requires a gradient, with the operator below autograd for its first. An operator without it has no derivative.
+    """The operator, with its arguments checked before `kernel` and `fake` see them. Where a tensor argument
+    requires a gradient, `record` is called in its place, with the operator below autograd for its first
+    argument. An operator without it has no derivative.
 
-    What is returned calls the operator, or without PyTorch's dispatcher what this would come to: a way there
-    and back takes the host as long as the launches of several kernels."""
+    What is returned calls the operator, or what PyTorch's dispatcher would come to: a way there and back
+    takes the host as long as the launches of several kernels.
+    """
     operator = getattr(torch.ops.contrastive_ops, name)
     check = Checks(name, operator.default._schema)
 
