@@ -522,10 +522,10 @@ def _register(
     def autograd(*arguments: Any) -> Any:
         return differentiable(below_autograd, arguments)
 
-    def call(*arguments: Any) -> Any:
-        if not torch.compiler.is_compiling() and _goes_straight(arguments):
+    def call(*arguments: Any, **named: Any) -> Any:
+        if not torch.compiler.is_compiling() and not named and _goes_straight(arguments):
             return differentiable(straight_below_autograd, arguments)
-        return operator(*arguments)
+        return operator(*arguments, **named)
 
     _library.impl(name, autograd, "Autograd")
     return call
