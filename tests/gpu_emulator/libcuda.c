@@ -1,5 +1,5 @@
 /* A CUDA driver without a GPU, as far as Triton calls it. What it loads is PTX, and a launch is handed on;
-   where no one takes it, a launch does nothing, and what is loaded is any image. */
+   where nobody takes launches, they do nothing, and what is loaded is any image. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,8 +11,7 @@ typedef struct {
   void *stream, *attributes;
   unsigned attribute_count;
 } LaunchConfig;
-typedef void (*Launcher)(const char* ptx, unsigned x, unsigned y, unsigned z, unsigned shared,
-                         void** parameters);
+typedef void (*Launcher)(const char *ptx, unsigned x, unsigned y, unsigned z, unsigned shared, void **parameters);
 
 static Launcher launcher;
 static int major, minor, multiprocessors;
@@ -21,111 +20,52 @@ static long launches;
 void emulate(Launcher with, int capability_major, int capability_minor, int count) {
   launcher = with, major = capability_major, minor = capability_minor, multiprocessors = count;
 }
-long launch_count(void) {
-  return launches;
-}
+long launch_count(void) { return launches; }
 
-CUresult cuInit(unsigned flags) {
-  return 0;
-}
-CUresult cuDriverGetVersion(int* version) {
-  return *version = 13000, 0;
-}
-CUresult cuDeviceGet(CUdevice* device, int ordinal) {
-  return *device = ordinal, 0;
-}
-CUresult cuDeviceGetCount(int* count) {
-  return *count = 1, 0;
-}
-CUresult cuCtxGetDevice(CUdevice* device) {
-  return *device = 0, 0;
-}
-CUresult cuCtxGetCurrent(void** context) {
-  return *context = (void*)1, 0;
-}
-CUresult cuCtxSetCurrent(void* context) {
-  return 0;
-}
-CUresult cuCtxSetLimit(int limit, size_t value) {
-  return 0;
-}
-CUresult cuCtxGetLimit(size_t* value, int limit) {
-  return *value = 1 << 20, 0;
-}
-CUresult cuDevicePrimaryCtxRetain(void** context, CUdevice device) {
-  return *context = (void*)1, 0;
-}
-CUresult cuGetErrorString(int error, const char** text) {
-  return *text = "an error of the emulator", 0;
-}
+CUresult cuInit(unsigned flags) { return 0; }
+CUresult cuDriverGetVersion(int *version) { return *version = 13000, 0; }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal, 0; }
+CUresult cuDeviceGetCount(int *count) { return *count = 1, 0; }
+CUresult cuCtxGetDevice(CUdevice *device) { return *device = 0, 0; }
+CUresult cuCtxGetCurrent(void **context) { return *context = (void *)1, 0; }
+CUresult cuCtxSetCurrent(void *context) { return 0; }
+CUresult cuCtxSetLimit(int limit, size_t value) { return 0; }
+CUresult cuCtxGetLimit(size_t *value, int limit) { return *value = 1 << 20, 0; }
+CUresult cuDevicePrimaryCtxRetain(void **context, CUdevice device) { return *context = (void *)1, 0; }
+CUresult cuGetErrorString(int error, const char **text) { return *text = "an error of the emulator", 0; }
 
-CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
+CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
   switch (attribute) {
-    case 1:
-      *value = 1024;
-      break; /* threads of a block */
-    case 8:
-      *value = 49152;
-      break; /* shared bytes of a block */
-    case 10:
-      *value = 32;
-      break; /* threads of a warp */
-    case 12:
-      *value = 65536;
-      break; /* registers of a block */
-    case 16:
-      *value = multiprocessors;
-      break;
-    case 75:
-      *value = major;
-      break;
-    case 76:
-      *value = minor;
-      break;
-    case 81:
-      *value = major == 9 ? 233472 : 167936;
-      break; /* shared bytes of a multiprocessor */
-    case 97:
-      *value = major == 9 ? 232448 : 166912;
-      break; /* shared bytes that a block may ask for */
-    default:
-      *value = 1000;
+  case 1: *value = 1024; break;   /* threads of a block */
+  case 8: *value = 49152; break;  /* shared bytes of a block */
+  case 10: *value = 32; break;    /* threads of a warp */
+  case 12: *value = 65536; break; /* registers of a block */
+  case 16: *value = multiprocessors; break;
+  case 75: *value = major; break;
+  case 76: *value = minor; break;
+  case 81: *value = major == 9 ? 233472 : 167936; break; /* shared bytes of a multiprocessor */
+  case 97: *value = major == 9 ? 232448 : 166912; break; /* shared bytes that a block may ask for */
+  default: *value = 1000;
   }
   return 0;
 }
 
-CUresult cuModuleLoadData(void** module, const void* image) {
-  return *module = strdup(image), 0;
-}
-CUresult cuModuleUnload(void* module) {
-  return free(module), 0;
-}
-CUresult cuModuleGetFunction(void** function, void* module, const char* name) {
-  return *function = module, 0;
-}
-CUresult cuFuncGetAttribute(int* value, int attribute, void* function) {
+CUresult cuModuleLoadData(void **module, const void *image) { return *module = strdup(image), 0; }
+CUresult cuModuleUnload(void *module) { return free(module), 0; }
+CUresult cuModuleGetFunction(void **function, void *module, const char *name) { return *function = module, 0; }
+CUresult cuFuncGetAttribute(int *value, int attribute, void *function) {
   return *value = attribute == 0 ? 1024 : 0, 0; /* threads of a block */
 }
-CUresult cuFuncSetAttribute(void* function, int attribute, int value) {
-  return 0;
-}
-CUresult cuFuncSetCacheConfig(void* function, int config) {
-  return 0;
-}
-CUresult cuOccupancyMaxActiveClusters(int* count, void* function, void* config) {
-  return *count = 1, 0;
-}
-CUresult cuTensorMapEncodeTiled(void) {
-  return 1;
-}
-CUresult cuTensorMapEncodeIm2col(void) {
-  return 1;
-}
-CUresult cuPointerGetAttribute(void* value, int attribute, uint64_t pointer) {
-  return *(uint64_t*)value = pointer, 0;
+CUresult cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
+CUresult cuFuncSetCacheConfig(void *function, int config) { return 0; }
+CUresult cuOccupancyMaxActiveClusters(int *count, void *function, void *config) { return *count = 1, 0; }
+CUresult cuTensorMapEncodeTiled(void) { return 1; }
+CUresult cuTensorMapEncodeIm2col(void) { return 1; }
+CUresult cuPointerGetAttribute(void *value, int attribute, uint64_t pointer) {
+  return *(uint64_t *)value = pointer, 0;
 }
 
-CUresult cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void** extra) {
+CUresult cuLaunchKernelEx(const LaunchConfig *config, void *function, void **parameters, void **extra) {
   launches++;
   if (launcher)
     launcher(function, config->grid_x, config->grid_y, config->grid_z, config->shared_bytes, parameters);
