@@ -123,17 +123,17 @@ def _warn_once(message: str) -> None:
 
 def _choose(requested: str | None, operator: str, rows: Tensor) -> tuple[str, ModuleType]:
     """Name and module of what serves a call: what was asked for, or else the first that is preferred."""
-    for name, source in (
-        (requested, "backend="),
-        (_ambient.get(), "use_backend()"),
-        (os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE),
-    ):
-        if name is not None:
-            module = _require(name, source)
-            reason = module.refuses(operator, rows)
-            if reason:
-                raise RuntimeError(f"{source}: the backend {name!r} cannot serve this call: {reason}")
-            return name, module
+    name, source = requested, "backend="
+    if name is None:
+        name, source = _ambient.get(), "use_backend()"
+    if name is None:
+        name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if name is not None:
+        module = _require(name, source)
+        reason = module.refuses(operator, rows)
+        if reason:
+            raise RuntimeError(f"{source}: the backend {name!r} cannot serve this call: {reason}")
+        return name, module
 
     device_type = rows.device.type
     reasons = []

@@ -472,11 +472,13 @@ def _register(
     fake: Callable[..., Any],
     record: Callable[..., Any] | None = None,
 ) -> Any:
-    """The operator, with its arguments checked before `kernel` and `fake` see them, and with `record` called
-    in its place where a tensor argument requires a gradient, with the operator below autograd for its first. An operator without it has no derivative.
+    """The operator, with its arguments checked before `kernel` and `fake` see them. Where a tensor argument
+    requires a gradient, `record` is called in its place, with the operator below autograd for its first
+    argument. An operator without it has no derivative.
 
-    What is returned calls the operator, or without PyTorch's dispatcher what this would come to: a way there
-    and back takes the host as long as the launches of several kernels."""
+    What is returned calls the operator, or what PyTorch's dispatcher would come to: a way there and back
+    takes the host as long as the launches of several kernels.
+    """
     operator = getattr(torch.ops.contrastive_ops, name)
     check = Checks(name, operator.default._schema)
 
@@ -520,10 +522,10 @@ def _register(
     def autograd(*arguments: Any) -> Any:
         return differentiable(below_autograd, arguments)
 
-    def call(*arguments: Any) -> Any:
-        if not torch.compiler.is_compiling() and _goes_straight(arguments):
+    def call(*arguments: Any, **named: Any) -> Any:
+        if not torch.compiler.is_compiling() and not named and _goes_straight(arguments):
             return differentiable(straight_below_autograd, arguments)
-        return operator(*arguments)
+        return operator(*arguments, **named)
 
     _library.impl(name, autograd, "Autograd")
     return call

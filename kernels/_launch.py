@@ -119,8 +119,10 @@ def _has_calls(hook: Any) -> bool:
 
 
 class Compiled(NamedTuple):
-    """What a launch needs of a compiled kernel."""
+    """What a launch needs of a compiled kernel, which is kept because it would be unloaded with its last
+    reference."""
 
+    kernel: Any
     run: Callable[..., Any]
     function: Any
     metadata: Any
@@ -142,7 +144,7 @@ class Launch:
 
     def __init__(self, name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         self.name, self.kernel, self.grid, self.arguments = name, kernel, grid, arguments
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, Compiled] = {}
         self._is_compiled = _KNOWN_TRITON and isinstance(kernel, triton.JITFunction)
         if self._is_compiled:
             names = kernel.arg_names
@@ -185,7 +187,7 @@ class Launch:
         if (tape := _threads.tape) is not None:
             tape.launches(self, compiled, ordered)
         # None for what would be told to hooks, and for the hooks before and after.
-        run, function, metadata = compiled
+        _, run, function, metadata = compiled
         stream = driver.get_current_stream(device)
         run(*self.whole_grid, stream, function, metadata, None, None, None, *ordered)
 
@@ -196,7 +198,7 @@ class Launch:
             return  # a hook refused it, or it is compiled for a number that is not in the key
         if len(self._compiled) >= _MOST_COMPILED:
             self._compiled.clear()
-        self._compiled[key] = Compiled(kernel.run, kernel.function, kernel.packed_metadata)
+        self._compiled[key] = Compiled(kernel, kernel.run, kernel.function, kernel.packed_metadata)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -228,7 +230,11 @@ class Replay(NamedTuple):
     constants: list[Any]
     steps: list[Step]
     results: Step
-    kernels: list[Any]
+    launched: list[tuple[Any, Compiled]]  # Triton's functions, and what was compiled of them
+
+    def is_observed(self) -> bool:
+        """Whether hooks wait for one of its kernels."""
+        return any(function.pre_run_hooks for function, _ in self.launched)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
         driver = triton.runtime.driver.active
@@ -249,7 +255,7 @@ class Tape:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.is_whole = True  # whether all was seen that a replay needs
-        self._kernels: list[Any] = []
+        self._launched: list[tuple[Any, Compiled]] = []
         self._constants: list[Any] = []
         self._steps: list[tuple[Callable[[Step], Step], tuple[int, ...]]] = []
         self._kept: list[Any] = []  # so that no two tensors have one address, and no two objects one id
@@ -265,7 +271,7 @@ class Tape:
 
     def launches(self, launch: Launch, compiled: Compiled, arguments: Sequence[Any]) -> None:
         run, stream = compiled.run, 0
-        self._kernels.append(launch.kernel)
+        self._launched.append((launch.kernel, compiled))
         before, behind = launch.whole_grid, (compiled.function, compiled.metadata, None, None, None)
         places = (
             *map(self._constant, before),
@@ -277,11 +283,11 @@ class Tape:
 
     def replay(self, results: Any) -> Replay | None:
         """The call as it may be replayed, if it may."""
-        places = self._place(results)
+        place = self._place(results)
         if not self.is_whole:
             return None
         steps = [make(self._select(places)) for make, places in self._steps]
-        return Replay(self._constants, steps, itemgetter(len(self._constants) + places), self._kernels)
+        return Replay(self._constants, steps, itemgetter(len(self._constants) + place), self._launched)
 
     def _select(self, places: Sequence[int]) -> Step:
         count = len(self._constants)
@@ -358,11 +364,11 @@ def replayed(function: F) -> F:
         key += precision_of(torch.float32), first.device
         exact = tuple(key)
         known = replays.get(exact)
-        if isinstance(known, Replay):
+        if isinstance(known, Replay) and not known.is_observed():
             with current(first):
                 return known(inputs)
         # One tensor in two places would be taken for the first of them in the replay, too.
-        is_recorded = known is _SEEN_ONCE and len(set(addresses)) == len(addresses) and _threads.tape is None
+        is_recorded = known == _SEEN_ONCE and len(set(addresses)) == len(addresses) and _threads.tape is None
         if not is_recorded:
             if known is None:
                 if len(replays) >= _MOST_REPLAYS:

@@ -1,5 +1,5 @@
-/* A CUDA driver without a GPU, as far as Triton calls it. What it loads is PTX, and a launch is handed on; where
-   no one takes it, a launch does nothing, and what is loaded is any image. */
+/* A CUDA driver without a GPU, as far as Triton calls it. What it loads is PTX, and a launch is handed on;
+   where nobody takes launches, they do nothing, and what is loaded is any image. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
