@@ -336,6 +336,66 @@ def _merge_kernel(
     tl.store(losses.consistency_loss + instance, consistency, mask=inside)
 
 
+@triton.jit
+def _halves(x):
+    """The first and the second half of the columns."""
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+
+
+# What follows takes 32 columns at a time: registers hold no second tile of whole rows.
+
+
+@triton.jit
+def _radial(grad, weight, first_column, dim, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr):
+    """w·dŵ of each key."""
+    COLUMNS: tl.constexpr = grad.shape[1]
+    if COLUMNS > 32:
+        left, right = _halves(grad)
+        of_left = _radial(left, weight, first_column, dim, WHOLE_KEYS, WHOLE_COLUMNS)
+        return of_left + _radial(right, weight, first_column + COLUMNS // 2, dim, WHOLE_KEYS, WHOLE_COLUMNS)
+    columns = first_column + tl.arange(0, COLUMNS)
+    w = load(weight, columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
+    return tl.sum(w.to(tl.float32) * grad, axis=1)
+
+
+@triton.jit
+def _write(
+    grad, factors, blocks, first_column, dim, sgd,
+    NESTEROV: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dw of some columns, or a step of SGD with it.
+
+    Args:
+        grad: dŵ. factors: what it, and w, are multiplied by.
+        blocks: of weight, momentum buffer and gradient.
+        sgd: learning rate, momentum and weight decay.
+    """
+    COLUMNS: tl.constexpr = grad.shape[1]
+    if COLUMNS > 32:
+        left, right = _halves(grad)
+        _write(left, factors, blocks, first_column, dim, sgd, NESTEROV, WHOLE_KEYS, WHOLE_COLUMNS)
+        first_right = first_column + COLUMNS // 2
+        _write(right, factors, blocks, first_right, dim, sgd, NESTEROV, WHOLE_KEYS, WHOLE_COLUMNS)
+        return
+    weight, buffer, gradient = blocks
+    lr, momentum, weight_decay = sgd
+    columns = first_column + tl.arange(0, COLUMNS)
+    w = load(weight, columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS).to(tl.float32)
+    grad = grad * factors[0][:, None] + w * factors[1][:, None]
+    if buffer.matrix.data is None:
+        store(gradient, grad, columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
+    else:
+        grad += weight_decay * w
+        v = load(buffer, columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
+        v = momentum * v.to(tl.float32) + grad
+        store(buffer, v, columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
+        w -= lr * (grad + momentum * v if NESTEROV else v)
+        tl.debug_barrier()  # all threads have read what one of them overwrites
+        store(weight, w, columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
+
+
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _weight_kernel(
     unit, own, pull, unit_weight, inverse, weight, gradient, momentum_buffer, keys, dim, padded_rows, scale,
@@ -388,34 +448,19 @@ def _weight_kernel(
             x = tl.load(at(unit, rows, out_columns))
         grad = product(g.to(TILE.dtype), x, grad, PRECISION)
 
-    inverse_norm = tl.load(inverse + tile_rows)
-    tile = Block(weight, tile_rows, keys)
     # dw = (dŵ − ŵ (ŵ·dŵ)) / ‖w‖; a row below the epsilon was only scaled, so it has no projection
-    w_out = load(tile, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
-    w_out = w_out.to(tl.float32)
+    inverse_norm = tl.load(inverse + tile_rows)
+    of = Block(weight, tile_rows, keys), Block(momentum_buffer, tile_rows, keys), Block(gradient, tile_rows, keys)
+    first_column = tl.program_id(1) * TILE.width
     if WHOLE_ROWS:
-        radial = tl.sum(w_out * grad, axis=1) * inverse_norm
+        radial = _radial(grad, of[0], first_column, dim, WHOLE_KEYS, WHOLE_COLUMNS) * inverse_norm
     radial = tl.where(inverse_norm < 1.0 / NORM_EPSILON, radial, 0.0)
-    # As two factors of a row, with the decay of the step in one: a sum of three tiles takes more registers.
     factor = inverse_norm / unit_scale
     of_w = -inverse_norm * radial * factor
-    if momentum_buffer.data is not None:
-        of_w += weight_decay
-    grad = grad * factor[:, None] + w_out * of_w[:, None]
-    if momentum_buffer.data is not None:
-        buffer = Block(momentum_buffer, tile_rows, keys)
-        v = load(buffer, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
-        v = momentum * v.to(tl.float32) + grad
-        store(buffer, v, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
-        step = grad + momentum * v if NESTEROV else v
-        # Loaded again, from the cache: registers are too few to keep it.
-        w_out = load(tile, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
-        w_out = w_out.to(tl.float32) - lr * step
-        tl.debug_barrier()  # all threads have read what one of them overwrites
-        store(tile, w_out, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
-    else:
-        to = Block(gradient, tile_rows, keys)
-        store(to, grad, out_columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
+    _write(
+        grad, (factor, of_w), of, first_column, dim, (lr, momentum, weight_decay),
+        NESTEROV, WHOLE_KEYS, WHOLE_COLUMNS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["keys", "padded_rows"])

@@ -143,7 +143,7 @@ nt_xent.gradient    half     1024    64     32    64   256     8      2        1
 nt_xent.gradient    tf32     1024    64     32    32   128     8      2        1
 nt_xent.gradient    tf32x3   1024    64     32    16    64     4      1        2
 nt_xent.plain       half      128   128     64   128   128     8      3        1
-nt_xent.plain       half      256    64     64   256   256     8      3        1
+nt_xent.plain       half      256    64     64   256   256     8      2        1  stacked
 nt_xent.plain       half     1024    64     64    32   256     8      2        1
 nt_xent.plain       tf32     1024    64     32    32   128     8      2        1
 nt_xent.plain       tf32x3   1024    64     32    16    64     4      2        2
