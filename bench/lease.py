@@ -26,7 +26,7 @@ CORES = len(os.sched_getaffinity(0))
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--dist=load", f"--numprocesses={min(CORES, 14)}")
 # Without "max-autotune", which compiles for a minute; the promises are measured against it too.
 HEADLINES = r"^\w+-(?!max)\w+-bfloat16-B(256-K65536|8192-K8192|1024-K65536)-D128$"
-OPERATORS = tuple(f"tests/test_{name}.py" for name in ("co2", "conic", "nt_xent", "ops", "rows_ops", "seam"))
+OPERATORS = tuple(f"tests/test_{name}.py" for name in ("launch", "co2", "conic", "nt_xent", "ops", "rows_ops", "seam"))
 
 
 class Part(NamedTuple):
@@ -47,7 +47,7 @@ PARTS = (
     Part("smoke", 60, (*PYTEST, "tests/test_gpu.py", "-k", "every_operator")),
     Part("kernels", 90, ("-m", "bench.kernels", "--output", "OUTPUT-kernels.md")),
     Part("headlines", 120, ("-m", "bench", "--device", "cuda", "--match", HEADLINES, "--output", "OUTPUT.json")),
-    Part("tests", 240, (*PYTEST, "-m", "not slow", "-k", "triton or test_gpu", "tests/test_gpu.py", *OPERATORS)),
+    Part("tests", 240, (*PYTEST, "-m", "not slow", "-k", "triton or test_gpu or launch", "tests/test_gpu.py", *OPERATORS)),
     Part("promises", 240, ("-m", "pytest", "-q", "-s", "bench/test_gpu_promises.py")),
     Part(
         "resnet18", 180,
