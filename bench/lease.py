@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,29 +69,25 @@ PARTS = (
 
 
 def run(part: Part, seconds: float, output: Path) -> str:
-    """ "done", or why it is not."""
+    """What came of it: "done", or why it is not. What it says goes to the log at once."""
     arguments = [argument.replace("OUTPUT", str(output)) for argument in part.arguments]
     environment = {"HYPOTHESIS_PROFILE": "few", "PYTHONUNBUFFERED": "1", **os.environ}
-    print(f"== {part.name}: {' '.join(arguments)}", flush=True)
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=seconds)
-        outcome = "done" if process.returncode == 0 else f"failed ({process.returncode})"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # with the processes that it has started
-        said, _ = process.communicate()
-        outcome = f"cut after {seconds:.0f} s"
     with Path(f"{output}-log.txt").open("a", encoding="utf-8") as log:
-        log.write(f"== {part.name}: {outcome}\n{said}\n")
-    print(said[-2000:], flush=True)
-    return outcome
+        print(f"== {part.name}: {' '.join(arguments)}", file=log, flush=True)
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            process.wait()
+            return f"cut after {seconds:.0f} s"
+    return "done" if status == 0 else f"failed ({status})"
 
 
 def main() -> None:
@@ -114,7 +111,7 @@ def main() -> None:
             break
         start = time.monotonic()
         outcomes[part.name] = run(part, min(part.seconds, left), output)
-        print(f"== {part.name}: {outcomes[part.name]}, {time.monotonic() - start:.0f} s\n", flush=True)
+        print(f"{part.name}: {outcomes[part.name]}, {time.monotonic() - start:.0f} s", flush=True)
         record.write_text(json.dumps(outcomes, indent=2) + "\n", encoding="utf-8")
     for part in PARTS:
         print(f"{part.name:10} {outcomes.get(part.name, 'not begun')}")

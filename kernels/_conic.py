@@ -344,17 +344,21 @@ def _halves(x):
     return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
 
 
-# What follows takes 32 columns at a time: registers hold no second tile of whole rows.
+# What follows takes MOST columns at a time: registers hold no second tile of whole rows.
 
 
 @triton.jit
-def _radial(grad, weight, first_column, dim, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr):
+def _radial(
+    grad, weight, first_column, dim,
+    MOST: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """w·dŵ of each key."""
     COLUMNS: tl.constexpr = grad.shape[1]
-    if COLUMNS > 32:
+    if COLUMNS > MOST:
         left, right = _halves(grad)
-        of_left = _radial(left, weight, first_column, dim, WHOLE_KEYS, WHOLE_COLUMNS)
-        return of_left + _radial(right, weight, first_column + COLUMNS // 2, dim, WHOLE_KEYS, WHOLE_COLUMNS)
+        first_right = first_column + COLUMNS // 2
+        of_left = _radial(left, weight, first_column, dim, MOST, WHOLE_KEYS, WHOLE_COLUMNS)
+        return of_left + _radial(right, weight, first_right, dim, MOST, WHOLE_KEYS, WHOLE_COLUMNS)
     columns = first_column + tl.arange(0, COLUMNS)
     w = load(weight, columns, dim, WHOLE_ROWS=WHOLE_KEYS, WHOLE_COLUMNS=WHOLE_COLUMNS)
     return tl.sum(w.to(tl.float32) * grad, axis=1)
@@ -363,7 +367,7 @@ def _radial(grad, weight, first_column, dim, WHOLE_KEYS: tl.constexpr, WHOLE_COL
 @triton.jit
 def _write(
     grad, factors, blocks, first_column, dim, sgd,
-    NESTEROV: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
+    NESTEROV: tl.constexpr, MOST: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dw of some columns, or a step of SGD with it.
 
@@ -373,11 +377,11 @@ def _write(
         sgd: learning rate, momentum and weight decay.
     """
     COLUMNS: tl.constexpr = grad.shape[1]
-    if COLUMNS > 32:
+    if COLUMNS > MOST:
         left, right = _halves(grad)
-        _write(left, factors, blocks, first_column, dim, sgd, NESTEROV, WHOLE_KEYS, WHOLE_COLUMNS)
+        _write(left, factors, blocks, first_column, dim, sgd, NESTEROV, MOST, WHOLE_KEYS, WHOLE_COLUMNS)
         first_right = first_column + COLUMNS // 2
-        _write(right, factors, blocks, first_right, dim, sgd, NESTEROV, WHOLE_KEYS, WHOLE_COLUMNS)
+        _write(right, factors, blocks, first_right, dim, sgd, NESTEROV, MOST, WHOLE_KEYS, WHOLE_COLUMNS)
         return
     weight, buffer, gradient = blocks
     lr, momentum, weight_decay = sgd
@@ -452,14 +456,15 @@ def _weight_kernel(
     inverse_norm = tl.load(inverse + tile_rows)
     of = Block(weight, tile_rows, keys), Block(momentum_buffer, tile_rows, keys), Block(gradient, tile_rows, keys)
     first_column = tl.program_id(1) * TILE.width
+    MOST: tl.constexpr = 64 if TILE.width <= 128 else 32
     if WHOLE_ROWS:
-        radial = _radial(grad, of[0], first_column, dim, WHOLE_KEYS, WHOLE_COLUMNS) * inverse_norm
+        radial = _radial(grad, of[0], first_column, dim, MOST, WHOLE_KEYS, WHOLE_COLUMNS) * inverse_norm
     radial = tl.where(inverse_norm < 1.0 / NORM_EPSILON, radial, 0.0)
     factor = inverse_norm / unit_scale
     of_w = -inverse_norm * radial * factor
     _write(
         grad, (factor, of_w), of, first_column, dim, (lr, momentum, weight_decay),
-        NESTEROV, WHOLE_KEYS, WHOLE_COLUMNS,
+        NESTEROV, MOST, WHOLE_KEYS, WHOLE_COLUMNS,
     )  # fmt: skip
 
 
