@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench.cases import PROBLEMS, WITHOUT_CONSISTENCY_GRADIENT
+from bench.cases import GRIDS, PROBLEMS, WITHOUT_CONSISTENCY_GRADIENT
 from bench.files import README, RESULTS, loss_results, newest_result, replace_in_readme
 from train_ref import evaluation
 from train_ref.markdown import table
@@ -207,17 +207,23 @@ def readme_headline(results: Sequence[Result]) -> str:
     sentences = []
     for result in results:
         size = PROBLEMS["co2"].headline
-        records = result.sizes(loss="co2", dtype="float32", D=README_DIM).get(size, {})
+        dtype = "bfloat16" if result.on_gpu else "float32"  # what such a device trains in
+        records = result.sizes(loss="co2", dtype=dtype, D=README_DIM).get(size, {})
         fused = [record for impl, record in records.items() if impl not in PEERS]
         if not (fused and "eager" in records):
             continue
         ours, eager = min(fused, key=lambda record: record["ms"]), records["eager"]
         kind = "GPU" if result.on_gpu else "CPU"
         sentences.append(
-            f"**On a {kind}, measured:** a step of CO2 with {size[0]} queries over {size[1]:,} keys takes "
-            f"{number(ours['ms'])} ms and {number(ours['peak_mib'])} MiB, where eager PyTorch takes "
+            f"**On a {kind}, measured:** a step of CO2 with {size[0]} queries over {size[1]:,} keys, in {dtype}, "
+            f"takes {number(ours['ms'])} ms and {number(ours['peak_mib'])} MiB, where eager PyTorch takes "
             f"{number(eager['ms'])} ms and {number(eager['peak_mib'])} MiB."
         )
+        if result.on_gpu:
+            sentences.append(
+                f"That is the time of the GPU, as in a graph or behind a network's; the host takes "
+                f"{number(ours['wall_ms'])} ms to call it, where eager PyTorch takes {number(eager['wall_ms'])} ms."
+            )
     if not any(result.on_gpu for result in results):
         sentences.append("**On a GPU, not timed yet**: the kernels are tested and compiled, no more.")
     return " ".join(sentences)
@@ -243,7 +249,8 @@ def readme_section(result: Result) -> str:
                 for peer in partial
                 if peer in records
             ]
-        unmeasured = [peer for peer in partial if peer not in result.values("impl", **where)]
+        grid = GRIDS["cuda" if result.on_gpu else "cpu"].peers[loss]
+        unmeasured = [peer for peer in partial if peer in grid and peer not in result.values("impl", **where)]
         rows += [(f"{LOSSES[loss]} by {PARTIAL[peer]}", *spent({}, impls, ())) for peer in unmeasured]
     pictures = (
         f"![{title}]({os.path.relpath(result.beside(suffix), README.parent)})"

@@ -203,7 +203,7 @@ co2.statistics      tf32x3   1024    64     32    16     0     4      1        2
 co2.gradient        half      128    64     64   128   128     4      2        1
 co2.gradient        half      256    32     64   256   256     8      2        1
 co2.gradient        tf32x3   1024    64     32    16   128     4      2        2
-conic.statistics    half      128   128     64   128     0     4      2        2
+conic.statistics    half      128    64     64   128     0     4      2        2
 conic.statistics    half      256    64     64   256     0     8      2        1
 conic.statistics    tf32x3   1024    64     32    16     0     4      1        2
 conic.weight        half      128    64     64   128   128     8      2        1
@@ -211,7 +211,7 @@ conic.weight        half      256    32     64   256   256     8      2        1
 conic.weight        tf32x3   1024    64     32    16   128     8      2        1
 conic.views         half      128    64     64   128   128     4      2        1
 conic.views         half      256    32     64   256   256     8      2        1
-conic.views         tf32x3   1024    64     32    16   128     4      2        2
+conic.views         tf32x3   1024    64     32    16   128     8      2        1
 nt_xent.statistics  half      128    64     32   128     0     4      2        2
 nt_xent.statistics  half      256    64     32   256     0     4      2        1
 nt_xent.statistics  tf32x3   1024    64     32    16     0     4      2        2
