@@ -61,7 +61,7 @@ def run(machine: dict[str, Any], chosen: Callable[[str], bool], output: Path) ->
 
 
 def compile_ahead(cases: Sequence[Case]) -> None:
-    """Compiles what the cases need, on all cores. The kernels then lie in their compilers' caches on the disk."""
+    """Compiles what the cases need, on all cores. It then lies in the compilers' caches on the disk."""
     cores = len(os.sched_getaffinity(0))
     # Of a size each of our kernels is one; with eager's matrices, few fit the memory side by side.
     fused = {replace(case, K=min(case.K, 65536)): None for case in cases if case.impl in GRIDS["cuda"].fused}

@@ -1,6 +1,7 @@
 """GPU time of each kernel of a step at the headline sizes: `python -m bench.kernels`.
 
-The profiler's times, of steps one after the other on sets of inputs that the second-level cache has forgotten.
+The profiler's times, of steps one after the other on sets of inputs that the second-level cache has
+forgotten.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def main() -> None:
         print(tables[-1], flush=True)
         if arguments.output:
             device = torch.cuda.get_device_name()
-            title = f"# GPU time of each kernel: {device}, torch {torch.__version__}, Triton {triton.__version__}\n"
+            versions = f"torch {torch.__version__}, Triton {triton.__version__}"
+            title = f"# GPU time of each kernel: {device}, {versions}\n"
             arguments.output.write_text("\n".join([title, *tables]), encoding="utf-8")
 
 

@@ -1,7 +1,8 @@
 """All that needs a GPU, in the order of its worth, for one that is had for minutes: `make gpu`.
 
-Each part has a limit of its own, and all together have one. A part that is done is not repeated by a later run
-with the same output, and the benchmarks go on where they were cut. A part that fails does not stop the rest.
+Each part has a limit of its own, and all together have one. A part that is done is not repeated by a later
+run with the same output, and the benchmarks go on where they were cut. A part that fails does not stop the
+rest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ CORES = len(os.sched_getaffinity(0))
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--dist=load", f"--numprocesses={min(CORES, 14)}")
 # Without "max-autotune", which compiles for a minute; the promises are measured against it too.
 HEADLINES = r"^\w+-(?!max)\w+-bfloat16-B(256-K65536|8192-K8192|1024-K65536)-D128$"
-OPERATORS = tuple(f"tests/test_{name}.py" for name in ("launch", "co2", "conic", "nt_xent", "ops", "rows_ops", "seam"))
+OPERATORS = tuple(
+    f"tests/test_{name}.py" for name in ("launch", "co2", "conic", "nt_xent", "ops", "rows_ops", "seam")
+)
 
 
 class Part(NamedTuple):
@@ -47,22 +50,35 @@ class Part(NamedTuple):
 PARTS = (
     Part("smoke", 60, (*PYTEST, "tests/test_gpu.py", "-k", "every_operator")),
     Part("kernels", 90, ("-m", "bench.kernels", "--output", "OUTPUT-kernels.md")),
-    Part("headlines", 120, ("-m", "bench", "--device", "cuda", "--match", HEADLINES, "--output", "OUTPUT.json")),
-    Part("tests", 240, (*PYTEST, "-m", "not slow", "-k", "triton or test_gpu or launch", "tests/test_gpu.py", *OPERATORS)),
+    Part(
+        "headlines", 120,
+        ("-m", "bench", "--device", "cuda", "--match", HEADLINES, "--output", "OUTPUT.json"),
+    ),
+    Part(
+        "tests", 240,
+        (*PYTEST, "-m", "not slow", "-k", "triton or test_gpu or launch", "tests/test_gpu.py", *OPERATORS),
+    ),
     Part("promises", 240, ("-m", "pytest", "-q", "-s", "bench/test_gpu_promises.py")),
     Part(
         "resnet18", 180,
-        ("-m", "train_ref", "validate", "--network", "resnet18", "--accelerator", "gpu", "--output", "OUTPUT-resnet18"),
+        (
+            "-m", "train_ref", "validate", "--network", "resnet18", "--accelerator", "gpu",
+            "--output", "OUTPUT-resnet18",
+        ),
     ),
     Part("sanitizer", 300, ("-m", "pytest", "-q", "tests/test_gpu.py", "-k", "sanitizer")),
-    Part("instances", 300, ("-m", "bench.instances", "--device", "cuda", "--output", "OUTPUT-instances.json")),
+    Part(
+        "instances", 300,
+        ("-m", "bench.instances", "--device", "cuda", "--output", "OUTPUT-instances.json"),
+    ),
     Part("sizes", 3600, ("-m", "bench", "--device", "cuda", "--output", "OUTPUT.json")),
     Part(
         "resnet50", 900,
         (
-            "-m", "train_ref", "validate", "--network", "resnet50", "--dataset", "synthetic", "--image_size", "224",
-            "--batch_size", "256", "--queue_size", "65536", "--precision", "bf16-mixed", "--steps", "10",
-            "--accelerator", "gpu", "--output", "OUTPUT-resnet50",
+            "-m", "train_ref", "validate", "--network", "resnet50", "--dataset", "synthetic",
+            "--image_size", "224", "--batch_size", "256", "--queue_size", "65536",
+            "--precision", "bf16-mixed", "--steps", "10", "--accelerator", "gpu",
+            "--output", "OUTPUT-resnet50",
         ),
     ),
 )  # fmt: skip
@@ -92,8 +108,12 @@ def run(part: Part, seconds: float, output: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.lease", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=7200, help="after which nothing goes on (default: 7200)")
-    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="parts (default: all)")
+    parser.add_argument(
+        "--seconds", type=float, default=7200, help="after which nothing goes on (default: 7200)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=[part.name for part in PARTS], help="parts (default: all)"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

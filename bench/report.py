@@ -215,14 +215,15 @@ def readme_headline(results: Sequence[Result]) -> str:
         ours, eager = min(fused, key=lambda record: record["ms"]), records["eager"]
         kind = "GPU" if result.on_gpu else "CPU"
         sentences.append(
-            f"**On a {kind}, measured:** a step of CO2 with {size[0]} queries over {size[1]:,} keys, in {dtype}, "
-            f"takes {number(ours['ms'])} ms and {number(ours['peak_mib'])} MiB, where eager PyTorch takes "
-            f"{number(eager['ms'])} ms and {number(eager['peak_mib'])} MiB."
+            f"**On a {kind}, measured:** a step of CO2 with {size[0]} queries over {size[1]:,} keys, in "
+            f"{dtype}, takes {number(ours['ms'])} ms and {number(ours['peak_mib'])} MiB, where eager PyTorch "
+            f"takes {number(eager['ms'])} ms and {number(eager['peak_mib'])} MiB."
         )
         if result.on_gpu:
             sentences.append(
                 f"That is the time of the GPU, as in a graph or behind a network's; the host takes "
-                f"{number(ours['wall_ms'])} ms to call it, where eager PyTorch takes {number(eager['wall_ms'])} ms."
+                f"{number(ours['wall_ms'])} ms to call it, where eager PyTorch takes "
+                f"{number(eager['wall_ms'])} ms."
             )
     if not any(result.on_gpu for result in results):
         sentences.append("**On a GPU, not timed yet**: the kernels are tested and compiled, no more.")

@@ -16,8 +16,8 @@ that wrote them multiplies, and only that backend reads them; coefficients that 
 in all.
 
 Letters: s_j and y_j are the similarities of a row's query and key to the key j of a part, m and m' their
-maxima, a_j = s_j − m, b_j = y_j − m', and d_j = a_j − b_j. A backend may take m and m' as 0 where it knows that
-no exponential is too large for it; of several parts the largest m counts, whatever each has.
+maxima, a_j = s_j − m, b_j = y_j − m', and d_j = a_j − b_j. A backend may take m and m' as 0 where it knows
+that no exponential is too large for it; of several parts the largest m counts, whatever each has.
 """
 
 from __future__ import annotations

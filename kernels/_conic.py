@@ -30,19 +30,20 @@ subtracted from them, where nothing of a small loss would be left.
 In float16 a probability of 1e-5, times an incoming gradient of 1/B, would vanish. So g is multiplied by 2¹⁵,
 relative to the pull of a view's own key (views) or to the largest such pull of all views (weight).
 
-Bounds. A pair costs 5 products of 2 D operations and 3 exponentials. At V·B = 1024, A = 65536, D = 128 in
-bfloat16, the weight in float32, on an H200: 110 µs of products at 790 TFLOP/s, 48 µs of exponentials; 8 µs
-to read the weight in forward, and 31 µs to read and write it and its momentum in backward. As compiled
+Bounds. A pair costs 5 products of 2 D operations and 3 exponentials. At V·B = 512, A = 65536, D = 128 in
+bfloat16, the weight too: 61 µs of products on an H100, by the rate measured there, and 25 µs of exponentials;
+6 µs to read the weight in forward, and 11 µs to read it and write its gradient in backward. As compiled
 (python -m bench.resources), with the clocks of a multiprocessor that a pair takes of its schedulers,
-special-function units and tensor cores, and the bytes that it takes from the cache:
+special-function units and tensor cores, and the bytes that it takes from the cache, and as measured:
 
-    statistics   0.101   0.064   0.063   2 bytes   bound by instructions: 26 µs at 1.98 GHz, never idle
-    weight       0.113   0.062   0.125   4 bytes   bound by products: 32 µs
-    views        0.096   0.062   0.125   4 bytes   bound by products: 32 µs
+    statistics   0.079   0.062   0.063   2 bytes   bound by instructions: 10 µs at 1.98 GHz; 22 µs measured
+    weight       0.094   0.062   0.125   2 bytes   bound by products: 16 µs; 62 µs measured
+    views        0.070   0.062   0.125   2 bytes   bound by products: 16 µs; 29 µs measured
 
-4 bytes a pair are 256 MiB: 49 µs at 5.5 TB/s, which may turn out to bind the last two. Prepare, merge, norms
-and finish move 1, 3, 32 and 9 MiB. None of this has been measured on a
-GPU yet. docs/performance.md tells what was tried.
+A program of the weight's gradient walks 8 tiles, and what it does before and after takes as long. Unit rows
+of the weight move 32 MiB, 12 µs, in forward and again in backward; prepare, merge and finish take 3.8, 6.1
+and 6.6 µs.
+docs/performance.md tells what was tried.
 """
 
 from __future__ import annotations
@@ -454,7 +455,11 @@ def _weight_kernel(
 
     # dw = (dŵ − ŵ (ŵ·dŵ)) / ‖w‖; a row below the epsilon was only scaled, so it has no projection
     inverse_norm = tl.load(inverse + tile_rows)
-    of = Block(weight, tile_rows, keys), Block(momentum_buffer, tile_rows, keys), Block(gradient, tile_rows, keys)
+    of = (
+        Block(weight, tile_rows, keys),
+        Block(momentum_buffer, tile_rows, keys),
+        Block(gradient, tile_rows, keys),
+    )
     first_column = tl.program_id(1) * TILE.width
     MOST: tl.constexpr = 64 if TILE.width <= 128 else 32
     if WHOLE_ROWS:
@@ -689,9 +694,7 @@ class _Call:
     def unit_weight(self) -> tuple[Matrix, Tensor]:
         """ŵ and 1/‖w‖."""
         unit, inverse = self._padded(self.plan.padded_keys), self.empty(self.plan.padded_keys)
-        self.plan.unit(
-            weight=self.weight, unit_weight=unit, inverse=inverse, keys=self.keys, dim=self.dim
-        )
+        self.plan.unit(weight=self.weight, unit_weight=unit, inverse=inverse, keys=self.keys, dim=self.dim)
         return unit, inverse
 
     def positives(self) -> Tensor:

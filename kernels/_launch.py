@@ -467,8 +467,8 @@ class Products(NamedTuple):
         return select(name, self.chip.capability, self.precision, self.dim)
 
     def tile(self, tiling: Tiling, all_keys: int, padded: bool = False) -> Tile:
-        """What is compiled into a kernel that walks. Where rows are `padded`, tiles and chunks may be taken for
-        whole."""
+        """What is compiled into a kernel that walks. Where rows are `padded`, tiles and chunks may be taken
+        for whole."""
         padded_dim = max(16, triton.next_power_of_2(self.dim))
         depth = min(tiling.depth, padded_dim)
         chunked = self.dim > depth

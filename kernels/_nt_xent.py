@@ -34,20 +34,20 @@ In float16 a probability of 1e-5, times an incoming gradient of 1/M, would vanis
 by a power of two, in the exponents, where it takes no instruction more.
 
 Bounds. A pair of row and key costs 3 products of 2 D operations (1 in the statistics, 2 in the gradient)
-and 4 exponentials, or 2 without the consistency term. At B = 4096, D = 128 in bfloat16 on an H200: 65 µs of
-products at 790 TFLOP/s, and 64 or 32 µs of exponentials. As compiled (python -m bench.resources), with the
-clocks of a multiprocessor that a pair takes of its schedulers, special-function units and tensor cores, and
-the bytes that it takes from the cache:
+and 4 exponentials, or 2 without the consistency term. At 4096 rows, D = 128 in bfloat16 that is 18 µs of
+products on an H100, by the rates measured there, and 17 or 8 µs of exponentials. As compiled (python -m
+bench.resources), with the clocks of a multiprocessor that a pair takes of its schedulers, special-function
+units and tensor cores, and as measured:
 
-    statistics   0.109   0.133   0.062   2 bytes   bound by exponentials: 34 µs at 1.98 GHz, never idle
-    gradient     0.150   0.125   0.125   2 bytes   bound by instructions: 38 µs
+    statistics   0.093   0.125   0.062   bound by exponentials: 8.0 µs at 1.98 GHz; 18.5 µs measured
+    gradient     0.148   0.125   0.125   bound by instructions: 9.5 µs; 32.1 µs measured
     and without the consistency term
-    statistics   0.068   0.066   0.062   2 bytes   bound by instructions: 17 µs
-    gradient     0.055   0.062   0.125   2 bytes   bound by products: 32 µs
+    statistics   0.054   0.062   0.062   bound by exponentials and products: 4.0 µs; 13.4 µs measured
+    gradient     0.055   0.062   0.125   bound by products: 8.0 µs; 21.9 µs measured
 
-2 bytes a pair are 128 MiB: 24 µs at 5.5 TB/s. Prepare, merge and finish move 4, 1 and 20 MiB. With tiles of
-32 keys, all that the registers of the gradient allow with the consistency term, tensor cores wait for
-shared memory: 0.156 in place of 0.125. None of this has been measured on a GPU yet.
+So few rows leave each program a few tiles, and much of its time is its beginning and end. Prepare, merge and
+finish take 3.8 (in forward and in backward), 4.5 and 5.7 µs. With tiles of 32 keys, all that the registers of
+the gradient allow with the consistency term, tensor cores wait for shared memory: 0.156 in place of 0.125.
 docs/performance.md tells what was tried.
 """
 
@@ -151,10 +151,10 @@ _QUERY, _SLOPE, _KEY, _TOP, _QUERY_LOW, _KEY_LOW = (
     for name in ("query", "slope", "key", "top", "query_low", "key_low")
 )
 
-# In float16 H is multiplied by a power of two. The largest of the rows' sizes, which is what all pairs of a row
-# pull together, then lies in (2⁵, 2⁶], and |H| is at most twice that times 1 + 4/τc: with the lowest τc that
-# needs no maximum, 0.0226, it is 128 · 178 = 22784, and float16 holds 65504. The largest factor is 2⁶⁰, for
-# sizes of 2⁻⁵⁴ and less: times e^{s/τ}, which is up to 2⁶⁴, float32 still holds it.
+# In float16 H is multiplied by a power of two. The largest of the rows' sizes, which is what all pairs of a
+# row pull together, then lies in (2⁵, 2⁶], and |H| is at most twice that times 1 + 4/τc: with the lowest τc
+# that needs no maximum, 0.0226, it is 128 · 178 = 22784, and float16 holds 65504. The largest factor is 2⁶⁰,
+# for sizes of 2⁻⁵⁴ and less: times e^{s/τ}, which is up to 2⁶⁴, float32 still holds it.
 _LOG2_UNIT, _LEAST_LOG2_SIZE = tl.constexpr(6.0), tl.constexpr(-54.0)
 
 

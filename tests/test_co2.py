@@ -243,7 +243,6 @@ class TestGradient:
         (scaled,) = torch.autograd.grad((loss * 1e-5).sum() * 65536, query)
         assert distance(scaled.double() / 65536, expected) <= 2e-3 * expected.norm()
 
-
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize("longest", [1.0, 40.0, 3000.0])
     def test_rows_that_are_all_alike(self, backend: str, dtype: torch.dtype, longest: float) -> None:
