@@ -625,7 +625,7 @@ def _plan(count: int, batch: int, keys: int, products: Products) -> _Plan:
 @plan
 def _merge_plan(batch: int, parts: int, dim: int, interpreted: bool) -> Launch:
     padded_parts = triton.next_power_of_2(parts)
-    rows = max(1, min(32 if interpreted else 8, 128 // padded_parts))
+    rows = max(1, min(32 if interpreted else 8, 256 // padded_parts))
     arguments = {"ROWS": rows, "PARTS": padded_parts, "DEPTH": _padded_depth(dim, 64)}
     return Launch("conic.merge", _merge_kernel, (triton.cdiv(batch, rows),), arguments)
 

@@ -456,10 +456,10 @@ def test_memory_is_bounded_whatever_the_queue(multiprocessors: int, keys: int, d
 def test_memory_of_conic_is_bounded_whatever_the_classifier(
     multiprocessors: int, keys: int, dim: int
 ) -> None:
-    """The same, of its views; and of the classifier one number a row, its norm."""
+    """The same, of its views. Of the classifier there is a copy in their dtype, and a number a row, its norm."""
     for batch in (1, 512, 8192, 100_000):
         plan = _conic._plan(2, batch, keys, bfloat16(dim, multiprocessors))
-        partial = plan.statistics.grid[0] * plan.padded_rows * len(ConICPartial._fields) * 4
+        partial = plan.statistics.grid[1] * plan.padded_rows * len(ConICPartial._fields) * 4
         parts = plan.views.grid[1] * plan.padded_rows * plan.padded_dim * 4
         assert max(partial, parts) <= max(160 << 20, 4 * plan.padded_rows * (plan.padded_dim + 3) * 4)
         if (batch, dim) == (512, 128):
