@@ -456,7 +456,7 @@ def test_memory_is_bounded_whatever_the_queue(multiprocessors: int, keys: int, d
 def test_memory_of_conic_is_bounded_whatever_the_classifier(
     multiprocessors: int, keys: int, dim: int
 ) -> None:
-    """The same, of its views. Of the classifier there is a copy in their dtype, and a number a row, its norm."""
+    """The same, of its views. Of the classifier there is a copy in their dtype, and 1/‖w‖ of each row."""
     for batch in (1, 512, 8192, 100_000):
         plan = _conic._plan(2, batch, keys, bfloat16(dim, multiprocessors))
         partial = plan.statistics.grid[1] * plan.padded_rows * len(ConICPartial._fields) * 4
