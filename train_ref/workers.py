@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
+from typing import Any, NoReturn
 
 STOPS = (signal.SIGINT, signal.SIGTERM)  # a training
 
@@ -34,7 +36,10 @@ class _Forked(_OutOfReach, multiprocessing.get_context("fork").Process):
 
 
 class _Spawned(_OutOfReach, multiprocessing.get_context("spawn").Process):
-    pass
+    def _bootstrap(self, *arguments: Any, **named: Any) -> NoReturn:
+        """Ends as those of the other methods do, without taking the interpreter down: threads of PyTorch's
+        that still run would abort the process, and the training with it."""
+        os._exit(super()._bootstrap(*arguments, **named))
 
 
 class _ForkServed(_OutOfReach, multiprocessing.get_context("forkserver").Process):
