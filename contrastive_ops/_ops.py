@@ -129,6 +129,7 @@ def _goes_straight(arguments: Sequence[Any]) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
         or torch.is_inference_mode_enabled()
+        or torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU)
     ):
         return False
     for argument in arguments:

@@ -83,7 +83,10 @@ from ._launch import (
 _LN_2 = tl.constexpr(math.log(2))
 # Σ 2^a without those that float32 has no room for; were all of 2²⁴ below 2^−126, they would not count.
 _LEAST_SUM = tl.constexpr(2.0**-70)
-_LARGEST_PULL = tl.constexpr(4096.0)
+_LARGEST_SUM = tl.constexpr(2.0**100)  # whose lanes may be added up, and which leaves room for d
+# In float16 Q (d − E[d]) may be 256 times as large before it is clamped, and a million equal keys have 2⁻¹²
+# each.
+_LARGEST_PULL = tl.constexpr(256.0)
 _PARTIAL, _ROW = tl.constexpr(len(CO2Partial._fields)), tl.constexpr(len(CO2Row._fields))
 
 # `do_not_specialize`: the last batch of an epoch, or a queue that is still filling, compiles nothing anew.
@@ -157,18 +160,22 @@ def _sum_up(
         s, y, _ = similarities(rows[0], rows[1], queue_rows, held, dim, CONSISTENCY, TILE)
         valid = tl.reshape(tile_rows < keys, [1, KEYS // LANES, LANES])
         s, y = tl.reshape(s, tile_shape), tl.reshape(y, tile_shape)
-        above = s > positive
-        if not WHOLE_KEYS:
-            above = above & valid
-        rank += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
         if BOUNDED:
-            a = _masked(s * scale_q[:, :, None], valid, LOWEST, WHOLE_KEYS)
+            a, b = s * scale_q[:, :, None], y * scale_k[:, :, None]
+            if not WHOLE_KEYS:  # noqa: SIM102  (known when this is compiled; what follows is not)
+                if start + KEYS > keys:
+                    s = tl.where(valid, s, float("-inf"))
+                    a, b = tl.where(valid, a, LOWEST), tl.where(valid, b, LOWEST)
+            rank += tl.sum(tl.where(s > positive, 1.0, 0.0), axis=1)
             if INSTANCE:
                 z_instance += tl.sum(tl.exp2(a * ratio), axis=1)
             if CONSISTENCY:
-                b = _masked(y * scale_k[:, :, None], valid, LOWEST, WHOLE_KEYS)
                 sums = add_tile(sums, a, b)
         else:
+            above = s > positive
+            if not WHOLE_KEYS:
+                above = above & valid
+            rank += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
             a, new_s = _relative(s, top_s, scale_q, valid, WHOLE_KEYS)
             moved_s = move(top_s, new_s, scale_q)  # what older sums are to be moved by
             if INSTANCE:
@@ -182,9 +189,10 @@ def _sum_up(
 
 
 @triton.jit
-def _all_held(z, inside):
-    """Whether float32 holds all sums of exponentials, without those too small for it having been many."""
-    return tl.min((((z > _LEAST_SUM) & (z < float("inf"))) | ~inside[:, None]).to(tl.int32)) == 1
+def _all_held(z, d, inside):
+    """Whether float32 holds all sums of exponentials, also times d, and too few are too small for it."""
+    held = (z > _LEAST_SUM) & (z < _LARGEST_SUM) & (tl.abs(d) < _LARGEST_SUM)
+    return tl.min((held | ~inside[:, None]).to(tl.int32)) == 1
 
 
 @triton.jit(do_not_specialize=["batch", "keys"])
@@ -232,9 +240,9 @@ def _statistics_kernel(
     if BOUNDED:
         held = True
         if INSTANCE:
-            held = held & _all_held(z_instance, inside)
+            held = held & _all_held(z_instance, z_instance, inside)
         if CONSISTENCY:
-            held = held & _all_held(sums[0], inside) & _all_held(sums[1], inside)
+            held = held & _all_held(sums[0], sums[2], inside) & _all_held(sums[1], sums[3], inside)
         if not held:
             z_instance, sums, top_s, top_y, rank = _sum_up(
                 (query_rows, key_rows), queue, (q, k), measured, part, keys, keys_a_range, dim, ratio,
@@ -323,7 +331,7 @@ def _merge_kernel(
 
     if CONSISTENCY:
         weight = consistency_weight / (2.0 * tau_c)
-        size_consistency += 2.0 * weight
+        negatives_query, negatives_key = z_query, z_key
         factor_query, factor_key = zero + weight, zero + weight
         if INCLUDE_POSITIVE:  # s_+ joins both lists, where it may be the largest entry
             moved_query, moved_key = (
@@ -332,7 +340,8 @@ def _merge_kernel(
             )
             e_query, e_key = tl.exp2(tl.minimum(positive_s, 0.0)), tl.exp2(tl.minimum(positive_y, 0.0))
             d_positive = positive_s - positive_y
-            z_query, z_key = z_query * moved_query + e_query, z_key * moved_key + e_key
+            negatives_query, negatives_key = z_query * moved_query, z_key * moved_key
+            z_query, z_key = negatives_query + e_query, negatives_key + e_key
             d_query = d_query * moved_query + d_positive * e_query
             d_key = d_key * moved_key + d_positive * e_key
             e_query, e_key = e_query / z_query, e_key / z_key
@@ -340,6 +349,7 @@ def _merge_kernel(
                 (e_query - e_key) + e_query * ((d_positive - d_query / z_query) * _LN_2)
             )
             factor_query, factor_key = factor_query * moved_query, factor_key * moved_key
+        size_consistency = weight * (negatives_query / z_query + negatives_key / z_key)
         # L_con = ½ (E_Q[d] − E_P[d]), and the coefficients of ½ [Q (d − E_Q[d] + 1) − P]/τc
         mean = d_query / z_query
         value_consistency = (0.5 * _LN_2) * (mean - d_key / z_key)
@@ -351,8 +361,8 @@ def _merge_kernel(
     tl.store(losses.consistency_loss + rows, value_consistency, mask=inside)
     tl.store(losses.positive_rank + rows, rank, mask=inside)
 
-    # Relative to what all keys of a row pull together: a key then has up to _LARGEST_PULL in float16, which
-    # leaves 65536 equal ones, and those of a loss that is scaled down, within its range.
+    # Relative to what all keys of a row, without its positive, pull together: of the largest one no more is
+    # known where exponentials are relative to 0.
     together = size_instance + size_consistency
     relative = tl.where(together > 0.0, _LARGEST_PULL / together, 0.0)
     complete = CO2Row(
@@ -431,8 +441,9 @@ def _gradient_kernel(
                 g = e_query * (base + slope * (a - b)) - e_key * weight_key
         if INSTANCE:
             g += tl.exp2(a * ratio) * weight_instance
-        if not TILE.whole_keys:
-            g = tl.where((tile_rows < keys)[None, :], g, 0.0)
+        if not TILE.whole_keys:  # noqa: SIM102
+            if start + KEYS > keys:
+                g = tl.where((tile_rows < keys)[None, :], g, 0.0)
         if tl.float16 == TILE.dtype:
             g = tl.clamp(g, -LARGEST_FLOAT16, LARGEST_FLOAT16)
         if TILE.chunked:

@@ -509,6 +509,8 @@ def _views_kernel(
         s, _, w = similarities(block, block, Block(tile, index, 0), held, unit.row, False, TILE)
         g = tl.exp2(_logits(s, max_s, scale, BOUNDED)) * share
         g = tl.where((own_key - start).to(tl.int32) == index[None, :], pull_of_own, g)
+        if start + TILE.keys > keys:  # where all negatives are below 0, no dtype holds g of a padded key
+            g = tl.where((start + index < keys)[None, :], g, 0.0)
         if TILE.chunked:
             w = tl.load(at(tile, index, out_columns))
         grad = product(g.to(TILE.dtype), w, grad, PRECISION)

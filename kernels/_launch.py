@@ -96,6 +96,8 @@ def _specialization(values: Iterable[Any], key: list[Any]) -> None:
         elif issubclass(kind, tuple):
             key.append(kind)
             _specialization(value, key)
+        elif isinstance(value, Tensor):  # of a class of its own
+            key += kind, value.dtype, value.data_ptr() % 16
         else:
             key.append(kind)
             key.append(value)
@@ -503,11 +505,13 @@ class Products(NamedTuple):
 
 def steps_a_range(steps: int, blocks: int, slots: int, most: int = MOST_KEYS_A_RANGE) -> int:
     """How many tiles of keys make a range, at most `most`, so that `blocks` programs for each range, of which
-    `slots` run at a time, are done first. Beginning and end of a program cost about as much as two tiles."""
+    `slots` run at a time, are done first, or nearly so with fewer ranges, for each takes memory. Beginning
+    and end of a program cost about as much as two tiles."""
 
     def time(size: int) -> int:
         return triton.cdiv(blocks * triton.cdiv(steps, size), slots) * (size + 2)
 
     most_ranges = min(steps, max(1, 4 * slots // blocks))
     candidates = {triton.cdiv(steps, ranges) for ranges in range(1, most_ranges + 1)}
-    return min(most, min(sorted(candidates, reverse=True), key=time))
+    least = min(map(time, candidates))
+    return min(most, max(size for size in candidates if time(size) <= 1.03 * least))

@@ -152,7 +152,7 @@ nt_xent.plain       tf32x3   1024    64     32    16    64     4      2        2
 # B200: 227 KiB, and 512 columns of tensor memory for all programs of a multiprocessor.
 BLACKWELL = _table("""
 kernel              precision   D  held walked depth width warps stages programs
-co2.statistics      half      128   128     64   128     0     8      3        1
+co2.statistics      half      128    64    128   128     0     8      2        1
 co2.statistics      half      256    64     64   256     0     4      2        1
 co2.statistics      half     1024    64     64    32     0     4      3        2
 co2.statistics      tf32     1024    64     64    32     0     4      3        2

@@ -258,6 +258,53 @@ class TestGradient:
         actual = fused(query, key, queue, **settings, backend=backend)
         assert_near(actual, oracle(query, key, queue, **settings), allowed, 1e-6 * longest)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("longest", "count"), [(8.63, 1), (8.63, 64), (8.75, 16), (6.9, 1), (14.0, 1)])
+    def test_keys_whose_exponentials_float32_just_holds(
+        self, backend: str, dtype: torch.dtype, longest: float, count: int
+    ) -> None:
+        """2^124 times d, or eight times 2^127, is more than it holds."""
+        require(backend, dtype)
+        query, key = (torch.eye(16, dtype=dtype)[i : i + 1] for i in (0, 1))
+        queue = torch.zeros(64, 16, dtype=dtype)
+        queue[:, 0] = 0.1
+        queue[:count, 0] = longest
+        settings = {"temperature": 0.1, "consistency_temperature": 0.1, "consistency_weight": 1.0}
+        actual = fused(query, key, queue, **settings, backend=backend)
+        assert_near(actual, oracle(query, key, queue, **settings), (1e-3, 2e-2), 1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("temperature", [0.07, 0.05, 0.04])
+    def test_a_positive_that_leaves_the_keys_next_to_nothing(
+        self, backend: str, dtype: torch.dtype, temperature: float
+    ) -> None:
+        """What is left has its direction all the same."""
+        require(backend, dtype)
+        unit = torch.eye(16, dtype=torch.float64)
+        queue = rows(64, 16, 0, torch.float64)
+        queue[:, :2] = 0
+        query, key = unit[:1] + 0.05 * unit[3:4], unit[:1] + 0.1 * unit[4:5]
+        tensors = tuple(x.to(dtype) for x in (query, key, F.normalize(queue, dim=1)))
+        settings = {"temperature": temperature, "consistency_temperature": temperature}
+        # float16 would not hold smaller gradients.
+        settings |= {"consistency_weight": 1e4, "include_positive": True}
+        actual = fused(*tensors, **settings, backend=backend)
+        assert_near(actual, oracle(*tensors, **settings), (2e-2, 2e-2), 1e-9)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("temperature", [0.02, 0.01, 0.005])
+    def test_equal_keys_of_the_query_that_are_far_apart_for_the_key(
+        self, backend: str, dtype: torch.dtype, temperature: float
+    ) -> None:
+        """What pulls them apart, Q (d − E[d]), is many times Q."""
+        require(backend, dtype)
+        query, key = (torch.eye(16, dtype=dtype)[i : i + 1] for i in (0, 1))
+        queue = torch.zeros(2, 16, dtype=dtype)
+        queue[:, 0], queue[0, 1], queue[1, 1] = 0.7, 0.7, -0.7
+        settings = {"temperature": 0.07, "consistency_temperature": temperature, "consistency_weight": 1.0}
+        actual = fused(query, key, queue, **settings, backend=backend)
+        assert_near(actual, oracle(query, key, queue, **settings), (1e-2, 1e-2))
+
 
 class TestValue:
     @pytest.mark.parametrize("keys", [1, 7, 4096])

@@ -65,6 +65,26 @@ class TestAccuracy:
         actual = conic_loss_and_gradients(conic_loss, *case.tensors(), **case.settings(), backend=backend)
         assert_near(actual, expected, (1e-12,) * 3, 10 * ORACLE_ERROR)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("classes", [1, 2, 10])
+    @pytest.mark.parametrize(("similarity", "temperature"), [(-0.1, 0.1), (-0.3, 0.07), (-0.5, 0.02)])
+    def test_negatives_that_are_all_below_zero(
+        self, backend: str, dtype: torch.dtype, classes: int, similarity: float, temperature: float
+    ) -> None:
+        """A key that only fills up a tile, with zeros, would be the nearest of all."""
+        require(backend, dtype)
+        unit = torch.eye(16, dtype=torch.float64)
+        views = torch.stack([unit[0] - 0.3 * unit[12], unit[0] - 0.3 * unit[13]])[:, None]
+        weight = torch.stack(
+            [unit[0]]
+            + [similarity * unit[0] + math.sqrt(1 - similarity**2) * unit[i] for i in range(1, classes)]
+        )
+        tensors = views.to(dtype), weight.to(dtype), torch.zeros(1, dtype=torch.int64)
+        settings = {"temperature": temperature, "consistency_weight": 1.0}
+        actual = conic_loss_and_gradients(conic_loss, *tensors, **settings, backend=backend)
+        near = (1e-5, 1e-5, 1e-5) if dtype == torch.float32 else (5e-2, 2e-2, 2e-2)
+        assert_near(actual, conic_oracle(*tensors, **settings), near, 1e-6)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
     @given(case=conic_cases)
