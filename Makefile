@@ -85,7 +85,7 @@ bench: $(VENV)/.installed
 OUT ?= bench/results
 SECONDS ?= 7200
 gpu:
-	$(PYTHON) -m bench.lease --seconds $(SECONDS) --output $(OUT)
+	$(PYTHON) -m bench.parts --seconds $(SECONDS) --output $(OUT)
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .

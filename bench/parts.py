@@ -107,7 +107,7 @@ def run(part: Part, seconds: float, output: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.lease", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.parts", description=__doc__)
     parser.add_argument(
         "--seconds", type=float, default=7200, help="after which nothing goes on (default: 7200)"
     )
