@@ -476,7 +476,7 @@ def _weight_kernel(
 @triton.jit(do_not_specialize=["keys", "padded_rows"])
 def _views_kernel(
     unit, own, pull, unit_weight, grad_parts, keys, padded_rows, scale, keys_a_range,
-    BOUNDED: tl.constexpr, TILE: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr, BOUNDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a range of keys adds to dx̂ of a block of views.
 
@@ -485,6 +485,7 @@ def _views_kernel(
         own: (padded rows,) int32. pull: `_Pull` (padded rows, 4) float32.
         grad_parts: Matrix (ranges · padded rows, padded dimensions) float32.
         scale: log2(e)/τ.
+        WHOLE_KEYS: whether no tile ends past the last key.
     """
     ROWS: tl.constexpr = TILE.rows
     PRECISION: tl.constexpr = TILE.precision
@@ -509,8 +510,9 @@ def _views_kernel(
         s, _, w = similarities(block, block, Block(tile, index, 0), held, unit.row, False, TILE)
         g = tl.exp2(_logits(s, max_s, scale, BOUNDED)) * share
         g = tl.where((own_key - start).to(tl.int32) == index[None, :], pull_of_own, g)
-        if start + TILE.keys > keys:  # where all negatives are below 0, no dtype holds g of a padded key
-            g = tl.where((start + index < keys)[None, :], g, 0.0)
+        if not WHOLE_KEYS:  # noqa: SIM102
+            if start + TILE.keys > keys:  # where all negatives are below 0, no dtype holds g of a padded key
+                g = tl.where((start + index < keys)[None, :], g, 0.0)
         if TILE.chunked:
             w = tl.load(at(tile, index, out_columns))
         grad = product(g.to(TILE.dtype), w, grad, PRECISION)
@@ -578,7 +580,8 @@ def _plan(count: int, batch: int, keys: int, products: Products) -> _Plan:
     statistics = products.walk(
         "conic.statistics", _statistics_kernel, rows, keys, padded=True, LANES=lanes(chip.capability)
     )
-    views = products.walk("conic.views", _views_kernel, rows, keys, padded=True)
+    whole_keys = keys % products.tiling("conic.views").walked == 0
+    views = products.walk("conic.views", _views_kernel, rows, keys, padded=True, WHOLE_KEYS=whole_keys)
     tiling = products.tiling("conic.weight")
     tile = products.tile(tiling, rows, padded=True)
     whole = {
