@@ -324,9 +324,9 @@ OTHER_CALLS = [
 def test_other_calls_spill_nothing_in_the_loop(
     made: Callable[[Call], resources.Resources], call: Call
 ) -> None:
-    """The (D, K) order of keys, a ragged number of them, InfoNCE alone, float16 with a float32 queue, a
-    classifier in half precision, a backward that only stores its gradient, float16, and views that are not
-    normalised, on the same matrix instructions."""
+    """The (D, K) order of keys, a ragged number of them, InfoNCE alone, a classifier in half precision, a
+    backward that only stores its gradient, float16, and views that are not normalised, on the same matrix
+    instructions."""
     kernel = made(call)
     assert TENSOR_CORES[call.capability] in kernel.ptx
     if TUNED_FOR_THIS_COMPILER:
