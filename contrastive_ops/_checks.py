@@ -125,20 +125,35 @@ _CONIC = {
 _CONIC_BACKWARD = {"grad_loss": _Wanted("B", loss_of="views"), "statistics": _Wanted("V B 3", _DOUBLE)}
 _MOMENTUM = {"momentum_buffer": _Wanted("A D", like="weight")}
 
+_NT_XENT = {"views": _Wanted("2 B D")}
+_NT_XENT_BACKWARD = _NT_XENT | {
+    "grad_loss": _Wanted("2B", loss_of="views"),
+    "statistics": _Wanted("2B 5", _DOUBLE),
+}
+_CO2 = {"query": _Wanted("B D"), "key": _Wanted("B D"), "queue": _Wanted("K D")}
+
+# The targets there are rows of the whole weight, of which this rank has a part.
+_CONIC_OF_SHARDS = _CONIC | {"target": _Wanted("B", _INDEX)}
+_ACROSS_RANKS = {
+    "co2_across_ranks": _CO2,
+    "nt_xent_across_ranks": _NT_XENT,
+    "nt_xent_across_ranks_backward": _NT_XENT_BACKWARD,
+    "conic_across_ranks": _CONIC_OF_SHARDS,
+    "conic_across_ranks_backward": _CONIC_OF_SHARDS | _CONIC_BACKWARD,
+    "conic_across_ranks_backward_sgd_": _CONIC_OF_SHARDS | _MOMENTUM | _CONIC_BACKWARD,
+}
+
 # The tensors of each operator in the order in which they are looked at; all are on the device of the first.
 _TENSORS = {
-    "co2": {"query": _Wanted("B D"), "key": _Wanted("B D"), "queue": _Wanted("K D")},
+    **_ACROSS_RANKS,
+    "co2": _CO2,
     "scale_gradient": {
         "query": _Wanted("B D"),
         "gradient": _Wanted("B D", loss_of="query"),
         "grad_loss": _Wanted("B", loss_of="query"),
     },
-    "nt_xent": {"views": _Wanted("2 B D")},
-    "nt_xent_backward": {
-        "views": _Wanted("2 B D"),
-        "grad_loss": _Wanted("2B", loss_of="views"),
-        "statistics": _Wanted("2B 5", _DOUBLE),
-    },
+    "nt_xent": _NT_XENT,
+    "nt_xent_backward": _NT_XENT_BACKWARD,
     "conic": _CONIC,
     "conic_backward": _CONIC | _CONIC_BACKWARD,
     "conic_backward_sgd_": _CONIC | _MOMENTUM | _CONIC_BACKWARD,
@@ -154,7 +169,9 @@ _TENSORS = {
         "outgoing_rows": _Wanted("n", _INDEX, rows_of="outgoing", distinct=True),
     },
 }
-_MAY_BE_EMPTY = ("sgd_", "exchange_rows_")  # nothing is done then; a loss needs something of everything
+# Where nothing is done then, or other ranks have what this one lacks. Alone a loss needs something of
+# everything.
+_MAY_BE_EMPTY = ("sgd_", "exchange_rows_", *_ACROSS_RANKS)
 _MAY_BE_ZERO = ("instance_weight", "consistency_weight", "lr", "momentum", "weight_decay")
 _FIXED = {"2": 2, "3": 3, "5": 5}
 _KNOWN = 1024  # calls that are remembered of an operator

@@ -22,6 +22,7 @@ a call on filling in defaults, of which these schemas have none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -44,43 +45,44 @@ from ._contract import (
 from ._eager import eager
 
 _library = torch.library.Library("contrastive_ops", "DEF")
+define = _library.define
 
-_library.define(
+define(
     "co2(Tensor query, Tensor key, Tensor queue, float temperature, float consistency_temperature, "
     "float instance_weight, float consistency_weight, bool include_positive, bool normalize, "
     "bool compute_gradient, str? backend) "
     "-> (Tensor loss, Tensor instance_loss, Tensor consistency_loss, Tensor positive_rank, Tensor gradient)"
 )
-_library.define("scale_gradient(Tensor gradient, Tensor grad_loss, Tensor query) -> Tensor")
-_library.define(
+define("scale_gradient(Tensor gradient, Tensor grad_loss, Tensor query) -> Tensor")
+define(
     "nt_xent(Tensor views, float temperature, float consistency_temperature, float consistency_weight, "
     "bool normalize, str? backend) -> (Tensor loss, Tensor instance_loss, Tensor consistency_loss, "
     "Tensor positive_rank, Tensor statistics)"
 )
-_library.define(
+define(
     "nt_xent_backward(Tensor grad_loss, Tensor views, Tensor statistics, float temperature, "
     "float consistency_temperature, float consistency_weight, bool normalize, str? backend) -> Tensor"
 )
-_library.define(
+define(
     "conic(Tensor views, Tensor weight, Tensor target, float temperature, float compensation, "
     "float consistency_weight, str? backend) -> (Tensor loss, Tensor classification_loss, "
     "Tensor consistency_loss, Tensor positive_rank, Tensor statistics)"
 )
-_library.define(
+define(
     "conic_backward(Tensor grad_loss, Tensor views, Tensor weight, Tensor target, Tensor statistics, "
     "float temperature, float consistency_weight, bool views_need_grad, bool weight_needs_grad, "
     "str? backend) -> (Tensor grad_views, Tensor grad_weight)"
 )
-_library.define(
+define(
     "conic_backward_sgd_(Tensor grad_loss, Tensor views, Tensor(a!) weight, Tensor(b!) momentum_buffer, "
     "Tensor target, Tensor statistics, float temperature, float consistency_weight, float lr, "
     "float momentum, float weight_decay, bool nesterov, str? backend) -> Tensor grad_views"
 )
-_library.define(
+define(
     "sgd_(Tensor(a!) weight, Tensor(b!) momentum_buffer, Tensor grad, float lr, float momentum, "
     "float weight_decay, bool nesterov, str? backend) -> ()"
 )
-_library.define(
+define(
     "exchange_rows_(Tensor(a!) weight, Tensor(b!) momentum_buffer, Tensor slots, Tensor incoming, "
     "Tensor incoming_rows, Tensor coefficients, Tensor(c!) outgoing, Tensor outgoing_rows, "
     "str? backend) -> ()"
@@ -93,7 +95,7 @@ def _co2(query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any) -> 
     return kernels.co2(query, key, queue, CO2Settings(*settings), compute_gradient)
 
 
-def _co2_fake(query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any) -> tuple[Tensor, ...]:
+def co2_fake(query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any) -> tuple[Tensor, ...]:
     *_, compute_gradient, _ = settings_and_more
     rows, dim = query.shape
     dtype = computed_in(query)
@@ -175,11 +177,10 @@ class _CO2(torch.autograd.Function):
         return _gradients(ctx, (_scale_gradient if unseen else scale_gradient)(*tensors))
 
 
-def _record_co2(
+def record_co2(
     below: Callable[..., Any], query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any
 ) -> tuple[Tensor, ...]:
-    *_, compute_gradient, _ = settings_and_more
-    if not compute_gradient:
+    if not settings_and_more[len(CO2Settings._fields)]:
         raise RuntimeError("contrastive_ops::co2: compute_gradient is false, but query requires a gradient")
     if key.requires_grad or queue.requires_grad:
         raise RuntimeError("contrastive_ops::co2: key and queue get no gradient, but one requires it")
@@ -200,10 +201,11 @@ class _NTXent(torch.autograd.Function):
         views: Tensor,
         compute: Callable[[], tuple[Tensor, ...]],
         others: list[Tensor],
-        settings_and_backend: tuple[Any, ...],
+        settings_and_more: tuple[Any, ...],
+        backward: Callable[..., Tensor],
     ) -> Tensor:
         loss, *others[:] = compute()
-        ctx.settings_and_backend = settings_and_backend
+        ctx.settings_and_more, ctx.operator = settings_and_more, backward
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(views, others[-1])
         return loss
@@ -212,16 +214,16 @@ class _NTXent(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = None
         if grad_loss is not None:
-            gradient = nt_xent_backward(grad_loss, *ctx.saved_tensors, *ctx.settings_and_backend)
+            gradient = ctx.operator(grad_loss, *ctx.saved_tensors, *ctx.settings_and_more)
         return _gradients(ctx, gradient)
 
 
-def _record_nt_xent(
-    below: Callable[..., Any], views: Tensor, *settings_and_backend: Any
+def record_nt_xent(
+    backward: Callable[..., Tensor], below: Callable[..., Any], views: Tensor, *settings_and_more: Any
 ) -> tuple[Tensor, ...]:
     others: list[Tensor] = []
-    compute = partial(below, views, *settings_and_backend)
-    loss = _NTXent.apply(views, compute, others, settings_and_backend)
+    compute = partial(below, views, *settings_and_more)
+    loss = _NTXent.apply(views, compute, others, settings_and_more, backward)
     return loss, *others
 
 
@@ -230,7 +232,7 @@ def _nt_xent(views: Tensor, *settings_and_backend: Any) -> tuple[Tensor, ...]:
     return _backends.select(backend, "nt_xent", views).nt_xent(views, NTXentSettings(*settings))
 
 
-def _nt_xent_fake(views: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def nt_xent_fake(views: Tensor, *_: Any) -> tuple[Tensor, ...]:
     rows = 2 * views.shape[1]
     loss, instance, consistency = (views.new_empty(rows, dtype=computed_in(views)) for _ in range(3))
     rank = views.new_empty(rows, dtype=torch.int64)
@@ -255,11 +257,12 @@ class _ConIC(torch.autograd.Function):
         target: Tensor,
         compute: Callable[[], tuple[Tensor, ...]],
         others: list[Tensor],
-        settings_and_backend: tuple[Any, ...],
+        settings_and_more: tuple[Any, ...],
+        backward: Callable[..., Any],
     ) -> Tensor:
         loss, *others[:] = compute()
-        temperature, _compensation, consistency_weight, ctx.backend = settings_and_backend
-        ctx.settings = temperature, consistency_weight
+        temperature, _negatives, consistency_weight, *ctx.backend_and_group = settings_and_more
+        ctx.settings, ctx.operator = (temperature, consistency_weight), backward
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(views, weight, target, others[-1])
         return loss
@@ -269,18 +272,23 @@ class _ConIC(torch.autograd.Function):
         need_views, need_weight, *_ = ctx.needs_input_grad
         grad_views = grad_weight = None
         if grad_loss is not None:
-            grad_views, grad_weight = conic_backward(
-                grad_loss, *ctx.saved_tensors, *ctx.settings, need_views, need_weight, ctx.backend
+            grad_views, grad_weight = ctx.operator(
+                grad_loss, *ctx.saved_tensors, *ctx.settings, need_views, need_weight, *ctx.backend_and_group
             )
         return _gradients(ctx, grad_views if need_views else None, grad_weight if need_weight else None)
 
 
-def _record_conic(
-    below: Callable[..., Any], views: Tensor, weight: Tensor, target: Tensor, *settings_and_backend: Any
+def record_conic(
+    backward: Callable[..., Any],
+    below: Callable[..., Any],
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *settings_and_more: Any,
 ) -> tuple[Tensor, ...]:
     others: list[Tensor] = []
-    compute = partial(below, views, weight, target, *settings_and_backend)
-    loss = _ConIC.apply(views, weight, target, compute, others, settings_and_backend)
+    compute = partial(below, views, weight, target, *settings_and_more)
+    loss = _ConIC.apply(views, weight, target, compute, others, settings_and_more, backward)
     return loss, *others
 
 
@@ -309,17 +317,23 @@ class _ConICWithUpdate(torch.autograd.Function):
 
 
 @_steps
-def conic_with_update(
-    views: Tensor, weight: Tensor, target: Tensor, update: PendingStep, *settings_and_backend: Any
+def with_update(
+    operator: Callable[..., Any],
+    backward: Callable[..., Tensor],
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    update: PendingStep,
+    *settings_and_more: Any,
 ) -> tuple[Tensor, ...]:
-    """`conic`, whose backward takes the step `update`."""
+    """`operator`, a loss of ConIC, whose backward takes the step `update`."""
     others: list[Tensor] = []
 
     def compute() -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.contrastive_ops.conic(views, weight, target, *settings_and_backend)
+            return operator(views, weight, target, *settings_and_more)
 
-    loss = _ConICWithUpdate.apply(views, weight, target, update, compute, others, settings_and_backend)
+    loss = _ConICWithUpdate.apply(views, weight, target, update, compute, others, settings_and_more, backward)
     return loss, *others
 
 
@@ -340,9 +354,9 @@ def _backward_with_a_step(ctx: Any, grad_loss: Tensor) -> Tensor:
     views, weight, target, statistics = ctx.saved_tensors
     # Until the operator has moved the versions on, the step is not taken, whatever it raises.
     update.begun = update.momentum_buffer._version, weight._version
-    grad_views = conic_backward_sgd_(
+    grad_views = ctx.operator(
         grad_loss, views, weight.detach(), update.momentum_buffer, target, statistics,
-        *ctx.settings, *update.settings, ctx.backend,
+        *ctx.settings, *update.settings, *ctx.backend_and_group,
     )  # fmt: skip
     update.taken = True
     return grad_views
@@ -361,7 +375,7 @@ def _conic(
     return _backends.select(backend, "conic", views).conic(views, weight, target, settings)
 
 
-def _conic_fake(views: Tensor, weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def conic_fake(views: Tensor, weight: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
     count, batch, _dim = views.shape
     dtype = computed_in(views)
     loss, consistency = (views.new_empty(batch, dtype=dtype) for _ in range(2))
@@ -389,7 +403,7 @@ def _conic_backward(
     )
 
 
-def _conic_backward_fake(
+def conic_backward_fake(
     grad_loss: Tensor, views: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     *_, views_need_grad, weight_needs_grad, _ = arguments
@@ -467,15 +481,17 @@ def _fake_in_place(*_: Any) -> None:
     return None
 
 
-def _register(
+def register(
     name: str,
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     record: Callable[..., Any] | None = None,
+    around_checks: Callable[[Sequence[Any]], AbstractContextManager[Any]] | None = None,
 ) -> Any:
     """The operator, with its arguments checked before `kernel` and `fake` see them. Where a tensor argument
     requires a gradient, `record` is called in its place, with the operator below autograd for its first
-    argument. An operator without it has no derivative.
+    argument. An operator without it has no derivative. `around_checks` of the arguments is entered while they
+    are checked.
 
     What is returned calls the operator, or what PyTorch's dispatcher would come to: a way there and back
     takes the host as long as the launches of several kernels.
@@ -484,7 +500,11 @@ def _register(
     check = Checks(name, operator.default._schema)
 
     def checked_kernel(*arguments: Any) -> Any:
-        check(arguments)
+        if around_checks is None:
+            check(arguments)
+        else:
+            with around_checks(arguments):
+                check(arguments)
         return kernel(*arguments)
 
     def checked_fake(*arguments: Any) -> Any:
@@ -535,29 +555,26 @@ def _register(
 # Each is specified by the function of its name in `reference.py`; the last argument names a backend. Of a
 # loss only the first output, its rows, is differentiable: `co2` in the query, `nt_xent` in the views, `conic`
 # in views and weight.
-co2 = _register("co2", _co2, _co2_fake, _record_co2)
-scale_gradient = _register(
+refuse_double_backward = _NoDoubleBackward.apply
+co2 = register("co2", _co2, co2_fake, record_co2)
+scale_gradient = register(
     "scale_gradient",
     _scale_gradient,
     lambda gradient, grad_loss, query: query.new_empty(query.shape),
-    _NoDoubleBackward.apply,
+    refuse_double_backward,
 )
-nt_xent = _register("nt_xent", _nt_xent, _nt_xent_fake, _record_nt_xent)
-nt_xent_backward = _register(
+nt_xent_backward = register(
     "nt_xent_backward",
     _nt_xent_backward,
     lambda grad_loss, views, *_: views.new_empty(views.shape),
-    _NoDoubleBackward.apply,
+    refuse_double_backward,
 )
-conic = _register("conic", _conic, _conic_fake, _record_conic)
-conic_backward = _register(
-    "conic_backward",
-    _conic_backward,
-    _conic_backward_fake,
-    _NoDoubleBackward.apply,
-)
-conic_backward_sgd_ = _register(
+nt_xent = register("nt_xent", _nt_xent, nt_xent_fake, partial(record_nt_xent, nt_xent_backward))
+conic_backward = register("conic_backward", _conic_backward, conic_backward_fake, refuse_double_backward)
+conic_backward_sgd_ = register(
     "conic_backward_sgd_", _conic_backward_sgd_, lambda grad_loss, views, *_: views.new_empty(views.shape)
 )
-sgd_ = _register("sgd_", _sgd_, _fake_in_place)
-exchange_rows_ = _register("exchange_rows_", _exchange_rows_, _fake_in_place)
+conic = register("conic", _conic, conic_fake, partial(record_conic, conic_backward))
+conic_with_update = partial(with_update, torch.ops.contrastive_ops.conic, conic_backward_sgd_)
+sgd_ = register("sgd_", _sgd_, _fake_in_place)
+exchange_rows_ = register("exchange_rows_", _exchange_rows_, _fake_in_place)

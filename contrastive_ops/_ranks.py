@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 # As newer versions call it, and older ones.
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 _ALIGNMENT = 16  # bytes, of each tensor in a message
 _MOST_OWN = 8  # numbers that a rank says of itself
@@ -54,7 +53,9 @@ def check_group(group: Any) -> None:
 
 def named(group_name: str) -> dist.ProcessGroup:
     """The group of that name, which is what operators are given, as PyTorch's own are."""
-    return distributed_c10d._resolve_process_group(group_name)
+    from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+
+    return _resolve_process_group(GroupName(group_name))
 
 
 class Ranks:
@@ -248,7 +249,8 @@ def _padded(x: Tensor, count: int, dim: int) -> Tensor:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8)
+    """The memory of a contiguous tensor; one of a single number may have any stride."""
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def _joined(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

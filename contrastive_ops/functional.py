@@ -6,15 +6,19 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, distributed
 from ._checks import check_device, check_filled, check_flag, check_number, check_tensor
 from ._contract import CO2Settings, NTXentSettings, PendingStep
+from ._ranks import check_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -45,6 +49,7 @@ class _QueueOptions(TypedDict, total=False):
     temperature: float
     normalize: bool
     reduction: Reduction
+    group: ProcessGroup | None
     backend: str | None
 
 
@@ -97,6 +102,7 @@ def co2_loss(
     normalize: bool = True,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LossMetrics]:
     """InfoNCE plus CO2's consistency term, over a queue of negatives (Wei et al., ICLR 2021).
@@ -154,11 +160,10 @@ def co2_loss(
         >>> loss.backward()
         >>> top1 = (metrics.positive_rank == 0).float().mean()
     """
-    _check_weight("consistency_weight", consistency_weight)
     return _queue_loss(
         query, key, queue, temperature=temperature, consistency_temperature=consistency_temperature,
         instance_weight=1.0, consistency_weight=consistency_weight, include_positive=include_positive,
-        normalize=normalize, reduction=reduction, return_metrics=return_metrics, backend=backend,
+        normalize=normalize, reduction=reduction, return_metrics=return_metrics, group=group, backend=backend,
     )  # fmt: skip
 
 
@@ -193,6 +198,7 @@ def info_nce_loss(
     normalize: bool = True,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LossMetrics]:
     """InfoNCE over a queue of negatives, the loss of MoCo (He et al., CVPR 2020).
@@ -211,7 +217,7 @@ def info_nce_loss(
     return _queue_loss(
         query, key, queue, temperature=temperature, consistency_temperature=1.0, instance_weight=1.0,
         consistency_weight=0.0, include_positive=False, normalize=normalize, reduction=reduction,
-        return_metrics=return_metrics, backend=backend,
+        return_metrics=return_metrics, group=group, backend=backend,
     )  # fmt: skip
 
 
@@ -247,6 +253,7 @@ def consistency_loss(
     normalize: bool = True,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LossMetrics]:
     """CO2's consistency term alone (Wei et al., ICLR 2021).
@@ -266,7 +273,8 @@ def consistency_loss(
     return _queue_loss(
         query, key, queue, temperature=1.0, consistency_temperature=temperature, instance_weight=0.0,
         consistency_weight=1.0, include_positive=include_positive, normalize=normalize, reduction=reduction,
-        return_metrics=return_metrics, backend=backend, consistency_temperature_name="temperature",
+        return_metrics=return_metrics, group=group, backend=backend,
+        consistency_temperature_name="temperature",
     )  # fmt: skip
 
 
@@ -292,6 +300,7 @@ def nt_xent_loss(
     normalize: bool = True,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LossMetrics]:
     """NT-Xent, the loss of SimCLR (Chen et al., ICML 2020), with CO2's consistency term if asked for.
@@ -337,12 +346,14 @@ def nt_xent_loss(
         >>> loss.backward()
         >>> top1 = (metrics.positive_rank == 0).float().mean()
     """
-    _check_rows("view1", view1, "(B, D)", "view1", view1)
-    _check_rows("view2", view2, "(B, D)", "view1", view1)
-    _check_alike("view2", view2, "view1", view1)
-    _check_weight("consistency_weight", consistency_weight)
-    temperatures = {"temperature": temperature, "consistency_temperature": consistency_temperature}
-    _check_settings(temperatures, reduction, return_metrics, backend, normalize=normalize)
+    check_group(group)
+    with distributed.telling(group, "nt_xent_loss"):
+        _check_rows("view1", view1, "(B, D)", "view1", view1, group)
+        _check_rows("view2", view2, "(B, D)", "view1", view1, group)
+        _check_alike("view2", view2, "view1", view1)
+        _check_weight("consistency_weight", consistency_weight)
+        temperatures = {"temperature": temperature, "consistency_temperature": consistency_temperature}
+        _check_settings(temperatures, reduction, return_metrics, backend, normalize=normalize)
 
     settings = NTXentSettings(
         temperature=float(temperature),
@@ -353,8 +364,11 @@ def nt_xent_loss(
     dtype = torch.promote_types(view1.dtype, view2.dtype)
     with _without_autocast(view1):
         views = torch.stack([view1.to(dtype), view2.to(dtype)])
-        loss, *metrics, _ = _ops.nt_xent(views, *settings, backend)
-    loss = _reduce(loss, reduction)
+        if group is None:
+            loss, *metrics, _ = _ops.nt_xent(views, *settings, backend)
+        else:
+            loss, *metrics, share, _ = distributed.nt_xent(views, *settings, backend, group.group_name)
+    loss = _reduce(loss, reduction, None if group is None else share)
     return (loss, LossMetrics(*metrics)) if return_metrics else loss
 
 
@@ -379,6 +393,7 @@ class _ConICOptions(TypedDict, total=False):
     consistency_weight: float
     reduction: Reduction
     update: PendingStep | None
+    group: ProcessGroup | None
     backend: str | None
 
 
@@ -415,6 +430,7 @@ def conic_loss(
     reduction: Reduction = "mean",
     return_metrics: bool = False,
     update: PendingStep | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ConICMetrics]:
     """Consistent instance classification, ConIC: every instance a class of its own.
@@ -470,43 +486,67 @@ def conic_loss(
         >>> to_image = conic_loss(text[None], image, own, **settings)
         >>> ((to_text + to_image) / 2).backward()
     """
-    _check_rows("views", views, "(V, B, D)", "views", views)
-    _check_rows("weight", weight, "(A, D)", "views", views)
-    if weight.shape[1] != views.shape[2]:
-        raise ValueError(f"weight must be (A, D) with D = {views.shape[2]} as in views, got {_shape(weight)}")
-    check_tensor("target", target, (torch.int64,))
-    check_device("target", target, "views", views)
-    if target.shape != views.shape[1:2]:
-        raise ValueError(f"target must be (B,) with B = {views.shape[1]} as in views, got {_shape(target)}")
-    rows = weight.shape[0]
-    if num_instances is not None:
-        if isinstance(num_instances, bool) or not isinstance(num_instances, (int, np.integer)):
-            raise TypeError(f"num_instances must be an integer or None, got {type(num_instances).__name__}")
-        if num_instances < rows:
-            raise ValueError(f"num_instances must be at least the {rows} rows of weight, got {num_instances}")
-        if num_instances >= 2**63:
-            raise ValueError(f"num_instances must be an int64, got {num_instances}")
-    _check_weight("consistency_weight", consistency_weight)
-    _check_settings({"temperature": temperature}, reduction, return_metrics, backend)
-    if update is not None:
-        if not isinstance(update, PendingStep):
-            raise TypeError(f"update must come from DelayedSGD.in_backward(), got {type(update).__name__}")
-        if update.weight is not None and update.weight is not weight:
+    check_group(group)
+    with distributed.telling(group, "conic_loss"):
+        _check_rows("views", views, "(V, B, D)", "views", views, group)
+        _check_rows("weight", weight, "(A, D)", "views", views, group)
+        if weight.shape[1] != views.shape[2]:
             raise ValueError(
-                "update is a step on the weight of its optimizer's classifier, which weight must be, got "
-                "another tensor"
+                f"weight must be (A, D) with D = {views.shape[2]} as in views, got {_shape(weight)}"
             )
+        check_tensor("target", target, (torch.int64,))
+        check_device("target", target, "views", views)
+        if target.shape != views.shape[1:2]:
+            raise ValueError(
+                f"target must be (B,) with B = {views.shape[1]} as in views, got {_shape(target)}"
+            )
+        rows = weight.shape[0]
+        if num_instances is not None:
+            if isinstance(num_instances, bool) or not isinstance(num_instances, (int, np.integer)):
+                raise TypeError(
+                    f"num_instances must be an integer or None, got {type(num_instances).__name__}"
+                )
+            if num_instances < rows:
+                raise ValueError(
+                    f"num_instances must be at least the {rows} rows of weight, got {num_instances}"
+                )
+            if num_instances >= 2**63:
+                raise ValueError(f"num_instances must be an int64, got {num_instances}")
+        _check_weight("consistency_weight", consistency_weight)
+        _check_settings({"temperature": temperature}, reduction, return_metrics, backend)
+        if update is not None:
+            if not isinstance(update, PendingStep):
+                raise TypeError(
+                    f"update must come from DelayedSGD.in_backward(), got {type(update).__name__}"
+                )
+            if update.weight is not None and update.weight is not weight:
+                raise ValueError(
+                    "update is a step on the weight of its optimizer's classifier, which weight must be, got "
+                    "another tensor"
+                )
 
-    compensation = 1.0
-    if num_instances is not None and rows > 1:
-        compensation = (num_instances - 1) / (rows - 1)
-    settings = (float(temperature), compensation, float(consistency_weight), backend)
     with _without_autocast(views):
-        if update is None:
-            loss, *metrics, _ = _ops.conic(views, weight, target, *settings)
+        if group is not None:
+            across = (
+                float(temperature), num_instances, float(consistency_weight), backend, weight.is_leaf,
+                group.group_name,
+            )  # fmt: skip
+            if update is None:
+                loss, *metrics, share, _ = distributed.conic(views, weight, target, *across)
+            else:
+                loss, *metrics, share, _ = distributed.conic_with_update(
+                    views, weight, target, update, *across
+                )
         else:
-            loss, *metrics, _ = _ops.conic_with_update(views, weight, target, update, *settings)
-    loss = _reduce(loss, reduction)
+            compensation = 1.0
+            if num_instances is not None and rows > 1:
+                compensation = (num_instances - 1) / (rows - 1)
+            settings = (float(temperature), compensation, float(consistency_weight), backend)
+            if update is None:
+                loss, *metrics, _ = _ops.conic(views, weight, target, *settings)
+            else:
+                loss, *metrics, _ = _ops.conic_with_update(views, weight, target, update, *settings)
+    loss = _reduce(loss, reduction, None if group is None else share)
     return (loss, ConICMetrics(*metrics)) if return_metrics else loss
 
 
@@ -523,28 +563,32 @@ def _queue_loss(
     normalize: bool,
     reduction: Reduction,
     return_metrics: bool,
+    group: ProcessGroup | None,
     backend: str | None,
     consistency_temperature_name: str = "consistency_temperature",
 ) -> Tensor | tuple[Tensor, LossMetrics]:
-    _check_rows("query", query, "(B, D)", "query", query)
-    _check_rows("key", key, "(B, D)", "query", query)
-    _check_rows("queue", queue, "(K, D)", "query", query)
-    _check_alike("key", key, "query", query)
-    if queue.shape[1] != query.shape[1]:
-        raise ValueError(
-            f"queue must be (K, D) with D = {query.shape[1]} as in query, got {_shape(queue)}"
-            + ("; pass queue.T" if queue.shape[0] == query.shape[1] else "")
-        )
-    for name, tensor in (("key", key), ("queue", queue)):
-        if tensor.requires_grad and torch.is_grad_enabled():
+    check_group(group)
+    with distributed.telling(group, "co2_loss"):
+        _check_rows("query", query, "(B, D)", "query", query, group)
+        _check_rows("key", key, "(B, D)", "query", query, group)
+        _check_rows("queue", queue, "(K, D)", "query", query, group)
+        _check_alike("key", key, "query", query)
+        if queue.shape[1] != query.shape[1]:
             raise ValueError(
-                f"{name} gets no gradient from this loss, but requires one; pass {name}.detach()"
+                f"queue must be (K, D) with D = {query.shape[1]} as in query, got {_shape(queue)}"
+                + ("; pass queue.T" if queue.shape[0] == query.shape[1] else "")
             )
-    temperatures = {"temperature": temperature, consistency_temperature_name: consistency_temperature}
-    _check_settings(
-        temperatures, reduction, return_metrics, backend,
-        include_positive=include_positive, normalize=normalize,
-    )  # fmt: skip
+        for name, tensor in (("key", key), ("queue", queue)):
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name} gets no gradient from this loss, but requires one; pass {name}.detach()"
+                )
+        _check_weight("consistency_weight", consistency_weight)
+        temperatures = {"temperature": temperature, consistency_temperature_name: consistency_temperature}
+        _check_settings(
+            temperatures, reduction, return_metrics, backend,
+            include_positive=include_positive, normalize=normalize,
+        )  # fmt: skip
     if queue.shape[0] == queue.shape[1]:
         _warn_if_transposed(queue)
 
@@ -558,14 +602,19 @@ def _queue_loss(
     )
     with _without_autocast(query):
         needs_gradient = query.requires_grad and torch.is_grad_enabled()
-        loss, *metrics, _gradient = _ops.co2(query, key, queue, *settings, needs_gradient, backend)
-    loss = _reduce(loss, reduction)
+        arguments = (query, key, queue, *settings, needs_gradient, backend)
+        if group is None:
+            loss, *metrics, _gradient = _ops.co2(*arguments)
+        else:
+            loss, *metrics, share, _gradient = distributed.co2(*arguments, group.group_name)
+    loss = _reduce(loss, reduction, None if group is None else share)
     return (loss, LossMetrics(*metrics)) if return_metrics else loss
 
 
-def _reduce(loss: Tensor, reduction: Reduction) -> Tensor:
+def _reduce(loss: Tensor, reduction: Reduction, share: Tensor | None = None) -> Tensor:
+    """`share` makes of a rank's sum what has the mean of all rows for its mean over the ranks."""
     if reduction == "mean":
-        return loss.mean()
+        return loss.mean() if share is None else loss.sum() * share
     return loss.sum() if reduction == "sum" else loss
 
 
@@ -573,13 +622,17 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _check_rows(name: str, tensor: Any, shape: str, first_name: str, first: Any) -> None:
-    """A matrix, or several, with numbers in them, on the device of the first argument."""
+def _check_rows(
+    name: str, tensor: Any, shape: str, first_name: str, first: Any, group: ProcessGroup | None
+) -> None:
+    """A matrix, or several, with numbers in them, on the device of the first argument. In a group other ranks
+    may have what this one lacks, but rows have numbers."""
     check_tensor(name, tensor)
     dimensions = shape.count(",") + 1
     if tensor.ndim != dimensions:
         raise ValueError(f"{name} must have {dimensions} dimensions {shape}, got shape {_shape(tensor)}")
-    check_filled(name, tensor)
+    if group is None or not tensor.shape[-1]:
+        check_filled(name, tensor)
     check_device(name, tensor, first_name, first)
 
 

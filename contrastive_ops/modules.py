@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, dataclass_transform
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
 from torch import Tensor, nn
 
 from . import functional
 from .functional import Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass_transform(kw_only_default=True)
@@ -76,6 +79,7 @@ class CO2Loss(_Loss):
     normalize: bool = True
     reduction: Reduction = "mean"
     return_metrics: bool = False
+    group: ProcessGroup | None = None
     backend: str | None = None
 
 
@@ -96,6 +100,7 @@ class InfoNCELoss(_Loss):
     normalize: bool = True
     reduction: Reduction = "mean"
     return_metrics: bool = False
+    group: ProcessGroup | None = None
     backend: str | None = None
 
 
@@ -117,6 +122,7 @@ class ConsistencyLoss(_Loss):
     normalize: bool = True
     reduction: Reduction = "mean"
     return_metrics: bool = False
+    group: ProcessGroup | None = None
     backend: str | None = None
 
 
@@ -139,6 +145,7 @@ class NTXentLoss(_Loss):
     normalize: bool = True
     reduction: Reduction = "mean"
     return_metrics: bool = False
+    group: ProcessGroup | None = None
     backend: str | None = None
 
 
@@ -162,4 +169,5 @@ class ConICLoss(_Loss):
     consistency_weight: float = 2.5
     reduction: Reduction = "mean"
     return_metrics: bool = False
+    group: ProcessGroup | None = None
     backend: str | None = None

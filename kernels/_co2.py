@@ -263,6 +263,58 @@ def _statistics_kernel(
     store_fields(partial + (part.to(tl.int64) * batch + rows) * _PARTIAL, known, inside)
 
 
+@triton.jit
+def _sums_of_parts(partial, rows, batch, parts, scale_q, scale_k, ratio, PARTS: tl.constexpr):
+    """The `CO2Partial` over all parts, in float64; the rank is an integer."""
+    part = tl.arange(0, PARTS)[:, None]
+    there = (part < parts) & (rows < batch)[None, :]
+    known = CO2Partial(
+        *load_fields(partial + (part.to(tl.int64) * batch + rows[None, :]) * _PARTIAL, _PARTIAL, there)
+    )
+    merged = merge(
+        tl.where(there, known.max_s, LOWEST).to(tl.float64),
+        tl.where(there, known.max_y, LOWEST).to(tl.float64),
+        (
+            known.z_query.to(tl.float64),
+            known.z_key.to(tl.float64),
+            known.d_query.to(tl.float64),
+            known.d_key.to(tl.float64),
+        ),
+        scale_q[None, :],
+        scale_k[None, :],
+        0,
+    )
+    return CO2Partial(
+        max_s=merged.max_s,
+        max_y=merged.max_y,
+        z_instance=tl.sum(known.z_instance.to(tl.float64) * tl.exp2(merged.moved_s * ratio), axis=0),
+        z_query=merged.z_query,
+        z_key=merged.z_key,
+        d_query=merged.d_query,
+        d_key=merged.d_key,
+        rank=tl.sum(known.rank.to(tl.int64), axis=0),
+    )
+
+
+@triton.jit(do_not_specialize=["batch", "parts"])
+def _join_kernel(
+    partial, joined, row_records, batch, parts, scale, ratio, ROWS: tl.constexpr, PARTS: tl.constexpr
+):
+    """One part of several, in the same units.
+
+    Args:
+        partial: `CO2Partial` (parts, B, 8) float32. joined: (1, B, 8) float32.
+        row_records: `CO2Row` (B, 11) float64, of which it reads the norms.
+        PARTS: the power of two from `parts` on.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    norm_query, norm_key, _ = load_fields(row_records + tl.minimum(rows, batch - 1).to(tl.int64) * _ROW, 3)
+    scale_q, scale_k = _scales(scale, norm_query, norm_key)
+    scale_q, scale_k = scale_q.to(tl.float64), scale_k.to(tl.float64)
+    sums = _sums_of_parts(partial, rows, batch, parts, scale_q, scale_k, ratio, PARTS)
+    store_fields(joined + rows.to(tl.int64) * _PARTIAL, sums, rows < batch)
+
+
 @triton.jit(do_not_specialize=["batch", "parts"])
 def _merge_kernel(
     partial, losses, batch, parts, scale, ratio,
@@ -280,34 +332,13 @@ def _merge_kernel(
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < batch
-    part = tl.arange(0, PARTS)[:, None]
-    there = (part < parts) & inside[None, :]
     zero = tl.zeros([ROWS], tl.float64)
     record = losses.coefficients + tl.minimum(rows, batch - 1).to(tl.int64) * _ROW
     norm_query, norm_key, measured = load_fields(record, 3)
     scale_q, scale_k = _scales(scale, norm_query, norm_key)
     scale_q, scale_k = scale_q.to(tl.float64), scale_k.to(tl.float64)
-
-    known = CO2Partial(
-        *load_fields(partial + (part.to(tl.int64) * batch + rows[None, :]) * _PARTIAL, _PARTIAL, there)
-    )
-    merged = merge(
-        tl.where(there, known.max_s, LOWEST).to(tl.float64),
-        tl.where(there, known.max_y, LOWEST).to(tl.float64),
-        (
-            known.z_query.to(tl.float64),
-            known.z_key.to(tl.float64),
-            known.d_query.to(tl.float64),
-            known.d_key.to(tl.float64),
-        ),
-        scale_q[None, :],
-        scale_k[None, :],
-        0,
-    )
-    top_s, top_y, z_query, z_key = merged.max_s, merged.max_y, merged.z_query, merged.z_key
-    d_query, d_key = merged.d_query, merged.d_key
-    z_instance = tl.sum(known.z_instance.to(tl.float64) * tl.exp2(merged.moved_s * ratio), axis=0)
-    rank = tl.sum(known.rank.to(tl.int64), axis=0)
+    sums = _sums_of_parts(partial, rows, batch, parts, scale_q, scale_k, ratio, PARTS)
+    top_s, top_y, z_instance, z_query, z_key, d_query, d_key, rank = sums
 
     # λ (s_+ − max), among the s_j and among the y_j
     positive = measured * scale_q
@@ -514,11 +545,13 @@ def _plan(batch: int, keys: int, products: Products) -> _Plan:
 
 
 @plan
-def _merge_plan(batch: int, parts: int) -> Launch:
+def _merge_plan(batch: int, parts: int) -> tuple[Launch, Launch]:
+    """To merge parts into losses, and to join them to one."""
     padded_parts = triton.next_power_of_2(parts)
     rows = max(1, min(8, 128 // padded_parts))
-    grid = (triton.cdiv(batch, rows),)
-    return Launch("co2.merge", _merge_kernel, grid, {"ROWS": rows, "PARTS": padded_parts})
+    grid, arguments = (triton.cdiv(batch, rows),), {"ROWS": rows, "PARTS": padded_parts}
+    into_losses = Launch("co2.merge", _merge_kernel, grid, arguments)
+    return into_losses, Launch("co2.join", _join_kernel, grid, arguments)
 
 
 def _terms(settings: CO2Settings) -> dict[str, Any]:
@@ -610,7 +643,8 @@ def _merge(partial: Tensor, rows: Tensor, settings: CO2Settings, dtype: torch.dt
     loss, instance_loss, consistency_loss = (empty((batch,), dtype, partial.device) for _ in range(3))
     rank = empty((batch,), torch.int64, partial.device)
     losses = Losses(loss, instance_loss, consistency_loss, rank, rows)
-    _merge_plan(batch, parts)(
+    into_losses, _ = _merge_plan(batch, parts)
+    into_losses(
         partial=partial,
         losses=losses,
         batch=batch,
@@ -645,7 +679,27 @@ def co2(
 def co2_statistics(query: Tensor, key: Tensor, queue: Tensor, settings: CO2Settings) -> tuple[Tensor, Tensor]:
     """See `reference.co2_statistics`. What is not known of a row yet is left unwritten."""
     with current(query):
-        return _Call(query, key, queue, settings).statistics()
+        partial, rows = _Call(query, key, queue, settings).statistics()
+        return _joined(partial, rows, settings), rows
+
+
+def _joined(partial: Tensor, rows: Tensor, settings: CO2Settings) -> Tensor:
+    """One part (1, B, 8) of several."""
+    parts, batch, fields = partial.shape
+    if parts == 1:
+        return partial
+    joined, terms = empty((1, batch, fields), torch.float32, partial.device), _terms(settings)
+    _, into_one = _merge_plan(batch, parts)
+    into_one(
+        partial=partial,
+        joined=joined,
+        row_records=rows,
+        batch=batch,
+        parts=parts,
+        scale=terms["scale"],
+        ratio=terms["ratio"],
+    )
+    return joined
 
 
 def co2_merge(partial: Tensor, rows: Tensor, settings: CO2Settings) -> Losses:

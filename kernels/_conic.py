@@ -276,6 +276,36 @@ def _statistics_kernel(
     store_fields(partial + (part * padded_rows + rows) * _PARTIAL, known, None)
 
 
+@triton.jit
+def _sums_of_parts(partial, rows, inside, part_stride, parts, scale, PARTS: tl.constexpr):
+    """The `ConICPartial` over all parts, in float64; the rank is an integer."""
+    part = tl.arange(0, PARTS).to(tl.int64)[:, None]
+    there = (part < parts) & inside[None, :]
+    record = partial + part * part_stride + rows[None, :] * _PARTIAL
+    known = ConICPartial(*load_fields(record, _PARTIAL, there))
+    tops = tl.where(there, known.max_s, LOWEST).to(tl.float64)
+    top = tl.max(tops, axis=0)
+    moved = tl.exp2(move(tops, top[None, :], scale))
+    z_instance = tl.sum(known.z_instance.to(tl.float64) * moved, axis=0)
+    return ConICPartial(max_s=top, z_instance=z_instance, rank=tl.sum(known.rank.to(tl.int64), axis=0))
+
+
+@triton.jit(do_not_specialize=["part_stride", "rows", "parts"])
+def _join_kernel(
+    partial, joined, part_stride, rows, parts, scale: tl.float64, ROWS: tl.constexpr, PARTS: tl.constexpr
+):
+    """One part of several.
+
+    Args:
+        partial: `ConICPartial` (parts, V·B, 3) float32, with `part_stride` numbers from part to part.
+        joined: (1, V·B, 3) float32.
+        PARTS: the power of two from `parts` on.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    sums = _sums_of_parts(partial, row, row < rows, part_stride, parts, scale, PARTS)
+    store_fields(joined + row * _PARTIAL, sums, row < rows)
+
+
 @triton.jit(do_not_specialize=["part_stride", "views_count", "batch", "parts"])
 def _merge_kernel(
     partial, positives, views, losses, part_stride, views_count, batch, dim, parts,
@@ -291,18 +321,11 @@ def _merge_kernel(
     """
     instance = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     inside = instance < batch
-    part = tl.arange(0, PARTS).to(tl.int64)[:, None]
-    there = (part < parts) & inside[None, :]
     zero = tl.zeros([ROWS], tl.float64)
     classification = zero
     for view in range(views_count):
         row = view * batch + instance
-        record = partial + part * part_stride + row[None, :] * _PARTIAL
-        known = ConICPartial(*load_fields(record, _PARTIAL, there))
-        tops = tl.where(there, known.max_s, LOWEST).to(tl.float64)
-        top = tl.max(tops, axis=0)
-        moved = tl.exp2(move(tops, top[None, :], scale))
-        z_instance = tl.sum(known.z_instance.to(tl.float64) * moved, axis=0)
+        top, z_instance, rank = _sums_of_parts(partial, row, inside, part_stride, parts, scale, PARTS)
 
         s = tl.load(positives + row * _POSITIVES, mask=inside, other=0.0)
         top = tl.where(z_instance == 0.0, s, top)  # the only key has no negatives
@@ -310,7 +333,7 @@ def _merge_kernel(
         pull = negatives / tau
         classification += value
         tl.store(losses.classification_loss + row, value, mask=inside)
-        tl.store(losses.positive_rank + row, tl.sum(known.rank.to(tl.int64), axis=0), mask=inside)
+        tl.store(losses.positive_rank + row, rank, mask=inside)
         coefficients = ConICCoefficients(
             max_s=top,
             instance=tl.where(z_instance == 0.0, 0.0, pull / z_instance),
@@ -635,6 +658,14 @@ def _merge_plan(batch: int, parts: int, dim: int, interpreted: bool) -> Launch:
     return Launch("conic.merge", _merge_kernel, (triton.cdiv(batch, rows),), arguments)
 
 
+@plan
+def _join_plan(rows: int, parts: int) -> Launch:
+    padded_parts = triton.next_power_of_2(parts)
+    block = max(1, min(8, 256 // padded_parts))
+    grid = (triton.cdiv(rows, block),)
+    return Launch("conic.join", _join_kernel, grid, {"ROWS": block, "PARTS": padded_parts})
+
+
 def _scale(settings: ConICSettings, rows: Tensor) -> dict[str, Any]:
     scale = LOG2_E / settings.temperature
     exactly = precision_of(rows.dtype) == "tf32x3"
@@ -854,7 +885,24 @@ def conic_statistics(
     """See `reference.conic_statistics`."""
     with current(views):
         partial, _ = _Call(views, weight, target).statistics(settings, positives.contiguous())
-    return partial
+        return _joined(partial, settings)
+
+
+def _joined(partial: Tensor, settings: ConICSettings) -> Tensor:
+    """One part (1, V·B, 3) of several."""
+    parts, rows, fields = partial.shape
+    if parts == 1:
+        return partial.contiguous()
+    joined = empty((1, rows, fields), torch.float32, partial.device)
+    _join_plan(rows, parts)(
+        partial=partial,
+        joined=joined,
+        part_stride=partial.stride(0),
+        rows=rows,
+        parts=parts,
+        scale=LOG2_E / settings.temperature,
+    )
+    return joined
 
 
 def conic_merge(

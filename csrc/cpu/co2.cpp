@@ -216,7 +216,9 @@ Losses co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& que
 
 std::tuple<at::Tensor, at::Tensor> co2_statistics(const at::Tensor& query, const at::Tensor& key,
                                                   const at::Tensor& queue, const CO2Settings& settings) {
-  return with_passes(query, key, queue, settings, [](const auto& passes) { return passes.statistics(); });
+  const auto [partial, rows] =
+      with_passes(query, key, queue, settings, [](const auto& passes) { return passes.statistics(); });
+  return {joined<CO2Partial>(partial, settings), rows};
 }
 
 Losses co2_merge(const at::Tensor& partial, const at::Tensor& rows, const CO2Settings& settings) {

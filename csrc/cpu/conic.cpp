@@ -20,6 +20,7 @@
 
 #include <limits>
 
+#include "losses.h"
 #include "operators.h"
 #include "panels.h"
 #include "sgd.h"
@@ -333,7 +334,7 @@ at::Tensor conic_positives(const at::Tensor& views, const at::Tensor& weight, co
 at::Tensor conic_statistics(const at::Tensor& views, const at::Tensor& weight, const at::Tensor& target,
                             const at::Tensor& positives, const ConICSettings& settings) {
   return with_views(views, false, [&](const auto& unit_views) {
-    return ConIC(unit_views, weight, target, settings).statistics(positives);
+    return joined<ConICPartial>(ConIC(unit_views, weight, target, settings).statistics(positives), settings);
   });
 }
 

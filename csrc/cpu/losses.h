@@ -39,4 +39,15 @@ class LossWriter {
   int64_t* const ranks_;
 };
 
+// One part (1, rows, fields) of several.
+template <typename Partial, typename Settings>
+at::Tensor joined(const at::Tensor& partial, const Settings& settings) {
+  const int64_t parts = partial.size(0), rows = partial.size(1);
+  if (parts == 1) return partial;
+  const Records<Partial> part(partial);
+  auto [one, sums] = empty_records<Partial>({1, rows});
+  for (int64_t row = 0; row < rows; ++row) *sums++ = merge(&part[row], {parts, rows}, settings);
+  return one;
+}
+
 }  // namespace contrastive_ops
