@@ -104,7 +104,9 @@ def _share(ranks: Ranks, counts: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _of_others(ranks: Ranks, by_rank: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return torch.cat([*by_rank[: ranks.rank], *by_rank[ranks.rank + 1 :]], dim)
+    """The rows of all ranks but this one."""
+    own = by_rank[ranks.rank]
+    return torch.cat([*by_rank[: ranks.rank], own.narrow(dim, 0, 0), *by_rank[ranks.rank + 1 :]], dim)
 
 
 def _but_own(ranks: Ranks, counts: Sequence[int]) -> list[int]:

@@ -141,6 +141,12 @@ def co2_loss(
         normalize: L2-normalise query and key, in at least float32.
         reduction: "mean" or "sum" over the batch, or "none".
         return_metrics: also return a `LossMetrics`.
+        group: a `torch.distributed.ProcessGroup`: as if one process had all of it. Each rank passes its own
+            queries and keys, whose number may differ and be 0, and its shard of the queue (a
+            `KeyQueue(…, group=…)` has it); the loss of its rows is over all shards. Backward gives a rank the
+            derivative, in its own queries, of the sum of all ranks' losses, and with "mean" these are such
+            that their mean over the ranks, of which DistributedDataParallel has the gradient, is the mean of
+            all rows. All ranks make the same calls in the same order.
         backend: name of the implementation to use; by default the fastest that serves the device.
 
     Returns:
@@ -148,7 +154,7 @@ def co2_loss(
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
-        RuntimeError: the backend asked for cannot serve.
+        RuntimeError: the backend asked for cannot serve, or another rank of the group has died.
 
     Example:
         >>> import torch
@@ -327,12 +333,15 @@ def nt_xent_loss(
         normalize: L2-normalise the rows, in float32 or wider; without, they are taken as they are.
         reduction: "mean" or "sum" over the 2 B rows, or "none".
         return_metrics: also return a `LossMetrics` of the 2 B rows, those of `view1` first.
+        group: a `torch.distributed.ProcessGroup`, of whose ranks each passes its own instances, any number of
+            them: the views of all ranks are each other's negatives. A rank computes its own rows against all.
+            "mean" and gradients are as in `co2_loss`. One call does what gathering views with their gradients
+            does; do not gather before.
         backend: name of the implementation to use; by default the fastest that serves the device.
 
     Returns:
         The loss: a scalar, or (2 B,) with ``reduction="none"``; float64 if the views are, float32 otherwise.
-        A batch of one instance has no negatives: its loss is 0. With several processes, gather the views of
-        all (with their gradients) first; every instance in the batch is a negative of every other.
+        A batch of one instance has no negatives: its loss is 0.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -458,6 +467,11 @@ def conic_loss(
         return_metrics: also return a `ConICMetrics`.
         update: let backward take a step of SGD on `weight`, tile by tile, in place of storing its gradient;
             from `DelayedSGD.in_backward`. `weight` then gets no ``grad``. Not under torch.compile.
+        group: a `torch.distributed.ProcessGroup`, of whose ranks each passes its own instances, any number of
+            them, and its shard of the weight: some of its rows, those of the ranks one after the other.
+            `target` are rows of the whole. "mean" and the gradients of views are as in `co2_loss`. A weight
+            that is a leaf, as a parameter is, gets the mean over the ranks, as DistributedDataParallel gives
+            a parameter (keep it out of its module); one that was computed gets the sum, as views do.
         backend: name of the implementation to use; by default the fastest that serves the device.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -34,6 +35,14 @@ class _Loss(nn.Module):
     def forward(self, *tensors: Tensor, **settings: Any) -> Any:
         """The loss of its tensors; `settings` take the place of the module's own in this call."""
         return type(self)._loss(*tensors, **(self.settings() | settings))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
+        """A copy that speaks to the same ranks: a group is no module's own."""
+        group = self.__dict__.get("group")
+        memo[id(group)] = group
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
