@@ -17,6 +17,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def group() -> dist.ProcessGroup | None:
+    """All processes, for what takes a group; None where there is only one."""
+    return dist.group.WORLD if world_size() > 1 else None
+
+
 def own_rows(rows: Tensor) -> Tensor:
     """This process's share of rows that `gather` has put together."""
     share = len(rows) // world_size()
@@ -39,16 +44,6 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def gather_around(rows: Tensor) -> Tensor:
-    """As `gather`, with a gradient for this process's own rows: those of others are their processes' to
-    differentiate."""
-    if world_size() == 1:
-        return rows
-    parts = list(gather(rows).split(len(rows)))
-    parts[rank()] = rows
-    return torch.cat(parts)
 
 
 def mean(values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contrastive_ops import NTXentLoss
 
-from ..distributed import gather_around, world_size
+from ..distributed import group
 from ..networks import Head
 from ..parsing import LossWeight, Temperature
 from .method import Batch, Method
@@ -52,11 +52,7 @@ class SimCLR(Method):
 
         # Both views in one pass, as in SimCLR: batch statistics are those of 2 B images.
         rows = self.encoder(torch.cat(views)).unflatten(0, (2, -1))  # (2, B, D)
-        view1, view2 = (gather_around(view) for view in rows)  # (P·B, D) each
-
-        loss, metrics = self.criterion(view1, view2)  # (), each metric (2·P·B,)
+        loss, metrics = self.criterion(*rows, group=group())  # (), each metric (2 B,)
 
         self.report(loss, metrics)
-        # DDP averages gradients over the processes. Here each has the derivative of the whole loss, but in
-        # its own rows alone: their sum is wanted.
-        return world_size() * loss
+        return loss
