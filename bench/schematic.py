@@ -1,6 +1,8 @@
-"""Draws what a fused loss does, to docs/figures/fused.png: `python -m bench.schematic`."""
+"""Draws what a fused loss does, alone and over ranks, to docs/figures: `python -m bench.schematic`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -8,7 +10,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from bench.files import README
 
-PICTURE = README.with_name("docs") / "figures" / "fused.png"
+FIGURES = README.with_name("docs") / "figures"
 INPUT, MATRIX, FUSED, RESULT = "#dbe4ee", "#f3c6c6", "#cfe8d5", "#fbe3b5"
 
 
@@ -86,14 +88,69 @@ def fused(axes: Axes) -> None:
     box(axes, 10.6, 0.5, 1.3, 0.6, "gradient\nB × D", RESULT)
 
 
+EXCHANGE = "#d9c9e8"
+
+
+def over_ranks(axes: Axes, title: str, steps: Sequence[tuple[str, str]]) -> None:
+    """Two ranks, one above the other: what each does, and between it what they exchange."""
+    axes.set_title(title, loc="left", fontsize=11)
+    lanes = (("rank 0", 1.6), ("rank 1", 0.1))
+    x = 0.6
+    for place, (color, text) in enumerate(steps):
+        width = 0.55 if color == EXCHANGE else 1.55
+        if color == EXCHANGE:
+            axes.add_patch(Rectangle((x, 0.1), width, 2.7, facecolor=color, edgecolor="0.25", linewidth=1))
+            axes.text(x + width / 2, 1.45, text, ha="center", va="center", fontsize=9, rotation=90)
+        for name, y in lanes:
+            if place == 0:
+                axes.text(0.25, y + 0.6, name, ha="center", va="center", fontsize=10, rotation=90)
+            if color != EXCHANGE:
+                box(axes, x, y, width, 1.2, text, color)
+            if place:
+                arrow(axes, (x - 0.18, y + 0.6), (x, y + 0.6))
+        x += width + 0.18
+
+
+def shards(axes: Axes) -> None:
+    """A queue or a weight in shards."""
+    over_ranks(axes, "co2_loss, conic_loss: keys in shards, each rank meets the rows of all with its own", (
+        (INPUT, "its rows, b × D\nits keys, K/P × D"),
+        (EXCHANGE, "rows, to all"),
+        (FUSED, "statistics of all\nrows over its keys"),
+        (EXCHANGE, "8 or 3 numbers a row,\nto its owner"),
+        (RESULT, "merge of its rows:\nloss, rank,\ncoefficients"),
+        (EXCHANGE, "coefficients, to all"),
+        (FUSED, "gradients of all\nrows (and of its\nrows of the weight)"),
+        (EXCHANGE, "gradients of rows,\nto their owners"),
+        (RESULT, "gradient of\nits rows"),
+    ))  # fmt: skip
+
+
+def pairs(axes: Axes) -> None:
+    """Rows that are each other's keys."""
+    over_ranks(axes, "nt_xent_loss: rows are each other's keys, each rank meets its own with those of all", (
+        (INPUT, "its views, 2 b × D"),
+        (EXCHANGE, "views, to all"),
+        (FUSED, "statistics of its\nrows: over its own\nwhile others arrive,\nthen over these"),
+        (RESULT, "merge:\nloss, rank,\ncoefficients"),
+        (EXCHANGE, "views, 6 numbers\na row, to all"),
+        (FUSED, "gradient of its rows,\nas queries and\nas keys of others"),
+        (RESULT, "gradient of\nits views"),
+    ))  # fmt: skip
+
+
+PICTURES = {"fused.png": (eager, fused), "ranks.png": (shards, pairs)}
+
+
 def main() -> None:
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    for axes, draw in zip(figure.subplots(2, 1), (eager, fused), strict=True):
-        draw(axes)
-        axes.set(xlim=(-0.1, 12), ylim=(0, 3.05))
-        axes.axis("off")
-    figure.savefig(PICTURE, dpi=130)
-    print(f"Wrote {PICTURE}")
+    for name, drawings in PICTURES.items():
+        figure = Figure(figsize=(11, 6), layout="constrained")
+        for axes, draw in zip(figure.subplots(2, 1), drawings, strict=True):
+            draw(axes)
+            axes.set(xlim=(-0.1, 12), ylim=(0, 3.05))
+            axes.axis("off")
+        figure.savefig(FIGURES / name, dpi=130)
+        print(f"Wrote {FIGURES / name}")
 
 
 if __name__ == "__main__":
