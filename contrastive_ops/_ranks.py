@@ -82,7 +82,9 @@ class Ranks:
         except Disagreement:
             raise
         except Exception as error:
-            with contextlib.suppress(RuntimeError):  # the error of this rank is the one that counts here
+            with contextlib.suppress(
+                RuntimeError, Disagreement
+            ):  # the error of this rank is the one that counts here
                 self._exchange_headers({}, {}, _Refusal(type(error).__name__, str(error)))
             raise
 
