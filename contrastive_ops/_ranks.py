@@ -108,14 +108,15 @@ class Ranks:
     Args:
         group: of this process and others; each calls the same operations on it in the same order.
         operation: what a user would call it.
+        on_hosts: exchange what is in the hosts' memory.
 
     Attributes:
         size: P, how many ranks there are.
         rank: which of them this process is.
     """
 
-    def __init__(self, group: dist.ProcessGroup, operation: str) -> None:
-        self.group, self.operation = group, operation
+    def __init__(self, group: dist.ProcessGroup, operation: str, on_hosts: bool = False) -> None:
+        self.group, self.operation = _control_group(group) if on_hosts else group, operation
         self.size, self.rank = group.size(), group.rank()
 
     @contextlib.contextmanager

@@ -10,12 +10,13 @@ from torch import Tensor
 
 
 def entry(state: Any, name: str, of: str) -> Any:
-    """The entry of that name of a part of a checkpoint, such as its history."""
+    """The entry of that name of a part of a checkpoint, such as its history; what a tuple of one holds."""
     if not isinstance(state, Mapping):
         raise ValueError(f"the checkpoint's {of} must be a mapping, got {type(state).__name__}")
     if name not in state:
         raise ValueError(f"the checkpoint's {of} must hold {name!r}, got {sorted(map(str, state))}")
-    return state[name]
+    value = state[name]
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 def tensor(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .. import _ops
 from .._checks import check_floating, check_integer
 from .._contract import PendingStep, SGDSettings
 from .._eager import eager
+from .._ranks import Disagreement, Ranks, check_group
 from .._state import entry, tensor
 from .gradients import GradientExchange, Gradients, GradientVersion
 from .guard import Guard, Versions, versions
@@ -32,9 +33,13 @@ try:
 except ImportError as error:  # it was not built: the losses work without it
     _missing: ImportError | None = error
 else:
-    from .storage import MemoryStore, Storage
+    from .shards import AnyPlan, Shards
+    from .storage import MemoryShards, MemoryStore, Storage
 
     _missing = None
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class InstanceClassifier(nn.Module):
@@ -61,14 +66,26 @@ class InstanceClassifier(nn.Module):
         device: of the weight.
         generations: how many checkpoints of storage="disk" can be loaded: those taken last, beside the one
             that was confirmed.
+        shards: S, in which the instances are dealt out by the seed. Each has A/S rows, and its own order in
+            which they were sampled. What is active, drawn and computed depends on S, and not on how many
+            processes there are; with 1 the batch takes the place of the earliest of all, as in the paper.
+        group: a `torch.distributed.ProcessGroup`, whose P ranks share the classifier: each holds S/P shards,
+            in memory and on disk, and A/P rows of the weight. `activate`, `prefetch`, `read`, `write` and
+            `export` are called by all, each with its own instances. `conic_loss(…, group=group)` takes the
+            weight and the targets as they are. Keep the classifier out of DistributedDataParallel's module,
+            which would give all ranks the rows of one.
 
     Attributes:
-        weight: (A, D) parameter, the active rows, not normalised.
+        weight: (A, D) parameter, the active rows, not normalised; in a group this rank's (A/P, D).
         momentum: (A, D) buffer, theirs.
         carried: None, or while a gradient is accumulated over several batches, a parameter (n, D) for rows
             that were evicted meanwhile. Its ``grad`` is what they have to their credit at the next step, for
             loss scalers and clipping to see; it has no values of interest. A list of parameters that was
             made before does not have it.
+
+    With shards the ``state_dict()`` has, for each of this process's, entries of its own
+    (``shards.0003.weight`` …), so that `torch.distributed.checkpoint` saves them from the rank that has them
+    and loads them on any number of ranks.
 
     A checkpoint is the ``state_dict()``: a copy of all rows as they are at that moment, which training leaves
     alone. With storage="disk" it holds the active ones, and taking it makes a generation of the files that
@@ -111,6 +128,8 @@ class InstanceClassifier(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         generations: int = 3,
+        shards: int = 1,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if _missing is not None:
@@ -127,22 +146,22 @@ class InstanceClassifier(nn.Module):
             raise ValueError(f"storage must be 'device', 'host' or 'disk', got {storage!r}")
         if (storage == "disk") != (path is not None):
             raise ValueError(f"path is wanted with storage='disk' alone, got {path!r} with {storage!r}")
+        shards = check_integer("shards", shards, 1)
+        check_group(group)
         active = min(active, num_instances)
+        rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+        self._shards = Shards(num_instances, active, shards, seed, rank, ranks)
         self.num_instances, self.dim, self.seed, self.storage = num_instances, dim, seed, storage
+        self.active, self.group = active, group
         self.history = History()
-        self._active = _store.ActiveSet(num_instances, active, seed)
+        self._active = self._shards.active_set()
         device = torch.empty(0, device=device).device
-        self._storage: Storage
-        if path is not None:
-            from .disk import DiskStore  # it needs fcntl, which Windows lacks
+        self._storage = self._open_storage(path, dtype, generations)
+        self._fresh = True  # until the ranks have met for the first time
 
-            self._storage = DiskStore(path, num_instances, dim, dtype, seed, generations)
-        else:
-            stored = num_instances if active < num_instances else 0
-            self._storage = MemoryStore(stored, dim, dtype, seed, on_host=storage == "host")
-
-        rows = torch.empty(active, dim, dtype=dtype, device="cpu")
-        _store.initial_rows(seed, self._active.instances, rows.numpy())
+        names = self._shards.instances_of(self._active.instances)
+        rows = torch.empty(len(names), dim, dtype=dtype, device="cpu")
+        _store.initial_rows(seed, names, rows.numpy())
         self.weight = nn.Parameter(rows)
         self.register_buffer("momentum", torch.zeros_like(rows))
         self.register_parameter("carried", None)
@@ -151,6 +170,40 @@ class InstanceClassifier(nn.Module):
         self._guard = Guard()
         self._mark()
         self.to(device)
+
+    def _open_storage(
+        self, path: str | os.PathLike[str] | None, dtype: torch.dtype, generations: int
+    ) -> Storage:
+        shards, memory = self._shards, (self.dim, dtype, self.seed)
+        if path is None:
+            stored = int(shards.starts[-1]) if self.active < self.num_instances else 0
+            arguments = (stored, *memory, self.storage == "host")
+            if shards.count == 1:
+                return MemoryStore(*arguments)
+            return MemoryShards(shards.starts, *arguments, shards.instances_of)
+
+        from .disk import DiskShards, DiskStore  # it needs fcntl, which Windows lacks
+
+        if shards.count == 1:
+            return DiskStore(path, self.num_instances, *memory, generations)
+        stores: list[DiskStore] = []
+        try:
+            for shard, start in zip(shards.own, shards.starts, strict=False):
+                stores.append(
+                    DiskStore(
+                        os.path.join(path, f"shard-{shard:04d}-of-{shards.count:04d}"),
+                        shards.instances[shard],
+                        *memory,
+                        generations,
+                        partial(_instances_from, shards, int(start)),
+                        (shard, shards.count),
+                    )
+                )
+        except BaseException:
+            for store in stores:
+                store.close()
+            raise
+        return DiskShards(stores, shards.starts)
 
     @eager(STATEFUL)
     def activate(self, indices: Tensor) -> Tensor:
@@ -168,19 +221,64 @@ class InstanceClassifier(nn.Module):
 
         Raises:
             TypeError, ValueError: `indices` is not (B,) int64 in [0, N), or there are more distinct rows
-                since the optimiser's last step than fit.
+                since the optimiser's last step than fit, in the whole or in a shard. In a group it is an
+                error on all ranks, and nothing has changed.
             OSError: the disk failed, or is full. Nothing is lost: the active set is as it was.
         """
         protect = self.training and self.weight.requires_grad and torch.is_grad_enabled()
         with self._exclusively():
             self._gradients.stepping = None
             self._gradients.watch()
-            plan = self._active.plan(checked_instances("indices", indices, self.num_instances))
+            if self.group is None:
+                instances = checked_instances("indices", indices, self.num_instances)
+                plan = self._active.plan(self._shards.local(instances))
+                target = plan.target
+            else:
+                plan, target = self._plan_across_ranks(indices, protect)
             if len(plan.slots):
                 self._bring_in(plan)
             self._active.commit(plan, protect)
             self._guard.unfinished = None
-            return self._to_device(plan.target)
+            return self._to_device(target)
+
+    def _plan_across_ranks(self, indices: Any, protect: bool) -> tuple[AnyPlan, Indices]:
+        """What the instances of all ranks change in this one's shards, once it is certain that all ranks can
+        do it; and which rows of the whole weight this rank's own have."""
+        ranks, every, own, _ = self._gather(indices, "indices", "activate", protect=protect)
+        local = self._shards.local(every)
+        here = local >= 0
+        with ranks.telling():
+            plan = self._active.plan(np.ascontiguousarray(local[here]))
+        ranks.agree({"what it does": "planned"})
+        target = np.zeros_like(every)
+        target[here] = plan.target + self._shards.first_row
+        return plan, ranks.sum(torch.from_numpy(target)).numpy()[own]
+
+    def _gather(self, indices: Any, name: str, method: str, **alike: Any) -> _Gathered:
+        """The instances of all ranks, and which of them are this one's."""
+        assert self.group is not None
+        ranks = Ranks(self.group, f"InstanceClassifier.{method}", on_hosts=True)
+        with ranks.telling():
+            instances = checked_instances(name, indices, self.num_instances)
+        # The first row, by a few of its bits: different on all ranks, unless somebody has made them alike.
+        row = self.weight.detach()[0].double().sum().item() if self._fresh and len(self.weight) else 0.0
+        said = ranks.agree(
+            {**self._identity(), "storage": self.storage, "steps taken": len(self.history), **alike},
+            instances=len(instances),
+            row=int(np.float64(row).view(np.int64)),
+        )
+        if self._fresh and ranks.size > 1 and len(set(said["row"])) == 1:
+            raise Disagreement(
+                "InstanceClassifier: all ranks have the same rows, as DistributedDataParallel would give them: "
+                "keep a classifier with a group out of its module, or list its weight in the module's "
+                "_ddp_params_and_buffers_to_ignore"
+            )
+        self._fresh = False
+        counts = said["instances"]
+        (by_rank,) = ranks.gather([torch.from_numpy(instances)], counts, [0]).wait()
+        begin = sum(counts[: ranks.rank])
+        every = torch.cat(by_rank).numpy()
+        return _Gathered(ranks, every, slice(begin, begin + counts[ranks.rank]), counts)
 
     @eager(STATEFUL)
     def prefetch(self, next_indices: Tensor) -> None:
@@ -193,8 +291,13 @@ class InstanceClassifier(nn.Module):
             TypeError, ValueError: `next_indices` is not (B,) int64 in [0, N).
         """
         with self._exclusively():
-            indices = np.unique(checked_instances("next_indices", next_indices, self.num_instances))
-            self._storage.prefetch(indices[self._active.find(indices) < 0])
+            if self.group is None:
+                instances = checked_instances("next_indices", next_indices, self.num_instances)
+            else:
+                instances = self._gather(next_indices, "next_indices", "prefetch").instances
+            local = np.unique(self._shards.local(instances))
+            local = local[local >= 0]
+            self._storage.prefetch(local[self._active.find(local) < 0])
 
     @eager(STATEFUL)
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,15 +309,37 @@ class InstanceClassifier(nn.Module):
             OSError: the disk failed.
         """
         with self._exclusively():
-            instances = checked_instances("indices", indices, self.num_instances)
-            slots = self._active.find(instances)
-            at = self._to_device(np.maximum(slots, 0))
-            weight, momentum = self.weight.detach()[at], self.momentum[at]
-            (late,) = np.nonzero(slots < 0)
-            if len(late):
-                at = self._to_device(late)
-                weight[at], momentum[at] = self._caught_up(instances[late])
-            return weight, momentum
+            if self.group is not None:
+                return self._read_across_ranks(indices)
+            return self._read(self._shards.local(checked_instances("indices", indices, self.num_instances)))
+
+    def _read(self, local: Indices) -> tuple[Tensor, Tensor]:
+        slots = self._active.find(local)
+        at = self._to_device(np.maximum(slots, 0))
+        weight, momentum = self.weight.detach()[at], self.momentum[at]
+        (late,) = np.nonzero(slots < 0)
+        if len(late):
+            at = self._to_device(late)
+            weight[at], momentum[at] = self._caught_up(local[late])
+        return weight, momentum
+
+    def _read_across_ranks(self, indices: Any) -> tuple[Tensor, Tensor]:
+        """Each rank sends the rows that others ask for, and gets those that it asks for."""
+        assert self.group is not None
+        ranks, every, own, counts = self._gather(indices, "indices", "read")
+        owner, local = self._shards.rank_of(every), self._shards.local(every)
+        (here,) = np.nonzero(local >= 0)
+        rows = torch.stack(self._read(local[here]), 1)  # (·, 2, D), in the order of those who ask
+        asked = Ranks(self.group, "InstanceClassifier.read")
+        ends = np.cumsum([0, *counts])
+        sent = np.diff(np.searchsorted(here, ends)).tolist()
+        mine = owner[own]
+        received = np.bincount(mine, minlength=ranks.size).tolist()
+        arrived = torch.cat(asked.send(rows, sent, received).wait())
+        order = np.argsort(mine, kind="stable")  # the order in which they have arrived
+        found = torch.empty_like(arrived)
+        found[self._to_device(order)] = arrived
+        return found[:, 0], found[:, 1]
 
     @eager(STATEFUL)
     def write(self, indices: Tensor, weight: Tensor, momentum: Tensor | None = None) -> None:
@@ -248,8 +373,28 @@ class InstanceClassifier(nn.Module):
                 raise ValueError(f"{name} must be {wanted} and have values, got {tuple(rows.shape)}")
         records = torch.stack([weight.detach().to(self.weight), momentum.detach().to(self.weight)], 1)
         with self._exclusively():
-            self._guard.unfinished = partial(self._overwrite, instances, records, len(self.history))
+            local = self._shards.local(instances)
+            if self.group is not None:
+                local, records = self._write_across_ranks(indices, records)
+            self._guard.unfinished = partial(self._overwrite, local, records, len(self.history))
             self._settle()
+
+    def _write_across_ranks(self, indices: Tensor, records: Tensor) -> tuple[Indices, Tensor]:
+        """The rows of this rank's shards, by local number, that all ranks want to be written."""
+        assert self.group is not None
+        ranks, every, own, counts = self._gather(indices, "indices", "write")
+        if len(np.unique(every)) < len(every):
+            raise Disagreement("InstanceClassifier.write: indices must be distinct over all ranks")
+        owner = self._shards.rank_of(every)
+        order = np.argsort(owner[own], kind="stable")
+        sent = np.bincount(owner[own], minlength=ranks.size).tolist()
+        ends = np.cumsum([0, *counts])
+        (here,) = np.nonzero(owner == ranks.rank)
+        received = np.diff(np.searchsorted(here, ends)).tolist()
+        sending = Ranks(self.group, "InstanceClassifier.write").send(
+            records[self._to_device(order)], sent, received
+        )
+        return self._shards.local(every[here]), torch.cat(sending.wait())
 
     def export(self, rows: int = 65536) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All instances in order, `rows` at a time: their numbers (n,), and what `read` says of them."""
@@ -261,7 +406,7 @@ class InstanceClassifier(nn.Module):
     @property
     def active_instances(self) -> Tensor:
         """(A,) int64, on the host: the instance that owns each row of `weight`."""
-        return torch.from_numpy(self._active.instances)
+        return torch.from_numpy(self._shards.instances_of(self._active.instances))
 
     def confirm(self, state: Mapping[str, Any]) -> None:
         """Say that a file with this state, which `state_dict` returned, is safely saved: with storage="disk"
@@ -271,7 +416,11 @@ class InstanceClassifier(nn.Module):
             ValueError: the state is not of this classifier, or its generation is gone.
         """
         with self._guard.lock:
-            self._storage.confirm(entry(entry(state, "_extra_state", "state"), "storage", "classifier"))
+            if self._in_shards:
+                states = [entry(state, f"shards.{shard:04d}.state", "state") for shard in self._shards.own]
+                self._storage.confirm([entry(each, "storage", "shard") for each in map(_unwrapped, states)])
+            else:
+                self._storage.confirm(entry(entry(state, "_extra_state", "state"), "storage", "classifier"))
 
     def verify(self) -> list[str]:
         """Read all that storage="disk" has in its folder, and say what is damaged; [] where all is well."""
@@ -296,6 +445,8 @@ class InstanceClassifier(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies, pickled ones too, go on as the original would; like other modules' they have no gradients.
         With storage="disk" there are none."""
+        if self.group is not None:
+            raise TypeError("a classifier with a group cannot be copied or pickled: save its state_dict()")
         with self._exclusively():
             state = {**self.__dict__, "_active": self._active.state()}
             del state["_guard"]
@@ -312,38 +463,61 @@ class InstanceClassifier(nn.Module):
             self._pending.lock = self._guard.lock
         self._gradients = Gradients(self._parameters, *state["_gradients"])
         self._gradients.publish(None)
-        self._active = _store.ActiveSet(self.num_instances, len(self.weight), self.seed)
+        self._active = self._shards.active_set()
         self._active.load(state["_active"])
         self._mark()
 
     def _mark(self) -> None:
         """Have the weight refused by optimisers that would leave out the rows that are not active."""
-        if len(self.weight) < self.num_instances:
+        if self.active < self.num_instances:
             updated_late(self.weight, by="DelayedSGD")
 
+    @property
+    def _in_shards(self) -> bool:
+        """Whether checkpoints have entries for each shard."""
+        return self.group is not None or self._shards.count > 1
+
     def get_extra_state(self) -> dict[str, Any]:
-        return {
-            **self._identity(),
-            "active": {name: torch.from_numpy(value) for name, value in self._active.state().items()},
-            "history": self.history.state_dict(),
-            "storage": self._storage.state_dict(),
-        }
+        # What varies in size is in a tuple, which torch.distributed.checkpoint keeps whole.
+        state = {**self._identity(), "history": (self.history.state_dict(),)}
+        if not self._in_shards:
+            state["active"] = _tensors(self._active.state())
+            state["storage"] = (self._storage.state_dict(),)
+        return state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Save everything as of one moment: rows are copied, as the rest is."""
         with self._exclusively():
             super()._save_to_state_dict(destination, prefix, keep_vars)
             destination.pop(f"{prefix}carried", None)
-            if not keep_vars:
+            if self._in_shards:
+                for name in ("weight", "momentum"):
+                    del destination[f"{prefix}{name}"]
+                self._save_shards(destination, f"{prefix}shards.")
+            elif not keep_vars:
                 for name in (f"{prefix}weight", f"{prefix}momentum"):
                     destination[name] = destination[name].clone()
+
+    def _save_shards(self, destination: dict[str, Any], prefix: str) -> None:
+        active = self._active.state()
+        active, stored = (active if isinstance(active, list) else [active]), self._storage.state_dict()
+        stored = stored if isinstance(stored, list) else [stored]
+        for i, shard in enumerate(self._shards.own):
+            rows = slice(*self._shards.row_starts[i : i + 2])
+            for name, value in zip(("weight", "momentum"), self._rows, strict=True):
+                destination[f"{prefix}{shard:04d}.{name}"] = value[rows].clone()
+            state = {"active": _tensors(active[i]), "storage": stored[i]}
+            destination[f"{prefix}{shard:04d}.state"] = (state,)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
     ) -> None:
         """Load all of a checkpoint, or nothing. Rows are copied into tensors that the optimiser holds, even
-        where ``assign=True`` asks for others."""
-        names = ("weight", "momentum", "_extra_state")
+        where ``assign=True`` asks for others. Of shards, those of other processes are left alone."""
+        names = ["weight", "momentum", "_extra_state"]
+        if self._in_shards:
+            of_shard = [f"shards.{shard:04d}.{name}" for shard in self._shards.own for name in _OF_SHARD]
+            names = [*of_shard, "_extra_state"]
         given = [name for name in names if f"{prefix}{name}" in state_dict]
         if not given:  # missing as a whole, which is for PyTorch to say
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
@@ -354,29 +528,54 @@ class InstanceClassifier(nn.Module):
         if self.weight.is_meta:
             raise ValueError("the classifier is on the meta device: move it by to_empty() before loading")
         with self._guard.lock:
-            self._checked(state_dict[f"{prefix}_extra_state"])
-            for name in ("weight", "momentum"):
-                shape = tuple(self.weight.shape)
-                tensor(state_dict, f"{prefix}{name}", "classifier", self.weight.dtype, shape, finite=False)
+            state = state_dict[f"{prefix}_extra_state"]
+            if self._in_shards:
+                rows = self._rows_of_shards(state_dict, f"{prefix}shards.")
+                shards = [state_dict[f"{prefix}shards.{shard:04d}.state"] for shard in self._shards.own]
+                if isinstance(state, Mapping):
+                    state = {**state, "shards_here": [_unwrapped(each) for each in shards]}
+                self._checked(state)
+                others = {key: x for key, x in state_dict.items() if not key.startswith(f"{prefix}shards.")}
+                state_dict = others | {f"{prefix}{name}": x for name, x in rows.items()}
+                state_dict[f"{prefix}_extra_state"] = state
+            else:
+                self._checked(state)
+                for name in ("weight", "momentum"):
+                    shape = tuple(self.weight.shape)
+                    tensor(
+                        state_dict, f"{prefix}{name}", "classifier", self.weight.dtype, shape, finite=False
+                    )
             self._guard.torn = "loading a checkpoint was interrupted"
             self._gradients.publish(None)
             metadata = {**local_metadata, "assign_to_params_buffers": False}
             super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
 
+    def _rows_of_shards(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+        """Weight and momentum of this process's shards, one after the other."""
+        rows: dict[str, list[Tensor]] = {"weight": [], "momentum": []}
+        for shard in self._shards.own:
+            shape = (self._shards.rows[shard], self.dim)
+            for name, parts in rows.items():
+                key = f"{prefix}{shard:04d}.{name}"
+                part = tensor(state_dict, key, "classifier", self.weight.dtype, shape, finite=False)
+                parts.append(part.to(self.weight.device))
+        return {name: torch.cat(parts) for name, parts in rows.items()}
+
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         with self._guard.lock:
-            active, history = self._checked(state)
+            active, history, storage = self._checked(state)
             self._guard.torn = "loading a checkpoint was interrupted"
             self._gradients.publish(None)
             self.weight.grad = None
             self._withdraw()
             self._guard.unfinished = self._gradients.stepping = None
-            self._storage.load_state_dict(state["storage"])
+            self._storage.load_state_dict(storage)
             self._active, self.history = active, history
             self._guard.torn = ""
+            self._fresh = False
 
-    def _checked(self, state: Mapping[str, Any]) -> tuple[_store.ActiveSet, History]:
-        """The active set and the history of a state that can be loaded.
+    def _checked(self, state: Mapping[str, Any]) -> tuple[Any, History, Any]:
+        """The active set, the history and the storage's state of a state that can be loaded.
 
         Raises:
             ValueError: it cannot.
@@ -386,25 +585,31 @@ class InstanceClassifier(nn.Module):
             if entry(state, name, part) != here:
                 raise ValueError(f"the checkpoint's {name} is {state[name]}, the classifier's {here}")
         history = History.from_state(entry(state, "history", part))
-        active = _store.ActiveSet(self.num_instances, len(self.weight), self.seed)
-        parts = entry(state, "active", part)
-        sizes = {"instances": len(self.weight), "order": len(self.weight), "protected": 1}
-        tensors = {
-            name: tensor(parts, name, "active set", torch.int64, (size,)) for name, size in sizes.items()
-        }
-        active.load({name: value.cpu().contiguous().numpy() for name, value in tensors.items()})
-        self._storage.check(entry(state, "storage", part), len(history))
-        return active, history
+        shards = entry(state, "shards_here", part) if self._in_shards else [state]
+        loaded = []
+        for each, shard in zip(shards, self._shards.own, strict=True):
+            parts, count = entry(each, "active", part), self._shards.rows[shard]
+            sizes = {"instances": count, "order": count, "protected": 1}
+            tensors = {
+                name: tensor(parts, name, "active set", torch.int64, (size,)) for name, size in sizes.items()
+            }
+            loaded.append({name: value.cpu().contiguous().numpy() for name, value in tensors.items()})
+        active = self._shards.active_set()
+        active.load(loaded if self._shards.count > 1 else loaded[0])
+        storage = [entry(each, "storage", part) for each in shards]
+        of_all = storage if self._shards.count > 1 else storage[0]
+        self._storage.check(of_all, len(history))
+        return active, history, of_all
 
     def _identity(self) -> dict[str, Any]:
-        rows, dim = self.weight.shape
-        return {
+        identity = {
             "num_instances": self.num_instances,
-            "dim": dim,
-            "active_rows": rows,
+            "dim": self.dim,
+            "active_rows": self.active,
             "seed": self.seed,
             "dtype": str(self.weight.dtype),
         }
+        return identity | ({"shards": self._shards.count} if self._in_shards else {})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InstanceClassifier:
         probe = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device))
@@ -463,7 +668,7 @@ class InstanceClassifier(nn.Module):
         """Weight and momentum of the active instances, as operators write them."""
         return self.weight.detach(), self.momentum
 
-    def _bring_in(self, plan: _store.Plan) -> None:
+    def _bring_in(self, plan: AnyPlan) -> None:
         """Exchange rows, and their gradients; the guard undoes it until the plan is committed."""
         incoming, steps = self._storage.fetch(plan.incoming)
         coefficients = self.history.coefficients(steps)
@@ -555,8 +760,45 @@ class InstanceClassifier(nn.Module):
         return on_device(array, self.weight.device)
 
     def extra_repr(self) -> str:
-        rows, dim = self.weight.shape
-        return f"num_instances={self.num_instances}, dim={dim}, active={rows}, storage={self.storage!r}"
+        shards = f", shards={self._shards.count}" if self._in_shards else ""
+        share = "" if self.group is None else f", rows of this rank={len(self.weight)}"
+        return (
+            f"num_instances={self.num_instances}, dim={self.dim}, active={self.active}{shards}, "
+            f"storage={self.storage!r}{share}"
+        )
+
+
+_OF_SHARD = ("weight", "momentum", "state")  # its entries in a checkpoint
+
+
+def _instances_from(shards: Shards, start: int, positions: Indices) -> Indices:
+    """The instances at these positions of the shard whose first local number this is."""
+    return shards.instances_of(positions + start)
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
+
+
+def _unwrapped(value: Any) -> Any:
+    """What a tuple of one holds."""
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
+
+
+class _Gathered(NamedTuple):
+    """The instances of all ranks.
+
+    Attributes:
+        ranks: which exchange what is on the hosts.
+        instances: those of all, in the order of the ranks.
+        own: which of them are this rank's.
+        counts: how many each rank has.
+    """
+
+    ranks: Ranks
+    instances: Indices
+    own: slice
+    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -570,7 +812,7 @@ class _Exchange:
         gradient: what happens to the rows' gradient, if there is one.
     """
 
-    plan: _store.Plan
+    plan: AnyPlan
     outgoing: Records
     versions: Versions
     gradient: GradientExchange | None

@@ -30,7 +30,7 @@ import os
 import shutil
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -45,7 +45,7 @@ from .database import Database, import_rocksdict
 from .folder import Folder
 from .indices import Indices
 from .records import Records
-from .storage import find, overlap
+from .storage import _same, find, overlap
 
 
 class DiskStore:
@@ -55,6 +55,8 @@ class DiskStore:
         path: folder; created if it is absent.
         num_instances, dim, dtype, seed: of the classifier.
         generations: how many of those taken last are kept, beside the confirmed one.
+        names: the instances that have these local numbers, which their first values are drawn by.
+        shard: which of how many shards the rows are; None where there is one.
 
     Raises:
         ImportError: rocksdict is not installed.
@@ -70,16 +72,19 @@ class DiskStore:
         dtype: torch.dtype,
         seed: int,
         generations: int = 3,
+        names: Callable[[Indices], Indices] = _same,
+        shard: tuple[int, int] | None = None,
     ) -> None:
         number = np.dtype(str(dtype).removeprefix("torch."))
         self._row = np.dtype([("step", "<i8"), ("record", number.newbyteorder("<"), (2, dim))])
-        self._dtype, self._seed = dtype, seed
+        self._dtype, self._seed, self._names = dtype, seed, names
         self._rocksdict, self._process = import_rocksdict(), _process_of_rocksdb()
         self._device = torch.device("cpu")
         self._reserved = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
         self._folder = Folder(
             path,
-            {"num_instances": num_instances, "dim": dim, "dtype": number.name, "seed": seed},
+            {"num_instances": num_instances, "dim": dim, "dtype": number.name, "seed": seed}
+            | ({} if shard is None else {"shard": shard[0], "shards": shard[1]}),
             generations,
         )
         try:
@@ -233,7 +238,7 @@ class DiskStore:
         array[found], steps[found] = rows["record"], rows["step"]
         if not found.all():  # never committed
             weight = np.empty((len(instances) - len(rows), array.shape[2]), array.dtype)
-            initial_rows(self._seed, np.ascontiguousarray(instances[~found]), weight)
+            initial_rows(self._seed, self._names(np.ascontiguousarray(instances[~found])), weight)
             array[~found, 0], array[~found, 1] = weight, 0
         return records, steps
 
@@ -241,6 +246,92 @@ class DiskStore:
         """Records (count, 2, D) that the classifier's device can read and write by itself."""
         shape, pinned = (count, *self._reserved.shape[1:]), self._device.type == "cuda"
         return torch.empty(shape, dtype=self._dtype, device="cpu", pin_memory=pinned)
+
+
+class DiskShards:
+    """`Storage` of several shards' rows, each in a folder of its own, which any process may open next.
+
+    Args:
+        stores: one for each shard.
+        starts: the first local number of each, and the number of all.
+    """
+
+    def __init__(self, stores: Sequence[DiskStore], starts: Indices) -> None:
+        self._stores, self._starts = stores, starts
+        self._reserved: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._stores[0].__getstate__()
+
+    def _parts(self, instances: Indices) -> Iterator[tuple[DiskStore, Indices, Indices]]:
+        """Each store of which there are instances, which of them these are, and their numbers there."""
+        own = np.searchsorted(self._starts, instances, side="right") - 1
+        for i, store in enumerate(self._stores):
+            (here,) = np.nonzero(own == i)
+            if len(here):
+                yield store, here, instances[here] - self._starts[i]
+
+    def _empty(self, count: int) -> Tensor:
+        return self._stores[0]._empty(count)
+
+    def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
+        for store in self._stores:
+            store.move(device, function)
+
+    def fetch(self, instances: Indices) -> tuple[Records, Indices]:
+        records, steps = self._empty(len(instances)), np.zeros(len(instances), np.int64)
+        for store, here, there in self._parts(instances):
+            found, steps[here] = store.fetch(there)
+            records[torch.from_numpy(here)] = found.values[torch.from_numpy(found.at)]
+        return Records(records, np.arange(len(instances))), steps
+
+    def peek(self, instances: Indices) -> tuple[Tensor, Indices]:
+        records, steps = self._empty(len(instances)), np.zeros(len(instances), np.int64)
+        for store, here, there in self._parts(instances):
+            found, steps[here] = store.peek(there)
+            records[torch.from_numpy(here)] = found
+        return records, steps
+
+    def reserve(self, instances: Indices) -> Records:
+        """Every store that is to be written has room, before anything is exchanged."""
+        for store, _, there in self._parts(instances):
+            store.reserve(there)
+        self._reserved = self._empty(len(instances))
+        return Records(self._reserved, np.arange(len(instances)))
+
+    def commit(self, instances: Indices, step: int) -> None:
+        assert self._reserved is not None
+        if self._reserved.is_pinned():
+            torch.cuda.current_stream().synchronize()
+        for store, here, there in self._parts(instances):
+            store._reserved.copy_(self._reserved[torch.from_numpy(here)])
+            store.commit(there, step)
+
+    def prefetch(self, instances: Indices) -> None:
+        for store, _, there in self._parts(instances):
+            store.prefetch(there)
+
+    def check(self, state: Sequence[Mapping[str, Any]], steps: int) -> None:
+        for store, each in zip(self._stores, state, strict=True):
+            store.check(each, steps)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [store.state_dict() for store in self._stores]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        for store, each in zip(self._stores, state, strict=True):
+            store.load_state_dict(each)
+
+    def confirm(self, state: Sequence[Mapping[str, Any]]) -> None:
+        for store, each in zip(self._stores, state, strict=True):
+            store.confirm(each)
+
+    def verify(self) -> list[str]:
+        return [damage for store in self._stores for damage in store.verify()]
+
+    def close(self) -> None:
+        for store in self._stores:
+            store.close()
 
 
 class _Working:

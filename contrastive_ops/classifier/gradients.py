@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .indices import Indices, on_device
 
 if TYPE_CHECKING:
-    from .._store import Plan
+    from .shards import AnyPlan
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Gradients:
             self.carried.spent = True
             self.publish(self.carried)
 
-    def plan(self, plan: Plan) -> GradientExchange | None:
+    def plan(self, plan: AnyPlan) -> GradientExchange | None:
         """What an exchange of rows does to the gradient; None where there is none. Changes nothing."""
         whole = self.whole
         if whole is None:

@@ -51,16 +51,16 @@ class Storage(Protocol):
     def move(self, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
         """Follow the classifier to a device; `function` brings a tensor there."""
 
-    def check(self, state: Mapping[str, Any], steps: int) -> None:
+    def check(self, state: Any, steps: int) -> None:
         """Raise ValueError where `load_state_dict` would, and for rows that have taken more than `steps`."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Any:
         """The rows as they are now, whatever happens to them afterwards."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Make the rows those of a `state_dict` that `check` has let pass."""
 
-    def confirm(self, state: Mapping[str, Any]) -> None:
+    def confirm(self, state: Any) -> None:
         """Keep what `state_dict` returned: it is in a file that is safely saved."""
 
     def verify(self) -> list[str]:
@@ -68,6 +68,10 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Let go of what others may want."""
+
+
+def _same(instances: Indices) -> Indices:
+    return instances
 
 
 class MemoryStore:
@@ -78,10 +82,19 @@ class MemoryStore:
         num_instances: number of rows; 0 for a classifier that never evicts any.
         dim, dtype, seed: of the classifier.
         on_host: whether the rows stay in the host's memory when the classifier moves.
+        names: the instances that have these local numbers, which their first values are drawn by.
     """
 
-    def __init__(self, num_instances: int, dim: int, dtype: torch.dtype, seed: int, on_host: bool) -> None:
-        self._seed, self._on_host = seed, on_host
+    def __init__(
+        self,
+        num_instances: int,
+        dim: int,
+        dtype: torch.dtype,
+        seed: int,
+        on_host: bool,
+        names: Callable[[Indices], Indices] = _same,
+    ) -> None:
+        self._seed, self._on_host, self._names = seed, on_host, names
         self._taken = np.zeros(num_instances, np.uint32)  # 1 + steps; 0 for a row that was never committed
         self._records = _untouched_zeros((num_instances, 2, dim), dtype)
         # Unpins the records, at the latest before they are freed.
@@ -95,7 +108,7 @@ class MemoryStore:
     def __getstate__(self) -> dict[str, Any]:
         count, _, dim = self._records.shape
         return {
-            "arguments": (count, dim, self._records.dtype, self._seed, self._on_host),
+            "arguments": (count, dim, self._records.dtype, self._seed, self._on_host, self._names),
             "device": self._device,
             "rows": self.state_dict(),
         }
@@ -177,7 +190,7 @@ class MemoryStore:
     def _initial(self, instances: Indices) -> Tensor:
         """The weights (n, D) of rows that were never committed, on the records' device."""
         weight = torch.empty(len(instances), self._records.shape[2], dtype=self._records.dtype, device="cpu")
-        initial_rows(self._seed, instances, weight.numpy())
+        initial_rows(self._seed, self._names(instances), weight.numpy())
         return weight.to(self._records.device)
 
     def _await_writes(self, instances: Indices | None = None) -> None:
@@ -189,11 +202,14 @@ class MemoryStore:
             self._writes.clear()
 
     def check(self, state: Mapping[str, Any], steps: int) -> None:
+        self._check(state, steps, len(self._records))
+
+    def _check(self, state: Mapping[str, Any], steps: int, count: int) -> None:
         if isinstance(state, Mapping) and "generation" in state:
             raise ValueError(
                 "this is a checkpoint of a classifier with storage='disk', whose rows are in its files"
             )
-        count, _, dim = self._records.shape
+        _, _, dim = self._records.shape
         instances = tensor(state, "instances", "storage", torch.int64, (None,))
         taken = tensor(state, "steps", "storage", torch.int64, instances.shape)
         tensor(state, "records", "storage", self._records.dtype, (len(instances), 2, dim), finite=False)
@@ -234,6 +250,52 @@ class MemoryStore:
 
     def close(self) -> None:
         pass
+
+
+class MemoryShards(MemoryStore):
+    """A `MemoryStore` of several shards' rows, whose states are lists of each shard's.
+
+    Args:
+        starts: the first local number of each shard, and the number of all.
+        arguments: of `MemoryStore`.
+    """
+
+    def __init__(self, starts: Indices, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._starts = starts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "starts": self._starts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state["arguments"] = state.pop("starts"), *state["arguments"]
+        super().__setstate__(state)
+
+    def check(self, state: Any, steps: int) -> None:
+        sizes = np.diff(self._starts) if len(self._records) else np.zeros(len(self._starts) - 1, np.int64)
+        for each, size in zip(state, sizes, strict=True):
+            self._check(each, steps, int(size))
+
+    def state_dict(self) -> Any:
+        whole = super().state_dict()
+        ends = np.searchsorted(whole["instances"].numpy(), self._starts).tolist()
+        return [
+            {
+                "instances": whole["instances"][begin:end] - int(start),
+                "steps": whole["steps"][begin:end].clone(),
+                "records": whole["records"][begin:end].clone(),
+            }
+            for begin, end, start in zip(ends, ends[1:], self._starts, strict=False)
+        ]
+
+    def load_state_dict(self, state: Any) -> None:
+        moved = [
+            {**each, "instances": each["instances"].cpu() + int(start)}
+            for each, start in zip(state, self._starts, strict=False)
+        ]
+        super().load_state_dict(
+            {name: torch.cat([each[name] for each in moved]) for name in ("instances", "steps", "records")}
+        )
 
 
 def find(announced: Indices, instances: Indices) -> Indices | None:

@@ -263,7 +263,7 @@ class TestActiveSet:
         assert of.weight.shape == (12, 6)
         assert torch.equal(of.activate(torch.tensor([11, 0])), torch.tensor([11, 0]))
         assert torch.equal(of.read(torch.tensor([3]))[0], of.weight[[3]])
-        assert not of.state_dict()["_extra_state"]["storage"]["records"].numel()  # which are active all
+        assert not of.state_dict()["_extra_state"]["storage"][0]["records"].numel()  # which are active all
 
     def test_weights_version_changes(self) -> None:
         of = classifier()
