@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_flag, check_floating, check_floating_dtype, check_integer
+from ._ranks import Ranks, check_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+_DRAWN_ROWS = 4096  # at a time: what a rank holds of the rows that are another's while it draws its own
 
 
 class KeyQueue(nn.Module):
@@ -18,6 +28,15 @@ class KeyQueue(nn.Module):
     is saved and is resumed with the model that holds it: a state_dict without them is refused by
     ``load_state_dict(strict=True)``, so that no queue is lost unnoticed.
 
+    With a group the queue is cut into one shard of consecutive rows a rank, ⌈K/P⌉ rows each as far as they
+    go, as by `torch.chunk`. All ranks together behave as one process that holds it whole. Seed all ranks
+    alike to start with the same queue on any number of them; with other seeds the run is as valid, but not
+    equal to one of another number. `keys` and `pointer` are then attributes that move, are saved and are
+    loaded like buffers, but are none: DistributedDataParallel would overwrite all shards by rank 0's. In a
+    state_dict ``keys`` is a `DTensor` of the whole queue, so `torch.distributed.checkpoint` saves each row
+    once and loads it on any number of ranks. ``load_state_dict`` takes that, or a whole (K, D) tensor such as
+    the state of a queue without a group.
+
     Args:
         size: number of keys K.
         dim: dimension D of a key.
@@ -26,10 +45,13 @@ class KeyQueue(nn.Module):
         device: where the buffers live.
         persistent: whether the queue is a part of state_dicts. One that is not is neither saved nor wanted,
             as suits checkpoints that came without a queue; it starts anew.
+        group: the processes that hold the queue together; None: this process holds it alone. Beside a queue
+            on a GPU the group must serve GPUs.
 
     Attributes:
-        keys: (K, D) buffer.
-        pointer: () int64 buffer, the row that the next key overwrites.
+        keys: (K, D) buffer; with a group (K_r, D), this rank's shard, which may be empty.
+        pointer: () int64 buffer, the row that the next key overwrites; with a group that of the whole queue,
+            equal on all ranks.
 
     Example:
         >>> import torch
@@ -42,6 +64,7 @@ class KeyQueue(nn.Module):
 
     keys: Tensor
     pointer: Tensor
+    group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -50,46 +73,200 @@ class KeyQueue(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         persistent: bool = True,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         size, dim = check_integer("size", size, 1), check_integer("dim", dim, 1)
         check_floating_dtype(dtype)
         check_flag("persistent", persistent)
-        keys = nn.functional.normalize(torch.randn(size, dim, device=device), dim=1)
+        check_group(group)
+        rows = range(size) if group is None else _shard(size, group.rank(), group.size())
         pointer = torch.zeros((), dtype=torch.int64, device=device)
-        self.register_buffer("keys", keys.to(dtype), persistent)
+        self.register_buffer("keys", _unit_rows(size, dim, rows, dtype, device), persistent)
         self.register_buffer("pointer", pointer, persistent)
+        if group is not None:
+            self.group, self._size = group, size
+            self._unregister()
+            self._note_pointer(0)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Overwrite the oldest rows by `keys` (N, D), in order; of more than K keys the last K remain.
 
         N need not divide the size. Keys are stored as they come: pass them normalised. Does not wait for the
-        device, and can be captured in a CUDA graph.
+        device, and without a group can be captured in a CUDA graph.
+
+        With a group all ranks call it, each with keys of its own, whose number may differ and be 0: what is
+        stored are the keys of all, in the order of the ranks. A key travels once, to the rank that holds the
+        row it takes.
 
         Raises:
-            TypeError, ValueError: `keys` is not a floating-point (N, D) tensor on the queue's device.
+            TypeError, ValueError: `keys` is not a floating-point (N, D) tensor on the queue's device. With a
+                group, the same is refused by all ranks if by one, as it is where their queues differ.
         """
-        check_floating("keys", keys)
-        size, dim = self.keys.shape
-        if keys.ndim != 2 or keys.shape[1] != dim:
-            raise ValueError(f"keys must be (N, {dim}), got {tuple(keys.shape)}")
-        if keys.device != self.keys.device:
-            raise ValueError(f"keys must be on the queue's device, {self.keys.device}, got {keys.device}")
+        if self.group is not None:
+            self._enqueue_together(Ranks(self.group, "KeyQueue.enqueue"), keys)
+            return
+        self._check(keys)
+        size = len(self.keys)
         kept = keys[-size:] if len(keys) > size else keys
         dropped = len(keys) - len(kept)
         rows = torch.arange(dropped, len(keys), device=keys.device)
         self.keys.index_copy_(0, (self.pointer + rows) % size, kept.to(self.keys.dtype))
         self.pointer.add_(len(keys)).remainder_(size)
 
+    def _check(self, keys: Tensor) -> None:
+        check_floating("keys", keys)
+        dim = self.keys.shape[1]
+        if keys.ndim != 2 or keys.shape[1] != dim:
+            raise ValueError(f"keys must be (N, {dim}), got {tuple(keys.shape)}")
+        if keys.device != self.keys.device:
+            raise ValueError(f"keys must be on the queue's device, {self.keys.device}, got {keys.device}")
+
+    def _enqueue_together(self, ranks: Ranks, keys: Tensor) -> None:
+        with ranks.telling():
+            self._check(keys)
+            pointer = self._pointer_on_host()
+        alike = {"size": self._size, "dim": self.keys.shape[1], "dtype": self.keys.dtype, "pointer": pointer}
+        counts = ranks.agree(alike, rows=len(keys))["rows"]
+        if sum(counts) == 0:
+            return
+        batch = _Batch(counts, pointer, self._size)
+        others = [rank for rank in range(ranks.size) if rank != ranks.rank]
+        leaving = {rank: batch.moves(ranks.rank, rank) for rank in others}
+        arriving = {rank: batch.moves(rank, ranks.rank) for rank in others}
+        parts = [keys[move.key : move.key + move.count] for moves in leaving.values() for move in moves]
+        parcel = torch.cat([part.to(self.keys.dtype) for part in parts]) if parts else self.keys[:0]
+        arrived = ranks.send(
+            parcel,
+            [_count(leaving.get(rank, ())) for rank in range(ranks.size)],
+            [_count(arriving.get(rank, ())) for rank in range(ranks.size)],
+        ).wait()
+        # Nothing is written before all keys are there: what fails on its way leaves the queue as it was.
+        for rank, moves in arriving.items():
+            self._write(arrived[rank].split([move.count for move in moves]), moves)
+        own = batch.moves(ranks.rank, ranks.rank)
+        self._write([keys[move.key : move.key + move.count] for move in own], own)
+        self.pointer.fill_(batch.next_pointer)
+        self._note_pointer(batch.next_pointer)
+
+    def _write(self, parts: Sequence[Tensor], moves: Sequence[_Move]) -> None:
+        for part, move in zip(parts, moves, strict=True):
+            self.keys[move.row : move.row + move.count].copy_(part)
+
+    def _pointer_on_host(self) -> int:
+        """The pointer's value. The host waits for it only if something else than `enqueue` has written it."""
+        seen, version = self._seen, _version(self.pointer)
+        if self.pointer is not seen.pointer or version is None or version != seen.version:
+            self._note_pointer(int(self.pointer))
+        return self._seen.value
+
+    def _note_pointer(self, value: int) -> None:
+        self._seen = _Seen(self.pointer, _version(self.pointer), value)
+
+    def _unregister(self) -> None:
+        """Make attributes of the buffers."""
+        for name in ("keys", "pointer"):
+            self.__dict__[name] = self._buffers.pop(name)
+
+    @contextlib.contextmanager
+    def _registered(self) -> Iterator[None]:
+        """With a group: keys and pointer are buffers in this block, so `Module` treats them as such."""
+        if self.group is None:
+            yield
+            return
+        for name in ("keys", "pointer"):
+            self._buffers[name] = self.__dict__.pop(name)
+        try:
+            yield
+        finally:
+            self._unregister()
+
+    def _apply(self, *arguments: Any, **settings: Any) -> KeyQueue:
+        with self._registered():
+            return super()._apply(*arguments, **settings)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        with self._registered():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = f"{prefix}keys"
+        if self.group is not None and name in destination:
+            destination[name] = _whole(destination[name], self._size, self.group)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        name = f"{prefix}keys"
+        if name in state_dict and "keys" not in self._non_persistent_buffers_set:
+            try:
+                mine = self._own_rows(state_dict[name])
+            except ValueError as error:
+                error_msgs.append(f"{name}: {error}")
+                mine = self.keys
+            state_dict = {**state_dict, name: mine}
+        with self._registered():
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+    def _own_rows(self, keys: Any) -> Any:
+        """What this process holds of a state's keys."""
+        if self.group is None:
+            if _is_dtensor(keys):
+                raise ValueError(
+                    "a DTensor, the state of a queue with a group, needs one here; load it by "
+                    "torch.distributed.checkpoint, or pass its full_tensor()"
+                )
+            return keys
+        if not isinstance(keys, Tensor):
+            return keys
+        whole = (self._size, self.keys.shape[1])
+        if keys.shape != whole:
+            raise ValueError(
+                f"size mismatch: the checkpoint's is {list(keys.shape)}, that of all ranks {list(whole)}"
+            )
+        if _is_dtensor(keys):
+            own = _whole(self.keys, self._size, self.group)
+            if (
+                keys.placements != own.placements
+                or keys.device_mesh.mesh.tolist() != own.device_mesh.mesh.tolist()
+            ):
+                raise ValueError(
+                    f"a DTensor must be sharded as the queue's, {own.placements} on {own.device_mesh}, "
+                    f"got {keys.placements} on {keys.device_mesh}"
+                )
+            return keys.to_local()
+        rows = _shard(self._size, self.group.rank(), self.group.size())
+        # A copy, because where a state is assigned, a view would keep all of it.
+        return keys[rows.start : rows.stop].clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeyQueue:
+        """A copy that speaks to the same ranks: a group is no module's own."""
+        memo[id(self.group)] = self.group
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError(
+                "a KeyQueue with a group cannot be pickled, for a group belongs to its process; save its "
+                "state_dict by torch.distributed.checkpoint"
+            )
+        return self.__dict__
+
     @classmethod
-    def from_moco(cls, state_dict: Mapping[str, Any], prefix: str | None = None) -> KeyQueue:
+    def from_moco(
+        cls, state_dict: Mapping[str, Any], prefix: str | None = None, group: ProcessGroup | None = None
+    ) -> KeyQueue:
         """The queue in a checkpoint of MoCo's code: its (D, K) ``queue`` and (1,) ``queue_ptr``.
 
         Args:
             state_dict: a model's state, names prefixed or not (``module.queue``), or the checkpoint around
                 it (``{"state_dict": …}``).
             prefix: what stands before ``queue``, such as ``"module."``, where there are several.
+            group: as of `KeyQueue`; each rank passes the whole state and keeps its shard.
 
         Raises:
             TypeError: one of the two is not the tensor that it must be.
@@ -112,9 +289,8 @@ class KeyQueue(nn.Module):
         if len(found) != 1:
             raise ValueError(_which_queue(state_dict, prefix))
         keys, pointer = _moco_queue(state_dict, found[0])
-        queue = cls(len(keys), keys.shape[1], dtype=keys.dtype, device=keys.device)
-        queue.keys.copy_(keys)
-        queue.pointer.copy_(pointer)
+        queue = cls(len(keys), keys.shape[1], dtype=keys.dtype, device=keys.device, group=group)
+        queue.load_state_dict({"keys": keys, "pointer": pointer})
         return queue
 
     @staticmethod
@@ -148,8 +324,105 @@ class KeyQueue(nn.Module):
         return renamed
 
     def extra_repr(self) -> str:
-        size, dim = self.keys.shape
-        return f"size={size}, dim={dim}, dtype={self.keys.dtype}"
+        shard, dim = self.keys.shape
+        if self.group is None:
+            return f"size={shard}, dim={dim}, dtype={self.keys.dtype}"
+        rows = _shard(self._size, self.group.rank(), self.group.size())
+        return (
+            f"size={self._size}, dim={dim}, dtype={self.keys.dtype}, "
+            f"rows {rows.start}:{rows.stop} on rank {self.group.rank()} of {self.group.size()}"
+        )
+
+
+class _Seen(NamedTuple):
+    """What the host knows of a pointer."""
+
+    pointer: Tensor
+    version: int | None
+    value: int
+
+
+def _version(x: Tensor) -> int | None:
+    """How often it was written; unknown of an inference tensor, which is therefore never as it was."""
+    return None if x.is_inference() else x._version
+
+
+class _Move(NamedTuple):
+    """Keys of one rank that take consecutive rows of one shard."""
+
+    key: int  # the first, among those of its rank
+    row: int  # its row in the shard
+    count: int
+
+
+def _count(moves: Sequence[_Move]) -> int:
+    return sum(move.count for move in moves)
+
+
+class _Batch:
+    """The rows that the keys of all ranks take: key i, counted in the order of the ranks, takes row
+    pointer + i modulo K, if it is among the last K.
+
+    Args:
+        counts: how many keys each rank has.
+        pointer: where the first goes.
+        size: K.
+    """
+
+    def __init__(self, counts: Sequence[int], pointer: int, size: int) -> None:
+        self._counts, self._pointer, self._size = counts, pointer, size
+        self._dropped = max(sum(counts) - size, 0)
+        self.next_pointer = (pointer + sum(counts)) % size
+
+    def moves(self, sender: int, owner: int) -> list[_Move]:
+        """What the one rank sends to the other: two moves at most, as the keys of one wrap once at most."""
+        shard = _shard(self._size, owner, len(self._counts))
+        before = sum(self._counts[:sender])
+        skipped = min(max(self._dropped - before, 0), self._counts[sender])
+        kept = self._counts[sender] - skipped
+        start = (self._pointer + before + skipped) % self._size
+        moves = []
+        for first in (start, start - self._size):  # the row of the first kept key, and after the wrap
+            low, high = max(first, shard.start), min(first + kept, shard.stop)
+            if low < high:
+                moves.append(_Move(skipped + low - first, low - shard.start, high - low))
+        return moves
+
+
+def _shard(size: int, rank: int, ranks: int) -> range:
+    """The rows of a rank, as `torch.chunk` and `DTensor` cut them."""
+    each = -(-size // ranks)
+    return range(min(rank * each, size), min((rank + 1) * each, size))
+
+
+def _unit_rows(
+    size: int, dim: int, rows: range, dtype: torch.dtype, device: torch.device | str | None
+) -> Tensor:
+    """Those rows of a whole of random ones, which are drawn alike whichever are wanted."""
+    keys = torch.empty(len(rows), dim, dtype=dtype, device=device)
+    for start in range(0, size, _DRAWN_ROWS):
+        drawn = torch.randn(min(_DRAWN_ROWS, size - start), dim, device=device)
+        low, high = max(start, rows.start), min(start + len(drawn), rows.stop)
+        if low < high:
+            wanted = nn.functional.normalize(drawn[low - start : high - start], dim=1)
+            keys[low - rows.start : high - rows.start] = wanted
+    return keys
+
+
+def _whole(shard: Tensor, size: int, group: ProcessGroup) -> DTensor:
+    """The queue of all ranks, as torch.distributed.checkpoint knows it; shares the shard's memory."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = DeviceMesh.from_group(group, shard.device.type)
+    shape = torch.Size((size, shard.shape[1]))
+    return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
+
+
+def _is_dtensor(x: Any) -> TypeGuard[DTensor]:
+    """Without importing what is slow to import: before it is, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def _model_state(state_dict: Any) -> Mapping[str, Any]:
