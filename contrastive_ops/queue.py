@@ -34,8 +34,9 @@ class KeyQueue(nn.Module):
     equal to one of another number. `keys` and `pointer` are then attributes that move, are saved and are
     loaded like buffers, but are none: DistributedDataParallel would overwrite all shards by rank 0's. In a
     state_dict ``keys`` is a `DTensor` of the whole queue, so `torch.distributed.checkpoint` saves each row
-    once and loads it on any number of ranks. ``load_state_dict`` takes that, or a whole (K, D) tensor such as
-    the state of a queue without a group.
+    once and loads it on any number of ranks (``set_model_state_dict`` wants the module inside
+    DistributedDataParallel, as it renames only buffers). ``load_state_dict`` takes that, or a whole (K, D)
+    tensor such as the state of a queue without a group.
 
     Args:
         size: number of keys K.
@@ -135,7 +136,7 @@ class KeyQueue(nn.Module):
         others = [rank for rank in range(ranks.size) if rank != ranks.rank]
         leaving = {rank: batch.moves(ranks.rank, rank) for rank in others}
         arriving = {rank: batch.moves(rank, ranks.rank) for rank in others}
-        parts = [keys[move.key : move.key + move.count] for moves in leaving.values() for move in moves]
+        parts = [keys[move.key : move.key + move.length] for moves in leaving.values() for move in moves]
         parcel = torch.cat([part.to(self.keys.dtype) for part in parts]) if parts else self.keys[:0]
         arrived = ranks.send(
             parcel,
@@ -144,15 +145,15 @@ class KeyQueue(nn.Module):
         ).wait()
         # Nothing is written before all keys are there: what fails on its way leaves the queue as it was.
         for rank, moves in arriving.items():
-            self._write(arrived[rank].split([move.count for move in moves]), moves)
+            self._write(arrived[rank].split([move.length for move in moves]), moves)
         own = batch.moves(ranks.rank, ranks.rank)
-        self._write([keys[move.key : move.key + move.count] for move in own], own)
+        self._write([keys[move.key : move.key + move.length] for move in own], own)
         self.pointer.fill_(batch.next_pointer)
         self._note_pointer(batch.next_pointer)
 
     def _write(self, parts: Sequence[Tensor], moves: Sequence[_Move]) -> None:
         for part, move in zip(parts, moves, strict=True):
-            self.keys[move.row : move.row + move.count].copy_(part)
+            self.keys[move.row : move.row + move.length].copy_(part)
 
     def _pointer_on_host(self) -> int:
         """The pointer's value. The host waits for it only if something else than `enqueue` has written it."""
@@ -352,11 +353,11 @@ class _Move(NamedTuple):
 
     key: int  # the first, among those of its rank
     row: int  # its row in the shard
-    count: int
+    length: int
 
 
 def _count(moves: Sequence[_Move]) -> int:
-    return sum(move.count for move in moves)
+    return sum(move.length for move in moves)
 
 
 class _Batch:

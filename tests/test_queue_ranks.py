@@ -81,11 +81,11 @@ def test_moves_are_those_of_a_ring(size: int) -> None:
             for sender, owner in itertools.product(range(number), repeat=2):
                 moves = batch.moves(sender, owner)
                 assert len(moves) <= 2
-                for first, to, count in moves:
-                    for i in range(count):
-                        place = _shard(size, owner, number)[to + i]
+                for move in moves:
+                    for i in range(move.length):
+                        place = _shard(size, owner, number)[move.row + i]
                         assert got[place] == (-1, -1)
-                        got[place] = (sender, first + i)
+                        got[place] = (sender, move.key + i)
             assert got == expected
             assert batch.next_pointer == row % size
 
@@ -111,7 +111,7 @@ def check_large_queue_starts_alike(group: Group) -> None:
 
 
 def check_sends_each_key_once(group: Group) -> None:
-    """A rank sends what others hold of its keys and no more, in the queue's dtype; nothing if none has any."""
+    """A rank sends what others hold of its keys in the queue's dtype, and nothing if none has any."""
     ours, alone = queues(group, 12, dtype=torch.bfloat16)
     sent: list[int] = []
     send = dist.all_to_all_single
@@ -203,18 +203,15 @@ def check_state_dict(group: Group) -> None:
     assert state["keys"].shape == (7, DIM)
     assert torch.equal(state["keys"].full_tensor(), alone.keys)
 
-    for assign in (False, True):
-        for given in (state, alone.state_dict()):
-            other = KeyQueue(7, DIM, group=group)
-            other.load_state_dict(copy.deepcopy(given) if given is not state else given, assign=assign)
-            assert_same(other, alone)
-            assert other.keys.untyped_storage().nbytes() == other.keys.nbytes
-            both = copy.deepcopy(alone)
-            enqueue(other, both, [1, 3], 1)
-            assert_same(other, both)
-            if assign and given is state:  # as with buffers, the state's own memory
-                ours, alone = other, both
-                state = ours.state_dict()
+    for assign, sharded in itertools.product((False, True), repeat=2):
+        ours, alone = queues(group, 7)
+        enqueue(ours, alone, [2, 2], 0)
+        other, both = KeyQueue(7, DIM, group=group), copy.deepcopy(alone)
+        other.load_state_dict((ours if sharded else alone).state_dict(), assign=assign)
+        assert_same(other, both)
+        assert other.keys.untyped_storage().nbytes() == other.keys.nbytes  # and not the whole queue's
+        enqueue(other, both, [1, 3], 1)
+        assert_same(other, both)
 
     model = Model(group)
     whole = {"queue": rows(7, DIM, 5).T.contiguous(), "queue_ptr": torch.tensor([4])}
@@ -263,7 +260,7 @@ def check_ddp(group: Group) -> None:
     state = get_model_state_dict(parallel)
     assert torch.equal(state["queue.keys"].full_tensor(), alone.keys)
     other = Model(group)
-    set_model_state_dict(DistributedDataParallel(other), state)
+    set_model_state_dict(DistributedDataParallel(other).module, state)
     assert_same(other.queue, alone)
 
 
