@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
@@ -35,8 +36,9 @@ class KeyQueue(nn.Module):
     loaded like buffers, but are none: DistributedDataParallel would overwrite all shards by rank 0's. In a
     state_dict ``keys`` is a `DTensor` of the whole queue, so `torch.distributed.checkpoint` saves each row
     once and loads it on any number of ranks (``set_model_state_dict`` wants the module inside
-    DistributedDataParallel, as it renames only buffers). ``load_state_dict`` takes that, or a whole (K, D)
-    tensor such as the state of a queue without a group.
+    DistributedDataParallel, as it renames only buffers); `torch.save` on one rank would save only the rows of
+    that rank, unless of ``keys.full_tensor()``. ``load_state_dict`` takes a `DTensor` sharded alike, or a
+    whole (K, D) tensor such as the state of a queue without a group.
 
     Args:
         size: number of keys K.
@@ -127,6 +129,8 @@ class KeyQueue(nn.Module):
     def _enqueue_together(self, ranks: Ranks, keys: Tensor) -> None:
         with ranks.telling():
             self._check(keys)
+            if keys.numel() and keys.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr():
+                raise ValueError("keys must not be rows of the queue that they overwrite: pass a clone")
             pointer = self._pointer_on_host()
         alike = {"size": self._size, "dim": self.keys.shape[1], "dtype": self.keys.dtype, "pointer": pointer}
         counts = ranks.agree(alike, rows=len(keys))["rows"]
@@ -205,7 +209,8 @@ class KeyQueue(nn.Module):
             except ValueError as error:
                 error_msgs.append(f"{name}: {error}")
                 mine = self.keys
-            state_dict = {**state_dict, name: mine}
+            if mine is not state_dict[name]:
+                state_dict = {**state_dict, name: mine}
         with self._registered():
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -372,13 +377,14 @@ class _Batch:
 
     def __init__(self, counts: Sequence[int], pointer: int, size: int) -> None:
         self._counts, self._pointer, self._size = counts, pointer, size
-        self._dropped = max(sum(counts) - size, 0)
-        self.next_pointer = (pointer + sum(counts)) % size
+        *self._before, total = itertools.accumulate(counts, initial=0)
+        self._dropped = max(total - size, 0)
+        self.next_pointer = (pointer + total) % size
 
     def moves(self, sender: int, owner: int) -> list[_Move]:
         """What the one rank sends to the other: two moves at most, as the keys of one wrap once at most."""
         shard = _shard(self._size, owner, len(self._counts))
-        before = sum(self._counts[:sender])
+        before = self._before[sender]
         skipped = min(max(self._dropped - before, 0), self._counts[sender])
         kept = self._counts[sender] - skipped
         start = (self._pointer + before + skipped) % self._size

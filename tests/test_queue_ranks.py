@@ -91,16 +91,12 @@ def test_moves_are_those_of_a_ring(size: int) -> None:
 
 
 def check_equals_one_process(group: Group) -> None:
-    for size in (1, 2, 3, 8, 12, 13):
-        for dtype in (torch.float32, torch.bfloat16):
-            ours, alone = queues(group, size, dtype=dtype)
+    for size, dtype in [(1, torch.float32), (3, torch.float64), (8, torch.bfloat16), (13, torch.float32)]:
+        ours, alone = queues(group, size, dtype=dtype)
+        assert_same(ours, alone)
+        for seed, counts in enumerate(itertools.chain(*BATCHES.values())):
+            enqueue(ours, alone, [*counts, seed % 3, 0][: group.size()], seed)
             assert_same(ours, alone)
-            for seed, counts in enumerate(itertools.chain(*BATCHES.values())):
-                enqueue(ours, alone, [*counts, seed % 3, 0][: group.size()], seed)
-                assert_same(ours, alone)
-            pieces: list[Any] = [None] * group.size()
-            dist.all_gather_object(pieces, ours.keys)
-            assert torch.equal(torch.cat(pieces), alone.keys)
 
 
 def check_large_queue_starts_alike(group: Group) -> None:
@@ -148,6 +144,10 @@ def check_errors(group: Group) -> None:
     error, told = (ValueError, "") if group.rank() == 1 else (Disagreement, "refused on rank 1: ValueError: ")
     with pytest.raises(error, match=told + message):
         ours.enqueue(torch.ones(2, 4 if group.rank() == 1 else 3))
+    assert_same(ours, alone)
+    error = ValueError if group.rank() == 0 else Disagreement
+    with pytest.raises(error, match="keys must not be rows of the queue that they overwrite"):
+        ours.enqueue(ours.keys[:1] if group.rank() == 0 else torch.ones(2, DIM))
     assert_same(ours, alone)
     other = KeyQueue(8, DIM, dtype=torch.float64 if group.rank() else torch.float32, group=group)
     with pytest.raises(Disagreement, match=r"dtype is torch.float32 on rank 0, torch.float64 on rank"):
@@ -264,6 +264,25 @@ def check_ddp(group: Group) -> None:
     assert_same(other.queue, alone)
 
 
+def check_group_of_some_ranks(group: Group) -> None:
+    """Ranks are those of the group, which are not the processes' own numbers."""
+    last = group.size() - 1
+    some = dist.new_group([last - 1, last])
+    if group.rank() >= last - 1:
+        assert isinstance(some, Group)
+        ours, alone = queues(some, 7)
+        enqueue(ours, alone, [3, 2], 0)
+        assert_same(ours, alone)
+        state = ours.state_dict()
+        assert torch.equal(state["keys"].full_tensor(), alone.keys)
+        other = KeyQueue(7, DIM, group=some)
+        other.load_state_dict(state)
+        assert_same(other, alone)
+    else:
+        with pytest.raises(ValueError, match="group that this process belongs to"):
+            KeyQueue(7, DIM, group=some)  # type: ignore[arg-type]
+
+
 def check_everything(group: Group) -> None:
     check_equals_one_process(group)
     check_large_queue_starts_alike(group)
@@ -272,6 +291,7 @@ def check_everything(group: Group) -> None:
     check_module(group)
     check_state_dict(group)
     check_ddp(group)
+    check_group_of_some_ranks(group)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -279,55 +299,58 @@ def test_among_ranks(size: int) -> None:
     ranks.run(check_everything, size)
 
 
-def after_steps(steps: int) -> KeyQueue:
-    """The queue of one process after so many batches."""
+SIZES = {"queue": 13, "short": 5}  # of five rows, the last of four ranks holds none
+
+
+def fresh(group: Group | None) -> nn.ModuleDict:
     torch.manual_seed(13)
-    queue = KeyQueue(13, DIM, dtype=torch.bfloat16)
-    for seed in range(steps):
-        queue.enqueue(rows(5, DIM, seed))
-    return queue
+    return nn.ModuleDict({
+        name: KeyQueue(size, DIM, dtype=torch.bfloat16, group=group) for name, size in SIZES.items()
+    })  # fmt: skip
 
 
-def save(group: Group, folder: str) -> None:
-    torch.manual_seed(13)
-    ours, alone = (
-        KeyQueue(13, DIM, dtype=torch.bfloat16, group=group),
-        KeyQueue(13, DIM, dtype=torch.bfloat16),
-    )
-    for seed in range(4):
-        enqueue(ours, alone, [3, 2] if group.size() > 1 else [5], seed)
-    dcp.save({"queue": ours.state_dict()}, checkpoint_id=folder)
+def step(alone: nn.ModuleDict, ours: nn.ModuleDict | None, steps: range) -> None:
+    """The same batches to both; they stay the same."""
+    for seed in steps:
+        for name, queue in alone.items():
+            if ours is None:
+                queue.enqueue(rows(5, DIM, seed))
+            elif ours[name].group is not None:
+                enqueue(ours[name], queue, [1, 4], seed)
+                assert_same(ours[name], queue)
+            else:
+                for following in (queue, ours[name]):
+                    following.enqueue(rows(5, DIM, seed))
+                assert torch.equal(ours[name].keys, queue.keys)
+                assert torch.equal(ours[name].pointer, queue.pointer)
 
 
-def load(group: Group, folder: str) -> None:
-    alone = after_steps(4)
-    ours = KeyQueue(13, DIM, dtype=torch.bfloat16, group=group)
-    ours.enqueue(torch.ones(group.rank(), DIM))  # a pointer that loading has to replace
-    state = {"queue": ours.state_dict()}
-    dcp.load(state, checkpoint_id=folder)
-    ours.load_state_dict(state["queue"])
-    for seed in range(4, 8):
-        assert_same(ours, alone)
-        enqueue(ours, alone, [1, 4] if group.size() > 1 else [5], seed)
+def save(group: Group | None, folder: str) -> None:
+    ours = fresh(group)
+    step(fresh(None), ours, range(4))
+    dcp.save({"model": ours.state_dict()}, checkpoint_id=folder, no_dist=group is None)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(2, 3), (4, 1), (1, 2)])
+def load(group: Group | None, folder: str) -> None:
+    alone, ours = fresh(None), fresh(group)
+    step(alone, None, range(4))
+    step(fresh(None), ours, range(7, 8))  # keys and a pointer that loading has to replace
+    state = {"model": ours.state_dict()}
+    dcp.load(state, checkpoint_id=folder, no_dist=group is None)
+    ours.load_state_dict(state["model"])
+    for name, queue in ours.items():
+        if group is not None:
+            assert_same(queue, alone[name])
+        assert torch.equal(queue.pointer, alone[name].pointer)
+    step(alone, ours, range(4, 8))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(2, 3), (4, 1), (1, 4)])
 def test_checkpoint_on_other_ranks(saved: int, loaded: int, tmp_path: Path) -> None:
     """One rank is a process without a group."""
     folder = str(tmp_path / "checkpoint")
-    if saved > 1:
-        ranks.run(save, saved, folder)
-    else:
-        dcp.save({"queue": after_steps(4).state_dict()}, checkpoint_id=folder, no_dist=True)
-    if loaded > 1:
-        ranks.run(load, loaded, folder)
-        return
-    queue, alone = KeyQueue(13, DIM, dtype=torch.bfloat16), after_steps(4)
-    state = {"queue": queue.state_dict()}
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
-    queue.load_state_dict(state["queue"])
-    for seed in range(4, 8):
-        assert torch.equal(queue.keys, alone.keys)
-        assert torch.equal(queue.pointer, alone.pointer)
-        for following in (queue, alone):
-            following.enqueue(rows(5, DIM, seed))
+    for worker, size in ((save, saved), (load, loaded)):
+        if size == 1:
+            worker(None, folder)
+        else:
+            ranks.run(worker, size, folder)
