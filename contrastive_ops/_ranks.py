@@ -12,16 +12,21 @@ serves only GPUs, so that no host waits for its GPU.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # As newer versions call it, and older ones.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -56,6 +61,47 @@ def named(group_name: str) -> dist.ProcessGroup:
     from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
     return _resolve_process_group(GroupName(group_name))
+
+
+def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy` of a module whose copy speaks to the same ranks: a group is no module's own."""
+    group = module.__dict__.get("group")
+    memo[id(group)] = group
+    twin = memo[id(module)] = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    return twin
+
+
+@functools.lru_cache(maxsize=16)
+def mesh(group: dist.ProcessGroup, device_type: str) -> DeviceMesh:
+    """The group as the mesh that a DTensor is on."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(group, device_type)
+
+
+def as_shards(rows: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+    """A rank's rows of so many, cut as `torch.chunk` cuts, as checkpoints know them: a DTensor."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    shape = torch.Size((count, *rows.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        rows, mesh(group, rows.device.type), [Shard(0)], run_check=False, shape=shape, stride=stride
+    )
+
+
+def own_shard(saved: Tensor, first: int, count: int) -> Tensor:
+    """Some rows of a checkpoint's: of a whole tensor, or of shards, gathered if cut otherwise."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(saved, DTensor):
+        return saved[first : first + count]
+    if saved.placements == (Shard(0),):
+        local, each = saved.to_local(), -(-len(saved) // saved.device_mesh.size())
+        if len(local) == count and (not count or each * saved.device_mesh.get_local_rank() == first):
+            return local
+    return saved.full_tensor()[first : first + count]
 
 
 class Ranks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, dataclass_transform
 from torch import Tensor, nn
 
 from . import functional
+from ._ranks import copied
 from .functional import Reduction
 
 if TYPE_CHECKING:
@@ -37,12 +37,7 @@ class _Loss(nn.Module):
         return type(self)._loss(*tensors, **(self.settings() | settings))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
-        """A copy that speaks to the same ranks: a group is no module's own."""
-        group = self.__dict__.get("group")
-        memo[id(group)] = group
-        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
+        return copied(self, memo)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())

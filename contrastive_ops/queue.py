@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_flag, check_floating, check_floating_dtype, check_integer
-from ._ranks import Ranks, check_group
+from ._eager import eager
+from ._ranks import Ranks, as_shards, check_group, copied, own_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,8 +37,8 @@ class KeyQueue(nn.Module):
     state_dict ``keys`` is a `DTensor` of the whole queue, so `torch.distributed.checkpoint` saves each row
     once and loads it on any number of ranks (``set_model_state_dict`` wants the module inside
     DistributedDataParallel, as it renames only buffers); `torch.save` on one rank would save only the rows of
-    that rank, unless of ``keys.full_tensor()``. ``load_state_dict`` takes a `DTensor` sharded alike, or a
-    whole (K, D) tensor such as the state of a queue without a group.
+    that rank, unless of ``keys.full_tensor()``. ``load_state_dict`` takes a `DTensor`, or a whole (K, D)
+    tensor such as the state of a queue without a group.
 
     Args:
         size: number of keys K.
@@ -108,7 +108,7 @@ class KeyQueue(nn.Module):
                 group, the same is refused by all ranks if by one, as it is where their queues differ.
         """
         if self.group is not None:
-            self._enqueue_together(Ranks(self.group, "KeyQueue.enqueue"), keys)
+            self._enqueue_together(keys, Ranks(self.group, "KeyQueue.enqueue"))
             return
         self._check(keys)
         size = len(self.keys)
@@ -126,7 +126,8 @@ class KeyQueue(nn.Module):
         if keys.device != self.keys.device:
             raise ValueError(f"keys must be on the queue's device, {self.keys.device}, got {keys.device}")
 
-    def _enqueue_together(self, ranks: Ranks, keys: Tensor) -> None:
+    @eager("ranks agree on the host who gets which keys")
+    def _enqueue_together(self, keys: Tensor, ranks: Ranks) -> None:
         with ranks.telling():
             self._check(keys)
             if keys.numel() and keys.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr():
@@ -196,7 +197,7 @@ class KeyQueue(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
         name = f"{prefix}keys"
         if self.group is not None and name in destination:
-            destination[name] = _whole(destination[name], self._size, self.group)
+            destination[name] = as_shards(destination[name], self._size, self.group)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
@@ -232,33 +233,19 @@ class KeyQueue(nn.Module):
             raise ValueError(
                 f"size mismatch: the checkpoint's is {list(keys.shape)}, that of all ranks {list(whole)}"
             )
-        if _is_dtensor(keys):
-            own = _whole(self.keys, self._size, self.group)
-            if (
-                keys.placements != own.placements
-                or keys.device_mesh.mesh.tolist() != own.device_mesh.mesh.tolist()
-            ):
-                raise ValueError(
-                    f"a DTensor must be sharded as the queue's, {own.placements} on {own.device_mesh}, "
-                    f"got {keys.placements} on {keys.device_mesh}"
-                )
-            return keys.to_local()
         rows = _shard(self._size, self.group.rank(), self.group.size())
-        # A copy, because where a state is assigned, a view would keep all of it.
-        return keys[rows.start : rows.stop].clone()
+        own = own_shard(keys, rows.start, len(rows))
+        # Where a state is assigned, a view of the whole would keep all of it.
+        return own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyQueue:
-        """A copy that speaks to the same ranks: a group is no module's own."""
-        memo[id(self.group)] = self.group
-        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
+        return copied(self, memo)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.group is not None:
             raise TypeError(
-                "a KeyQueue with a group cannot be pickled, for a group belongs to its process; save its "
-                "state_dict by torch.distributed.checkpoint"
+                "a KeyQueue with a group cannot be pickled, for a group belongs to its process: save its "
+                "state_dict() by torch.distributed.checkpoint"
             )
         return self.__dict__
 
@@ -414,16 +401,6 @@ def _unit_rows(
             wanted = nn.functional.normalize(drawn[low - start : high - start], dim=1)
             keys[low - rows.start : high - rows.start] = wanted
     return keys
-
-
-def _whole(shard: Tensor, size: int, group: ProcessGroup) -> DTensor:
-    """The queue of all ranks, as torch.distributed.checkpoint knows it; shares the shard's memory."""
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
-
-    mesh = DeviceMesh.from_group(group, shard.device.type)
-    shape = torch.Size((size, shard.shape[1]))
-    return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
 
 
 def _is_dtensor(x: Any) -> TypeGuard[DTensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
@@ -44,6 +45,13 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def put_together(state: dict[str, Any]) -> None:
+    """Makes of a state's shards whole tensors, as one process has them; all processes call it."""
+    for name, value in state.items():
+        if isinstance(value, DTensor):
+            state[name] = value.full_tensor()
 
 
 def mean(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contrastive_ops import CO2Loss, KeyQueue
 
-from ..distributed import gather, own_rows
+from ..distributed import gather, group, own_rows
 from ..networks import normalize_in_groups
 from ..parsing import LossWeight, Temperature
 from .method import Batch, Method
@@ -61,6 +61,12 @@ class MoCo(Method):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         normalize_in_groups(self.key_encoder, self.hparams.norm_groups)
+        if group() is not None and self.queue.group is None:
+            # Each process keeps its rows of the queue that one would begin with.
+            with torch.random.fork_rng(devices=[]):
+                shared = KeyQueue(self.hparams.queue_size, self.hparams.dim, group=group())
+            shared.load_state_dict(self.queue.state_dict())
+            self.queue = shared.to(self.queue.keys)
         # What queries are multiplied in under mixed precision: so the queue is not rounded at every step.
         if dtype := {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision):
             self.queue.to(dtype)
@@ -73,18 +79,18 @@ class MoCo(Method):
 
     @torch.no_grad()
     def encode_keys(self, views: Tensor, batch_idx: int) -> Tensor:
-        """The keys (P·B, D) of all processes' views (B, 3, H, W).
+        """The keys (B, D) of this process's views (B, 3, H, W).
 
         Where batch statistics are those of parts of a batch, a query and its key must not share theirs: they
         would tell the positive. So keys' views are dealt out at random to the parts of all processes, and
         their keys brought back into order: MoCo's shuffling batch norm.
         """
         if self.hparams.norm_groups == 1:
-            return gather(self.key_encoder(views))
+            return self.key_encoder(views)
         views = gather(views)  # (P·B, 3, H, W)
         step = (self.hparams.seed, self.trainer.current_epoch, batch_idx)
         order = torch.from_numpy(np.random.default_rng(step).permutation(len(views))).to(views.device)
-        return gather(self.key_encoder(own_rows(views[order])))[order.argsort()]
+        return own_rows(gather(self.key_encoder(own_rows(views[order])))[order.argsort()])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         (query_view, key_view), *_ = batch  # (B, 3, H, W) each
@@ -92,9 +98,9 @@ class MoCo(Method):
         query = self.encoder(query_view)  # (B, D)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.update_key_encoder()
-        keys = self.encode_keys(key_view, batch_idx)  # (P·B, D)
+        keys = self.encode_keys(key_view, batch_idx)  # (B, D)
 
-        loss, metrics = self.criterion(query, own_rows(keys), self.queue.keys)  # (), each metric (B,)
+        loss, metrics = self.criterion(query, keys, self.queue.keys, group=group())  # (), each metric (B,)
         # In half precision a norm would be off by more than the queue's own rounding.
         self.queue.enqueue(F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=1))
 
