@@ -58,9 +58,9 @@ def check_group(group: Any) -> None:
 
 def named(group_name: str) -> dist.ProcessGroup:
     """The group of that name, which is what operators are given, as PyTorch's own are."""
-    from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+    from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return _resolve_process_group(GroupName(group_name))
+    return _resolve_process_group(group_name)  # type: ignore[arg-type]  # older versions have no GroupName
 
 
 def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
@@ -92,13 +92,15 @@ def as_shards(rows: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def own_shard(saved: Tensor, first: int, count: int) -> Tensor:
-    """Some rows of a checkpoint's: of a whole tensor, or of shards that are cut the same way."""
+    """Some rows of a checkpoint's: of a whole tensor, or of shards, gathered if cut otherwise."""
     from torch.distributed.tensor import DTensor, Shard
 
     if not isinstance(saved, DTensor):
         return saved[first : first + count]
-    if saved.placements == (Shard(0),) and len(saved.to_local()) == count:
-        return saved.to_local()
+    if saved.placements == (Shard(0),):
+        local, each = saved.to_local(), -(-len(saved) // saved.device_mesh.size())
+        if len(local) == count and (not count or each * saved.device_mesh.get_local_rank() == first):
+            return local
     return saved.full_tensor()[first : first + count]
 
 
@@ -325,10 +327,11 @@ _control_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]
 
 def _control_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same ranks through which hosts agree."""
+    if _serves_hosts(group):
+        return group
     known = _control_groups.get(group)
     if known is None:
-        known = group if _serves_hosts(group) else _group_of_hosts(group)
-        _control_groups[group] = known
+        known = _control_groups[group] = _group_of_hosts(group)
     return known
 
 

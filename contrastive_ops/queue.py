@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +17,9 @@ from ._ranks import Ranks, as_shards, check_group, copied, own_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
-_DRAWN_AT_A_TIME = 1024  # rows, by every rank of a group: each keeps its own
+_DRAWN_ROWS = 4096  # at a time: what a rank holds of the rows that are another's while it draws its own
 
 
 class KeyQueue(nn.Module):
@@ -26,6 +29,17 @@ class KeyQueue(nn.Module):
     is saved and is resumed with the model that holds it: a state_dict without them is refused by
     ``load_state_dict(strict=True)``, so that no queue is lost unnoticed.
 
+    With a group the queue is cut into one shard of consecutive rows a rank, ⌈K/P⌉ rows each as far as they
+    go, as by `torch.chunk`. All ranks together behave as one process that holds it whole. Seed all ranks
+    alike to start with the same queue on any number of them; with other seeds the run is as valid, but not
+    equal to one of another number. `keys` and `pointer` are then attributes that move, are saved and are
+    loaded like buffers, but are none: DistributedDataParallel would overwrite all shards by rank 0's. In a
+    state_dict ``keys`` is a `DTensor` of the whole queue, so `torch.distributed.checkpoint` saves each row
+    once and loads it on any number of ranks (``set_model_state_dict`` wants the module inside
+    DistributedDataParallel, as it renames only buffers); `torch.save` on one rank would save only the rows of
+    that rank, unless of ``keys.full_tensor()``. ``load_state_dict`` takes a `DTensor`, or a whole (K, D)
+    tensor such as the state of a queue without a group.
+
     Args:
         size: number of keys K.
         dim: dimension D of a key.
@@ -34,15 +48,13 @@ class KeyQueue(nn.Module):
         device: where the buffers live.
         persistent: whether the queue is a part of state_dicts. One that is not is neither saved nor wanted,
             as suits checkpoints that came without a queue; it starts anew.
-        group: a `torch.distributed.ProcessGroup`, whose ranks share the queue: each holds ⌈K/P⌉ consecutive
-            rows, the last ones less, and `enqueue` is called by all. Seed the ranks alike, and the queue
-            starts as one process's does.
+        group: the processes that hold the queue together; None: this process holds it alone. Beside a queue
+            on a GPU the group must serve GPUs.
 
     Attributes:
-        keys: (K, D) buffer; in a group this rank's rows, no buffer, since DistributedDataParallel would
-            overwrite it by rank 0's. In the state_dict these are a DTensor, which
-            `torch.distributed.checkpoint` saves, and loads on any other number of ranks.
-        pointer: () int64 buffer, the row that the next key overwrites; in a group of the whole queue.
+        keys: (K, D) buffer; with a group (K_r, D), this rank's shard, which may be empty.
+        pointer: () int64 buffer, the row that the next key overwrites; with a group that of the whole queue,
+            equal on all ranks.
 
     Example:
         >>> import torch
@@ -55,6 +67,7 @@ class KeyQueue(nn.Module):
 
     keys: Tensor
     pointer: Tensor
+    group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -66,53 +79,46 @@ class KeyQueue(nn.Module):
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.size, dim = check_integer("size", size, 1), check_integer("dim", dim, 1)
+        size, dim = check_integer("size", size, 1), check_integer("dim", dim, 1)
         check_floating_dtype(dtype)
         check_flag("persistent", persistent)
         check_group(group)
-        self.group, self._persistent = group, persistent
-        first, last = (0, self.size) if group is None else self._rows_of(group.rank())
-        keys = _unit_rows(self.size, dim, first, last, device).to(dtype)
-        if group is None:
-            self.register_buffer("keys", keys, persistent)
-        else:
-            self.keys = keys
+        rows = range(size) if group is None else _shard(size, group.rank(), group.size())
         pointer = torch.zeros((), dtype=torch.int64, device=device)
+        self.register_buffer("keys", _unit_rows(size, dim, rows, dtype, device), persistent)
         self.register_buffer("pointer", pointer, persistent)
-        self._at = 0  # the pointer as the host knows it, which in a group decides who gets what
-
-    def _rows_of(self, rank: int) -> tuple[int, int]:
-        """The first of a rank's rows, and the one after its last."""
-        assert self.group is not None
-        share = -(-self.size // self.group.size())
-        return min(rank * share, self.size), min((rank + 1) * share, self.size)
+        if group is not None:
+            self.group, self._size = group, size
+            self._unregister()
+            self._note_pointer(0)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Overwrite the oldest rows by `keys` (N, D), in order; of more than K keys the last K remain.
 
         N need not divide the size. Keys are stored as they come: pass them normalised. Does not wait for the
-        device, and can be captured in a CUDA graph.
+        device, and without a group can be captured in a CUDA graph.
 
-        In a group all ranks call it, each with its own keys, any number of them. What the ranks hold together
-        is then as one process's queue would be that gets the keys of all, in the order of the ranks. A key
-        travels once, to the rank whose row it takes.
+        With a group all ranks call it, each with keys of its own, whose number may differ and be 0: what is
+        stored are the keys of all, in the order of the ranks. A key travels once, to the rank that holds the
+        row it takes.
 
         Raises:
-            TypeError, ValueError: `keys` is not a floating-point (N, D) tensor on the queue's device.
+            TypeError, ValueError: `keys` is not a floating-point (N, D) tensor on the queue's device. With a
+                group, the same is refused by all ranks if by one, as it is where their queues differ.
         """
         if self.group is not None:
-            self._enqueue_across_ranks(keys)
+            self._enqueue_together(keys, Ranks(self.group, "KeyQueue.enqueue"))
             return
         self._check(keys)
-        size = self.size
+        size = len(self.keys)
         kept = keys[-size:] if len(keys) > size else keys
         dropped = len(keys) - len(kept)
         rows = torch.arange(dropped, len(keys), device=keys.device)
         self.keys.index_copy_(0, (self.pointer + rows) % size, kept.to(self.keys.dtype))
         self.pointer.add_(len(keys)).remainder_(size)
 
-    def _check(self, keys: Any) -> None:
+    def _check(self, keys: Tensor) -> None:
         check_floating("keys", keys)
         dim = self.keys.shape[1]
         if keys.ndim != 2 or keys.shape[1] != dim:
@@ -121,85 +127,126 @@ class KeyQueue(nn.Module):
             raise ValueError(f"keys must be on the queue's device, {self.keys.device}, got {keys.device}")
 
     @eager("ranks agree on the host who gets which keys")
-    def _enqueue_across_ranks(self, keys: Tensor) -> None:
-        assert self.group is not None
-        ranks = Ranks(self.group, "KeyQueue.enqueue")
+    def _enqueue_together(self, keys: Tensor, ranks: Ranks) -> None:
         with ranks.telling():
             self._check(keys)
-        alike = {"size": self.size, "D": self.keys.shape[1], "dtype": self.keys.dtype, "pointer": self._at}
-        counts = ranks.agree(alike, keys=len(keys))["keys"]
+            if keys.numel() and keys.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr():
+                raise ValueError("keys must not be rows of the queue that they overwrite: pass a clone")
+            pointer = self._pointer_on_host()
+        alike = {"size": self._size, "dim": self.keys.shape[1], "dtype": self.keys.dtype, "pointer": pointer}
+        counts = ranks.agree(alike, rows=len(keys))["rows"]
+        if sum(counts) == 0:
+            return
+        batch = _Batch(counts, pointer, self._size)
+        others = [rank for rank in range(ranks.size) if rank != ranks.rank]
+        leaving = {rank: batch.moves(ranks.rank, rank) for rank in others}
+        arriving = {rank: batch.moves(rank, ranks.rank) for rank in others}
+        parts = [keys[move.key : move.key + move.length] for moves in leaving.values() for move in moves]
+        parcel = torch.cat([part.to(self.keys.dtype) for part in parts]) if parts else self.keys[:0]
+        arrived = ranks.send(
+            parcel,
+            [_count(leaving.get(rank, ())) for rank in range(ranks.size)],
+            [_count(arriving.get(rank, ())) for rank in range(ranks.size)],
+        ).wait()
+        # Nothing is written before all keys are there: what fails on its way leaves the queue as it was.
+        for rank, moves in arriving.items():
+            self._write(arrived[rank].split([move.length for move in moves]), moves)
+        own = batch.moves(ranks.rank, ranks.rank)
+        self._write([keys[move.key : move.key + move.length] for move in own], own)
+        self.pointer.fill_(batch.next_pointer)
+        self._note_pointer(batch.next_pointer)
 
-        # The rows that the keys of each rank take, of which the last K keys count, and whose rows they are.
-        taken = np.split(self._at + np.arange(sum(counts)), np.cumsum(counts)[:-1])
-        lost = self._at + sum(counts) - self.size
-        kept = [rows[rows >= lost] % self.size for rows in taken]
-        share = -(-self.size // ranks.size)
-        owners = [rows // share for rows in kept]
+    def _write(self, parts: Sequence[Tensor], moves: Sequence[_Move]) -> None:
+        for part, move in zip(parts, moves, strict=True):
+            self.keys[move.row : move.row + move.length].copy_(part)
 
-        own = owners[ranks.rank]
-        leaving = keys[len(keys) - len(own) :].to(self.keys.dtype)
-        order = np.argsort(own, kind="stable")
-        if (np.diff(own) < 0).any():  # it goes around
-            leaving = leaving[torch.from_numpy(order).to(keys.device)]
-        sent = np.bincount(own, minlength=ranks.size).tolist()
-        received = [int((of_rank == ranks.rank).sum()) for of_rank in owners]
-        arrived = ranks.send(leaving, sent, received).wait()
-        first, _ = self._rows_of(ranks.rank)
-        rows = np.concatenate([rows[of == ranks.rank] for rows, of in zip(kept, owners, strict=True)]) - first
-        self.keys.index_copy_(0, torch.from_numpy(rows).to(self.keys.device), torch.cat(arrived))
-        self._at = (self._at + sum(counts)) % self.size
-        self.pointer.fill_(self._at)
+    def _pointer_on_host(self) -> int:
+        """The pointer's value. The host waits for it only if something else than `enqueue` has written it."""
+        seen, version = self._seen, _version(self.pointer)
+        if self.pointer is not seen.pointer or version is None or version != seen.version:
+            self._note_pointer(int(self.pointer))
+        return self._seen.value
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeyQueue:
-        super()._apply(fn, recurse)
-        if self.group is not None:
-            self.keys = fn(self.keys)
-        return self
+    def _note_pointer(self, value: int) -> None:
+        self._seen = _Seen(self.pointer, _version(self.pointer), value)
+
+    def _unregister(self) -> None:
+        """Make attributes of the buffers."""
+        for name in ("keys", "pointer"):
+            self.__dict__[name] = self._buffers.pop(name)
+
+    @contextlib.contextmanager
+    def _registered(self) -> Iterator[None]:
+        """With a group: keys and pointer are buffers in this block, so `Module` treats them as such."""
+        if self.group is None:
+            yield
+            return
+        for name in ("keys", "pointer"):
+            self._buffers[name] = self.__dict__.pop(name)
+        try:
+            yield
+        finally:
+            self._unregister()
+
+    def _apply(self, *arguments: Any, **settings: Any) -> KeyQueue:
+        with self._registered():
+            return super()._apply(*arguments, **settings)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.group is not None and self._persistent:
-            destination[f"{prefix}keys"] = as_shards(self.keys, self.size, self.group)
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with self._registered():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = f"{prefix}keys"
+        if self.group is not None and name in destination:
+            destination[name] = as_shards(destination[name], self._size, self.group)
 
     def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        name, wanted = f"{prefix}keys", (self.size, self.keys.shape[1])
-        saved = state_dict.get(name)
-        if self.group is not None and self._persistent:
-            state_dict = {key: value for key, value in state_dict.items() if key != name}
-            if saved is None:
-                missing_keys.append(name)
-            elif tuple(saved.shape) != wanted:
-                error_msgs.append(f"{name} must be the whole queue's {wanted}, got {tuple(saved.shape)}")
-            else:
-                first, last = self._rows_of(self.group.rank())
-                self.keys.copy_(own_shard(saved, first, last - first))
-        elif hasattr(saved, "full_tensor"):
-            error_msgs.append(
-                f"{name} is in shards, and this queue has no group: pass {name}.full_tensor(), or load by "
-                "torch.distributed.checkpoint"
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        name = f"{prefix}keys"
+        if name in state_dict and "keys" not in self._non_persistent_buffers_set:
+            try:
+                mine = self._own_rows(state_dict[name])
+            except ValueError as error:
+                error_msgs.append(f"{name}: {error}")
+                mine = self.keys
+            if mine is not state_dict[name]:
+                state_dict = {**state_dict, name: mine}
+        with self._registered():
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if not self.pointer.is_meta:
-            self._at = int(self.pointer)
+
+    def _own_rows(self, keys: Any) -> Any:
+        """What this process holds of a state's keys."""
+        if self.group is None:
+            if _is_dtensor(keys):
+                raise ValueError(
+                    "a DTensor, the state of a queue with a group, needs one here; load it by "
+                    "torch.distributed.checkpoint, or pass its full_tensor()"
+                )
+            return keys
+        if not isinstance(keys, Tensor):
+            return keys
+        whole = (self._size, self.keys.shape[1])
+        if keys.shape != whole:
+            raise ValueError(
+                f"size mismatch: the checkpoint's is {list(keys.shape)}, that of all ranks {list(whole)}"
+            )
+        rows = _shard(self._size, self.group.rank(), self.group.size())
+        own = own_shard(keys, rows.start, len(rows))
+        # Where a state is assigned, a view of the whole would keep all of it.
+        return own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyQueue:
         return copied(self, memo)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.group is not None:
-            raise TypeError("a KeyQueue with a group cannot be pickled: save its state_dict()")
+            raise TypeError(
+                "a KeyQueue with a group cannot be pickled, for a group belongs to its process: save its "
+                "state_dict() by torch.distributed.checkpoint"
+            )
         return self.__dict__
 
     @classmethod
@@ -212,7 +259,7 @@ class KeyQueue(nn.Module):
             state_dict: a model's state, names prefixed or not (``module.queue``), or the checkpoint around
                 it (``{"state_dict": …}``).
             prefix: what stands before ``queue``, such as ``"module."``, where there are several.
-            group: as of the class; each rank keeps its rows.
+            group: as of `KeyQueue`; each rank passes the whole state and keeps its shard.
 
         Raises:
             TypeError: one of the two is not the tensor that it must be.
@@ -270,19 +317,96 @@ class KeyQueue(nn.Module):
         return renamed
 
     def extra_repr(self) -> str:
-        rows, dim = self.keys.shape
-        share = "" if self.group is None else f", rows of this rank={rows}"
-        return f"size={self.size}, dim={dim}, dtype={self.keys.dtype}{share}"
+        shard, dim = self.keys.shape
+        if self.group is None:
+            return f"size={shard}, dim={dim}, dtype={self.keys.dtype}"
+        rows = _shard(self._size, self.group.rank(), self.group.size())
+        return (
+            f"size={self._size}, dim={dim}, dtype={self.keys.dtype}, "
+            f"rows {rows.start}:{rows.stop} on rank {self.group.rank()} of {self.group.size()}"
+        )
 
 
-def _unit_rows(size: int, dim: int, first: int, last: int, device: torch.device | str | None) -> Tensor:
-    """Some of so many random unit rows, which are the same whichever of them are wanted."""
-    rows = torch.empty(last - first, dim, device=device)
-    for begin in range(0, size, _DRAWN_AT_A_TIME):
-        drawn = torch.randn(min(_DRAWN_AT_A_TIME, size - begin), dim, device=device)
-        own = slice(max(first, begin), max(min(last, begin + len(drawn)), max(first, begin)))
-        rows[own.start - first : own.stop - first] = drawn[own.start - begin : own.stop - begin]
-    return nn.functional.normalize(rows, dim=1)
+class _Seen(NamedTuple):
+    """What the host knows of a pointer."""
+
+    pointer: Tensor
+    version: int | None
+    value: int
+
+
+def _version(x: Tensor) -> int | None:
+    """How often it was written; unknown of an inference tensor, which is therefore never as it was."""
+    return None if x.is_inference() else x._version
+
+
+class _Move(NamedTuple):
+    """Keys of one rank that take consecutive rows of one shard."""
+
+    key: int  # the first, among those of its rank
+    row: int  # its row in the shard
+    length: int
+
+
+def _count(moves: Sequence[_Move]) -> int:
+    return sum(move.length for move in moves)
+
+
+class _Batch:
+    """The rows that the keys of all ranks take: key i, counted in the order of the ranks, takes row
+    pointer + i modulo K, if it is among the last K.
+
+    Args:
+        counts: how many keys each rank has.
+        pointer: where the first goes.
+        size: K.
+    """
+
+    def __init__(self, counts: Sequence[int], pointer: int, size: int) -> None:
+        self._counts, self._pointer, self._size = counts, pointer, size
+        *self._before, total = itertools.accumulate(counts, initial=0)
+        self._dropped = max(total - size, 0)
+        self.next_pointer = (pointer + total) % size
+
+    def moves(self, sender: int, owner: int) -> list[_Move]:
+        """What the one rank sends to the other: two moves at most, as the keys of one wrap once at most."""
+        shard = _shard(self._size, owner, len(self._counts))
+        before = self._before[sender]
+        skipped = min(max(self._dropped - before, 0), self._counts[sender])
+        kept = self._counts[sender] - skipped
+        start = (self._pointer + before + skipped) % self._size
+        moves = []
+        for first in (start, start - self._size):  # the row of the first kept key, and after the wrap
+            low, high = max(first, shard.start), min(first + kept, shard.stop)
+            if low < high:
+                moves.append(_Move(skipped + low - first, low - shard.start, high - low))
+        return moves
+
+
+def _shard(size: int, rank: int, ranks: int) -> range:
+    """The rows of a rank, as `torch.chunk` and `DTensor` cut them."""
+    each = -(-size // ranks)
+    return range(min(rank * each, size), min((rank + 1) * each, size))
+
+
+def _unit_rows(
+    size: int, dim: int, rows: range, dtype: torch.dtype, device: torch.device | str | None
+) -> Tensor:
+    """Those rows of a whole of random ones, which are drawn alike whichever are wanted."""
+    keys = torch.empty(len(rows), dim, dtype=dtype, device=device)
+    for start in range(0, size, _DRAWN_ROWS):
+        drawn = torch.randn(min(_DRAWN_ROWS, size - start), dim, device=device)
+        low, high = max(start, rows.start), min(start + len(drawn), rows.stop)
+        if low < high:
+            wanted = nn.functional.normalize(drawn[low - start : high - start], dim=1)
+            keys[low - rows.start : high - rows.start] = wanted
+    return keys
+
+
+def _is_dtensor(x: Any) -> TypeGuard[DTensor]:
+    """Without importing what is slow to import: before it is, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def _model_state(state_dict: Any) -> Mapping[str, Any]:
