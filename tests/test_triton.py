@@ -357,7 +357,7 @@ SMALL_CALLS = [
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")
 @pytest.mark.parametrize("call", SMALL_CALLS, ids=str)
 def test_the_small_kernels_spill_nothing(made: Callable[[Call], resources.Resources], call: Call) -> None:
-    assert made(call).spilled_bytes <= (0 if call.others else SPILLED_BYTES)
+    assert made(call).spilled_bytes <= SPILLED_BYTES
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where kernels are interpreted")

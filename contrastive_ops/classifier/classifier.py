@@ -269,7 +269,7 @@ class InstanceClassifier(nn.Module):
         )
         if self._fresh and ranks.size > 1 and len(set(said["row"])) == 1:
             raise Disagreement(
-                "InstanceClassifier: all ranks have the same rows, as DistributedDataParallel would give them: "
+                "InstanceClassifier: all ranks have the same rows, as DistributedDataParallel makes them: "
                 "keep a classifier with a group out of its module, or list its weight in the module's "
                 "_ddp_params_and_buffers_to_ignore"
             )

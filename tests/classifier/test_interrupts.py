@@ -249,18 +249,22 @@ def test_signals_at_random_times(in_backward: bool) -> None:
     """Real ones, which come while kernels run; every call that was interrupted is made again."""
     expected, training = Training(in_backward), Training(in_backward)
     expected.run(0, 400)
-    generator, interrupts = random.Random(3), 0
+    generator, interrupts, armed = random.Random(3), 0, False
 
     def ring(number: int, frame: FrameType | None) -> None:
-        """Not within PyTorch, which may be left without gradients by an exception in its `no_grad`."""
+        """Not within PyTorch, which may be left without gradients by an exception in its `no_grad`; nor late,
+        when what would have made the call again is over."""
+        if not armed:
+            return
         code = frame.f_code if frame else None
         ours = frame and frame.f_lineno and code and code.co_filename.startswith(PACKAGE)
         if ours and linecache.getline(code.co_filename, frame.f_lineno) != LAST_OF_STEP:
             raise Interrupt
 
     def guarded(call: Call) -> None:
-        nonlocal interrupts
+        nonlocal interrupts, armed
         while True:
+            armed = True
             signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-6, 6e-4))
             try:
                 call()
@@ -268,6 +272,7 @@ def test_signals_at_random_times(in_backward: bool) -> None:
             except Interrupt:
                 interrupts += 1
             finally:
+                armed = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
     before = signal.signal(signal.SIGALRM, ring)
