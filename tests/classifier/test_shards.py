@@ -85,7 +85,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.3 / (1 + number / 10)
         indices = torch.from_numpy(np.random.default_rng(number).integers(0, COUNT, 1 + number % 9))
-        views = rows(2 * len(indices), DIM, number).view(2, -1, DIM).requires_grad_()
+        views = rows(2 * len(indices), DIM, number, torch.float64).view(2, -1, DIM).requires_grad_()
         target = self.classifier.activate(indices)
         update = {"update": self.optimizer.in_backward()} if self.in_backward else {}
         loss = conic_loss(views, self.classifier.weight, target, num_instances=COUNT, **update)
@@ -120,7 +120,7 @@ def test_rows_that_sit_out_move_as_dense_sgd_moves_them(in_backward: bool, tmp_p
 
         # The same step, dense: the loss over the rows that were active when it was taken.
         indices = torch.from_numpy(np.random.default_rng(number).integers(0, COUNT, 1 + number % 9))
-        views = rows(2 * len(indices), DIM, number).view(2, -1, DIM)
+        views = rows(2 * len(indices), DIM, number, torch.float64).view(2, -1, DIM)
         rows_of = active.active_instances
         where = {int(instance): row for row, instance in enumerate(rows_of)}
         target = torch.tensor([where[int(i)] for i in indices])
