@@ -54,13 +54,17 @@ def put_together(state: dict[str, Any]) -> None:
             state[name] = value.full_tensor()
 
 
-def mean(values: Tensor) -> Tensor:
-    """The mean over all processes; no gradient."""
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes; no gradient."""
     if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
-        values /= world_size()
     return values
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean over all processes; no gradient."""
+    return total(values) / world_size()
 
 
 class _Sum(torch.autograd.Function):

@@ -194,7 +194,7 @@ training.run(20, 100000)
 
 @pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2)])
 def test_a_kill_of_all_ranks_and_another_number_of_them(first: int, then: int, tmp_path: Path) -> None:
-    """They are killed in the middle of steps; others go on from what was saved, as if nothing had happened."""
+    """They are killed in the middle of steps; others go on from what was saved as if nothing had happened."""
     command = [sys.executable, "-c", KILLED]
     processes = [
         subprocess.Popen(

@@ -19,8 +19,9 @@ SETTINGS = {
     "moco": ["--model.consistency_weight=10", "--model.queue_size=200"],
     "moco_in_groups": ["--model.norm_groups=4", "--model.queue_size=200"],
     "simclr": ["--model.consistency_weight=0.5"],
-    "conic": ["--model.active=128"],
-    "conic_accumulated": ["--model.active=128", "--trainer.accumulate_grad_batches=2"],
+    "conic": ["--model.active=160", "--model.shards=2"],
+    "conic_accumulated": ["--model.active=256", "--model.shards=2", "--trainer.accumulate_grad_batches=2"],
+    "conic_clipped": ["--model.active=160", "--model.shards=2", "--trainer.gradient_clip_val=0.3"],
     "instdisc": [],
 }
 
@@ -67,7 +68,7 @@ def test_two_processes_are_one(tmp_path, which):
 
 @pytest.mark.slow
 def test_rows_on_disk_are_resumed_by_two_processes(tmp_path):
-    """Each has a folder of its own, with generations of its own, and goes on as with rows in memory."""
+    """Each shard has a folder of its own, with generations of its own, and goes on as with rows in memory."""
 
     def resumed(storage: str) -> dict:
         path = ["--model.path=rows"] if storage == "disk" else []
@@ -78,7 +79,7 @@ def test_rows_on_disk_are_resumed_by_two_processes(tmp_path):
 
     with ThreadPoolExecutor() as pool:
         disk, device = pool.map(resumed, ("disk", "device"))
-    assert {folder.name for folder in tmp_path.glob("rows*")} == {"rows", "rows-1"}
+    assert {folder.name for folder in tmp_path.glob("rows/*")} == {"shard-0000-of-0002", "shard-0001-of-0002"}
     for name, expected in device.items():
         if isinstance(expected, torch.Tensor):
             torch.testing.assert_close(disk[name], expected, rtol=0, atol=0, msg=name)

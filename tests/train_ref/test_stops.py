@@ -92,7 +92,6 @@ def contents(path: Path) -> dict:
     contents["hyper_parameters"].pop("path", None)
     if state := contents["state_dict"].get("classifier._extra_state"):
         state.pop("storage")
-    contents.pop("storages", None)
     return contents
 
 

@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 from contrastive_ops import ConICLoss, ConICMetrics, DelayedSGD, InstanceClassifier
 
 from ..checkpoints import LastCheckpoint
-from ..distributed import gather, gather_objects, mean, own_rows, rank, world_size
+from ..distributed import gather_objects, group, total
 from ..errors import UsageError
 from ..networks import Head
 from ..parsing import LossWeight, PositiveFinite, Temperature
@@ -26,11 +26,14 @@ class ConIC(Method):
     image, and penalised for being unlike each other. With `active` rows in the softmax, the batch's images
     take the places of those sampled earliest, and the other rows are updated late. The defaults are the
     paper's, without sampling; its active set is 65536. Without sampling, a consistency weight of 0 is
-    Exemplar-CNN. Every process has the whole classifier, and all do the same to it.
+    Exemplar-CNN. Of several processes each has some shards of the classifier, with their rows.
 
     Args:
         head: ConIC's is "mlp_bn".
         active: rows in the softmax, at least as many as images a step; null, or N and more: all of them.
+        shards: in which the images are dealt out, each with its share of the active rows; a multiple of the
+            number of processes. A run with so many is the same on any number of processes that divides it;
+            with 1 the batch takes the place of those sampled earliest of all, as in the paper.
         compensation: weigh the negatives in an active set by (N − 1) / (active − 1), for those that are not.
         storage: where rows that are not active live: "device", "host" (its memory) or "disk".
         path: the folder of storage "disk", the same when a run is resumed, and one for each run.
@@ -47,6 +50,7 @@ class ConIC(Method):
         self,
         head: Head = "mlp_bn",
         active: PositiveInt | None = None,
+        shards: PositiveInt = 1,
         compensation: bool = True,
         storage: Literal["device", "host", "disk"] = "device",
         path: str | None = None,
@@ -72,31 +76,39 @@ class ConIC(Method):
         images = trainer.datamodule.hparams.batch_size * trainer.accumulate_grad_batches
         if active is not None and active < images:
             raise UsageError(f"model.active is {active}, fewer than the {images} images of a step")
+        if self.hparams.shards % trainer.world_size:
+            raise UsageError(
+                f"model.shards is {self.hparams.shards}: it must be a multiple of the number of processes, "
+                f"{trainer.world_size}, each of which has some of the classifier's shards"
+            )
         if self.classifier is None:
             dtype = torch.float64 if trainer.precision == "64-true" else torch.float32
             self._make_classifier(trainer.datamodule.num_instances, dtype)
 
     def _make_classifier(self, num_instances: int, dtype: torch.dtype) -> None:
-        settings, path = self.hparams, self.hparams.path
-        if path is not None and rank():
-            path = f"{path}-{rank()}"  # of a process its own
+        settings = self.hparams
         try:
             self.classifier = InstanceClassifier(
                 num_instances,
                 settings.dim,
                 settings.active or num_instances,
                 settings.storage,
-                path,
+                settings.path,
                 settings.seed,
                 dtype,
                 generations=self._generations(),
+                shards=settings.shards,
+                group=group(),
             )
         except (
             ImportError,
             OSError,
             ValueError,
         ) as error:  # a folder that is in use, or holds something else
-            raise UsageError(f"model.storage, model.path: {error}") from error
+            raise UsageError(f"model.storage, model.path, model.shards: {error}") from error
+        if group() is not None:
+            # The wrapper of the model leaves these alone, which are another process's nowhere.
+            self._ddp_params_and_buffers_to_ignore = ["classifier.weight", "classifier.momentum"]
 
     def _generations(self) -> int:
         """How many checkpoints have their rows on disk: all that are kept, and one that is being written."""
@@ -105,28 +117,22 @@ class ConIC(Method):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if (
-            self.hparams.storage == "disk"
-        ):  # of which each process has its own, and tells which of its states it is
-            self.saved = checkpoint["state_dict"]["classifier._extra_state"]
-            checkpoint["storages"] = gather_objects(self.saved["storage"])
+        state, prefix = checkpoint["state_dict"], "classifier."
+        self.saved = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        shards = {name: x for name, x in state.items() if name.startswith(f"{prefix}shards.")}
+        for of_process in gather_objects(shards):
+            state.update(of_process)
 
     def on_checkpoint_saved(self) -> None:
         if self.hparams.storage == "disk":
-            self.classifier.confirm({"_extra_state": self.saved})
+            self.classifier.confirm(self.saved)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint["state_dict"]["classifier._extra_state"]
-        if storages := checkpoint.get("storages"):
-            if len(storages) != world_size():
-                raise UsageError(
-                    f"trainer.devices: the checkpoint's rows on disk are those of {len(storages)} processes, "
-                    f"and these are {world_size()}"
-                )
-            state["storage"] = storages[rank()]
+        state = checkpoint["state_dict"]
         if self.classifier is None:  # loaded without a trainer, so without the images
-            self._make_classifier(state["num_instances"], checkpoint["state_dict"]["classifier.weight"].dtype)
+            weight = state.get("classifier.weight", state.get("classifier.shards.0000.weight"))
+            self._make_classifier(state["classifier._extra_state"]["num_instances"], weight.dtype)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         try:
@@ -137,35 +143,46 @@ class ConIC(Method):
     def on_train_start(self) -> None:
         super().on_train_start()
         try:  # of more rows than are active, one is read from where they are stored
-            self.classifier.read(
-                torch.arange(min(len(self.classifier.weight) + 1, self.classifier.num_instances))
-            )
+            self.classifier.read(torch.arange(min(self.classifier.active + 1, self.classifier.num_instances)))
         except RuntimeError as error:  # the rows on disk are an earlier training's
             raise UsageError(f"model.path: {error}") from error
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         views, _, instances = batch  # 2 × (B, 3, H, W), labels, (B,)
 
-        target = own_rows(self.classifier.activate(gather(instances)))  # (B,) rows of the weight
+        target = self.classifier.activate(instances)  # (B,) rows of the weight
         # Both views in one pass, as in SimCLR: batch statistics are those of 2 B images.
         features = self.encoder(torch.cat(views)).unflatten(0, (len(views), -1))  # (V, B, D)
 
         loss, metrics = self.criterion(
             features,
-            self.classifier.weight,  # (A, D)
+            self.classifier.weight,  # (A, D), of P processes (A/P, D)
             target,
             num_instances=self.classifier.num_instances if self.hparams.compensation else None,
+            group=group(),
         )  # (), metrics (V, B) or (B,)
 
         self.report(loss, metrics)
         return loss
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """What rows carry that were evicted between accumulated batches: processes average it, as the wrapper
-        of the model does the weight's gradient."""
-        carried = self.classifier.carried
-        if carried is not None and carried.grad is not None:
-            carried.grad = mean(carried.grad)
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of the gradients of all rows, of which a process has its own."""
+        if group() is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        everywhere = [p for p in self.encoder.parameters() if p.grad is not None]
+        here = [p for p in self.classifier.parameters() if p.grad is not None]
+        squares = [
+            torch.nn.utils.get_total_norm([p.grad for p in parameters]).square().to(self.device)
+            for parameters in (everywhere, here)
+        ]
+        norm = (squares[0] + total(squares[1])).sqrt()
+        torch.nn.utils.clip_grads_with_norm_([*everywhere, *here], gradient_clip_val, norm)
 
     def optimizer(self, **settings: Any) -> Optimizer:
         return Together(SGD(self.encoder.parameters(), **settings), DelayedSGD(self.classifier, **settings))
