@@ -157,7 +157,7 @@ class InstanceClassifier(nn.Module):
         self._active = self._shards.active_set()
         device = torch.empty(0, device=device).device
         self._storage = self._open_storage(path, dtype, generations)
-        self._fresh = True  # until the ranks have met for the first time
+        self._fresh = True  # until the ranks have compared rows that were made or loaded
 
         names = self._shards.instances_of(self._active.instances)
         rows = torch.empty(len(names), dim, dtype=dtype, device="cpu")
@@ -182,21 +182,23 @@ class InstanceClassifier(nn.Module):
                 return MemoryStore(*arguments)
             return MemoryShards(shards.starts, *arguments, shards.instances_of)
 
-        from .disk import DiskShards, DiskStore  # it needs fcntl, which Windows lacks
+        from .disk import DiskShards, DiskStore, folders_of_shards  # it needs fcntl, which Windows lacks
 
         if shards.count == 1:
             return DiskStore(path, self.num_instances, *memory, generations)
         stores: list[DiskStore] = []
+        folders = folders_of_shards(path, shards.count)
         try:
             for shard, start in zip(shards.own, shards.starts, strict=False):
                 stores.append(
                     DiskStore(
-                        os.path.join(path, f"shard-{shard:04d}-of-{shards.count:04d}"),
+                        folders[shard],
                         shards.instances[shard],
                         *memory,
                         generations,
                         partial(_instances_from, shards, int(start)),
                         (shard, shards.count),
+                        len(shards.own),
                     )
                 )
         except BaseException:
@@ -232,42 +234,46 @@ class InstanceClassifier(nn.Module):
             if self.group is None:
                 instances = checked_instances("indices", indices, self.num_instances)
                 plan = self._active.plan(self._shards.local(instances))
-                target = plan.target
+                moving, target = self._prepared(plan), plan.target
             else:
-                plan, target = self._plan_across_ranks(indices, protect)
-            if len(plan.slots):
-                self._bring_in(plan)
+                plan, moving, target = self._plan_across_ranks(indices, protect)
+            if moving is not None:
+                self._bring_in(moving)
             self._active.commit(plan, protect)
             self._guard.unfinished = None
             return self._to_device(target)
 
-    def _plan_across_ranks(self, indices: Any, protect: bool) -> tuple[AnyPlan, Indices]:
+    def _plan_across_ranks(self, indices: Any, protect: bool) -> tuple[AnyPlan, _Moving | None, Indices]:
         """What the instances of all ranks change in this one's shards, once it is certain that all ranks can
-        do it; and which rows of the whole weight this rank's own have."""
+        do it, and have read what it takes; and which rows of the whole weight this rank's own have."""
         ranks, every, own, _ = self._gather(indices, "indices", "activate", protect=protect)
         local = self._shards.local(every)
         here = local >= 0
         with ranks.telling():
             plan = self._active.plan(np.ascontiguousarray(local[here]))
+            moving = self._prepared(plan)
         ranks.agree({"what it does": "planned"})
         target = np.zeros_like(every)
         target[here] = plan.target + self._shards.first_row
-        return plan, ranks.sum(torch.from_numpy(target)).numpy()[own]
+        return plan, moving, ranks.sum(torch.from_numpy(target)).numpy()[own]
+
+    def _ranks(self, method: str, on_hosts: bool = True) -> Ranks:
+        assert self.group is not None
+        return Ranks(self.group, f"InstanceClassifier.{method}", on_hosts)
 
     def _gather(self, indices: Any, name: str, method: str, **alike: Any) -> _Gathered:
         """The instances of all ranks, and which of them are this one's."""
-        assert self.group is not None
-        ranks = Ranks(self.group, f"InstanceClassifier.{method}", on_hosts=True)
+        ranks = self._ranks(method)
         with ranks.telling():
             instances = checked_instances(name, indices, self.num_instances)
-        # The first row, by a few of its bits: different on all ranks, unless somebody has made them alike.
-        row = self.weight.detach()[0].double().sum().item() if self._fresh and len(self.weight) else 0.0
+        # The first row, by its sum: different on all ranks, unless somebody has made them alike.
+        row = self.weight.detach()[0].double().sum().item() if self._fresh else 0.0
         said = ranks.agree(
             {**self._identity(), "storage": self.storage, "steps taken": len(self.history), **alike},
             instances=len(instances),
             row=int(np.float64(row).view(np.int64)),
         )
-        if self._fresh and ranks.size > 1 and len(set(said["row"])) == 1:
+        if self._fresh and ranks.size > 1 and len(set(said["row"])) == 1 and np.isfinite(row):
             raise Disagreement(
                 "InstanceClassifier: all ranks have the same rows, as DistributedDataParallel makes them: "
                 "keep a classifier with a group out of its module, or list its weight in the module's "
@@ -325,17 +331,17 @@ class InstanceClassifier(nn.Module):
 
     def _read_across_ranks(self, indices: Any) -> tuple[Tensor, Tensor]:
         """Each rank sends the rows that others ask for, and gets those that it asks for."""
-        assert self.group is not None
         ranks, every, own, counts = self._gather(indices, "indices", "read")
         owner, local = self._shards.rank_of(every), self._shards.local(every)
         (here,) = np.nonzero(local >= 0)
-        rows = torch.stack(self._read(local[here]), 1)  # (·, 2, D), in the order of those who ask
-        asked = Ranks(self.group, "InstanceClassifier.read")
+        with ranks.telling():
+            rows = torch.stack(self._read(local[here]), 1)  # (·, 2, D), in the order of those who ask
+        ranks.agree({"what it does": "sending"})
         ends = np.cumsum([0, *counts])
         sent = np.diff(np.searchsorted(here, ends)).tolist()
         mine = owner[own]
         received = np.bincount(mine, minlength=ranks.size).tolist()
-        arrived = torch.cat(asked.send(rows, sent, received).wait())
+        arrived = torch.cat(self._ranks("read", on_hosts=False).send(rows, sent, received).wait())
         order = np.argsort(mine, kind="stable")  # the order in which they have arrived
         found = torch.empty_like(arrived)
         found[self._to_device(order)] = arrived
@@ -362,6 +368,18 @@ class InstanceClassifier(nn.Module):
             >>> for rows in torch.arange(1000).split(256):
             ...     classifier.write(rows, dense[rows])
         """
+        telling = contextlib.nullcontext() if self.group is None else self._ranks("write").telling()
+        with telling:
+            instances, records = self._checked_rows(indices, weight, momentum)
+        with self._exclusively():
+            local = self._shards.local(instances)
+            if self.group is not None:
+                local, records = self._write_across_ranks(indices, records)
+            self._guard.unfinished = partial(self._overwrite, local, records, len(self.history))
+            self._settle()
+
+    def _checked_rows(self, indices: Any, weight: Any, momentum: Any) -> tuple[Indices, Tensor]:
+        """The arguments of `write`: instances, and their rows (n, 2, D) as the weight has them."""
         instances = checked_instances("indices", indices, self.num_instances)
         if len(np.unique(instances)) < len(instances):
             raise ValueError("indices must be distinct")
@@ -371,17 +389,10 @@ class InstanceClassifier(nn.Module):
             check_floating(name, rows)
             if rows.shape != wanted or rows.is_meta:
                 raise ValueError(f"{name} must be {wanted} and have values, got {tuple(rows.shape)}")
-        records = torch.stack([weight.detach().to(self.weight), momentum.detach().to(self.weight)], 1)
-        with self._exclusively():
-            local = self._shards.local(instances)
-            if self.group is not None:
-                local, records = self._write_across_ranks(indices, records)
-            self._guard.unfinished = partial(self._overwrite, local, records, len(self.history))
-            self._settle()
+        return instances, torch.stack([weight.detach().to(self.weight), momentum.detach().to(self.weight)], 1)
 
     def _write_across_ranks(self, indices: Tensor, records: Tensor) -> tuple[Indices, Tensor]:
         """The rows of this rank's shards, by local number, that all ranks want to be written."""
-        assert self.group is not None
         ranks, every, own, counts = self._gather(indices, "indices", "write")
         if len(np.unique(every)) < len(every):
             raise Disagreement("InstanceClassifier.write: indices must be distinct over all ranks")
@@ -391,10 +402,9 @@ class InstanceClassifier(nn.Module):
         ends = np.cumsum([0, *counts])
         (here,) = np.nonzero(owner == ranks.rank)
         received = np.diff(np.searchsorted(here, ends)).tolist()
-        sending = Ranks(self.group, "InstanceClassifier.write").send(
-            records[self._to_device(order)], sent, received
-        )
-        return self._shards.local(every[here]), torch.cat(sending.wait())
+        sending = self._ranks("write", on_hosts=False)
+        arrived = sending.send(records[self._to_device(order)], sent, received).wait()
+        return self._shards.local(every[here]), torch.cat(arrived)
 
     def export(self, rows: int = 65536) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All instances in order, `rows` at a time: their numbers (n,), and what `read` says of them."""
@@ -475,7 +485,7 @@ class InstanceClassifier(nn.Module):
     @property
     def _in_shards(self) -> bool:
         """Whether checkpoints have entries for each shard."""
-        return self.group is not None or self._shards.count > 1
+        return self._shards.count > 1
 
     def get_extra_state(self) -> dict[str, Any]:
         # What varies in size is in a tuple, which torch.distributed.checkpoint keeps whole.
@@ -499,9 +509,7 @@ class InstanceClassifier(nn.Module):
                     destination[name] = destination[name].clone()
 
     def _save_shards(self, destination: dict[str, Any], prefix: str) -> None:
-        active = self._active.state()
-        active, stored = (active if isinstance(active, list) else [active]), self._storage.state_dict()
-        stored = stored if isinstance(stored, list) else [stored]
+        active, stored = self._active.state(), self._storage.state_dict()
         for i, shard in enumerate(self._shards.own):
             rows = slice(*self._shards.row_starts[i : i + 2])
             for name, value in zip(("weight", "momentum"), self._rows, strict=True):
@@ -572,7 +580,7 @@ class InstanceClassifier(nn.Module):
             self._storage.load_state_dict(storage)
             self._active, self.history = active, history
             self._guard.torn = ""
-            self._fresh = False
+            self._fresh = True
 
     def _checked(self, state: Mapping[str, Any]) -> tuple[Any, History, Any]:
         """The active set, the history and the storage's state of a state that can be loaded.
@@ -668,12 +676,21 @@ class InstanceClassifier(nn.Module):
         """Weight and momentum of the active instances, as operators write them."""
         return self.weight.detach(), self.momentum
 
-    def _bring_in(self, plan: AnyPlan) -> None:
-        """Exchange rows, and their gradients; the guard undoes it until the plan is committed."""
+    def _prepared(self, plan: AnyPlan) -> _Moving | None:
+        """What a plan moves, read from the storage, whose errors come before anything is changed; None where
+        no row changes hands."""
+        if not len(plan.slots):
+            return None
         incoming, steps = self._storage.fetch(plan.incoming)
         coefficients = self.history.coefficients(steps)
         outgoing = self._storage.reserve(plan.evicted)
         exchange = _Exchange(plan, outgoing, versions(*self._rows), self._gradients.plan(plan))
+        return _Moving(exchange, incoming, coefficients)
+
+    def _bring_in(self, moving: _Moving) -> None:
+        """Exchange rows, and their gradients; the guard undoes it until the plan is committed."""
+        exchange, incoming, coefficients = moving
+        plan, outgoing = exchange.plan, exchange.outgoing
         self._guard.unfinished = partial(self._undo, exchange)
         self._guard.launch(exchange_rows, self._rows, plan.slots, incoming, coefficients, outgoing)
         if exchange.gradient is not None:
@@ -816,6 +833,20 @@ class _Exchange:
     outgoing: Records
     versions: Versions
     gradient: GradientExchange | None
+
+
+class _Moving(NamedTuple):
+    """An exchange of rows that can begin.
+
+    Attributes:
+        exchange: what undoes it.
+        incoming: the records of the rows that come.
+        coefficients: (n, 2, 2) what catches them up.
+    """
+
+    exchange: _Exchange
+    incoming: Records
+    coefficients: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ LEVEL_0_FILES = 24  # more wait for compaction: each costs every read a look int
 class Database:
     """A RocksDB of rows by instance, without a log: what `write` has returned from is in its files."""
 
-    def __init__(self, rocksdict: Any, path: str, row: np.dtype) -> None:
+    def __init__(self, rocksdict: Any, path: str, row: np.dtype, databases: int = 1) -> None:
         self._rocksdict, self._path, self._row = rocksdict, path, row
-        self._options = _options(rocksdict)
+        self._options = _options(rocksdict, databases)
         self._options.create_if_missing(not os.path.exists(path))
         self._access, self._writes = Lock(), Lock()  # of readers and who opens it anew; of writers
         self._failed = False  # RocksDB takes no more until it is opened anew
@@ -177,15 +177,16 @@ def import_rocksdict() -> Any:
         ) from error
 
 
-def _options(rocksdict: Any) -> Any:
-    """For reads of single rows from all over, in memory that does not grow with them."""
+def _options(rocksdict: Any, databases: int) -> Any:
+    """For reads of single rows from all over, in memory that does not grow with them, nor with the number of
+    databases, which share it."""
     table = rocksdict.BlockBasedOptions()
     table.set_block_size(4096)
     table.set_checksum_type(rocksdict.ChecksumType.xxh3())
     table.set_format_version(5)
     table.set_bloom_filter(10, False)  # bits a key; of whole keys
     # Indices and filters in pieces, in a cache with a limit.
-    table.set_block_cache(rocksdict.Cache(CACHE_BYTES))
+    table.set_block_cache(rocksdict.Cache(max(CACHE_BYTES // databases, 1 << 20)))
     table.set_cache_index_and_filter_blocks(True)
     table.set_pin_l0_filter_and_index_blocks_in_cache(True)
     table.set_index_type(rocksdict.BlockBasedIndexType.two_level_index_search())
@@ -195,12 +196,12 @@ def _options(rocksdict: Any) -> Any:
     options.set_block_based_table_factory(table)
     options.set_compression_type(rocksdict.DBCompressionType.none())  # rows do not compress
     options.set_paranoid_checks(True)
-    options.set_max_open_files(OPEN_FILES)
+    options.set_max_open_files(max(OPEN_FILES // databases, 32))
     options.set_max_background_jobs(2)
     options.set_target_file_size_base(64 << 20)
     # A flush of ours writes a table, never RocksDB's own. Nothing has it wait, as it would with the lock of
     # the interpreter, so that `_wait_for_compaction` does.
-    options.set_write_buffer_size(4 * TABLE_BYTES)
+    options.set_write_buffer_size(max(4 * TABLE_BYTES // databases, 64 << 10))
     options.set_max_write_buffer_number(4)
     options.set_level_zero_slowdown_writes_trigger(1 << 20)
     options.set_level_zero_stop_writes_trigger(1 << 20)

@@ -42,7 +42,7 @@ from torch import Tensor
 from .._store import initial_rows
 from . import database
 from .database import Database, import_rocksdict
-from .folder import Folder
+from .folder import SHARD, Folder
 from .indices import Indices
 from .records import Records
 from .storage import _same, find, overlap
@@ -57,6 +57,7 @@ class DiskStore:
         generations: how many of those taken last are kept, beside the confirmed one.
         names: the instances that have these local numbers, which their first values are drawn by.
         shard: which of how many shards the rows are; None where there is one.
+        stores: how many the classifier has open; they share what memory one would take.
 
     Raises:
         ImportError: rocksdict is not installed.
@@ -74,6 +75,7 @@ class DiskStore:
         generations: int = 3,
         names: Callable[[Indices], Indices] = _same,
         shard: tuple[int, int] | None = None,
+        stores: int = 1,
     ) -> None:
         number = np.dtype(str(dtype).removeprefix("torch."))
         self._row = np.dtype([("step", "<i8"), ("record", number.newbyteorder("<"), (2, dim))])
@@ -81,6 +83,7 @@ class DiskStore:
         self._rocksdict, self._process = import_rocksdict(), _process_of_rocksdb()
         self._device = torch.device("cpu")
         self._reserved = torch.empty(0, 2, dim, dtype=dtype, device="cpu")
+        self._stores = stores
         self._folder = Folder(
             path,
             {"num_instances": num_instances, "dim": dim, "dtype": number.name, "seed": seed}
@@ -88,7 +91,7 @@ class DiskStore:
             generations,
         )
         try:
-            self._working = _Working(self._rocksdict, self._folder.new_working(), self._row)
+            self._working = _Working(self._rocksdict, self._folder.new_working(), self._row, stores)
         except BaseException:
             self._folder.close()
             raise
@@ -174,7 +177,7 @@ class DiskStore:
         path = self._folder.new_working()
         try:
             step = self._folder.copy(generation, path)
-            working = _Working(self._rocksdict, path, self._row)
+            working = _Working(self._rocksdict, path, self._row, self._stores)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
@@ -248,6 +251,22 @@ class DiskStore:
         return torch.empty(shape, dtype=self._dtype, device="cpu", pin_memory=pinned)
 
 
+def folders_of_shards(path: str | os.PathLike[str], count: int) -> list[str]:
+    """The folder of each of so many shards.
+
+    Raises:
+        ValueError: there are folders of another number of shards, or rows without any.
+    """
+    names = [f"shard-{shard:04d}-of-{count:04d}" for shard in range(count)]
+    foreign = sorted({*os.listdir(path)} - {*names}) if os.path.isdir(path) else []
+    if others := [name for name in foreign if SHARD.fullmatch(name) or name == "rows.json"]:
+        raise ValueError(
+            f"{os.path.abspath(path)} holds {others[0]}, but rows in {count} shards were asked for: open "
+            "it with the shards that it has, or choose another path"
+        )
+    return [os.path.join(path, name) for name in names]
+
+
 class DiskShards:
     """`Storage` of several shards' rows, each in a folder of its own, which any process may open next.
 
@@ -301,8 +320,8 @@ class DiskShards:
 
     def commit(self, instances: Indices, step: int) -> None:
         assert self._reserved is not None
-        if self._reserved.is_pinned():
-            torch.cuda.current_stream().synchronize()
+        if (device := self._stores[0]._device).type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         for store, here, there in self._parts(instances):
             store._reserved.copy_(self._reserved[torch.from_numpy(here)])
             store.commit(there, step)
@@ -337,11 +356,11 @@ class DiskShards:
 class _Working:
     """The database that is written, and the rows in memory that it does not hold yet."""
 
-    def __init__(self, rocksdict: Any, path: str, row: np.dtype) -> None:
+    def __init__(self, rocksdict: Any, path: str, row: np.dtype, stores: int = 1) -> None:
         self._path, self._row = path, row
-        self._database = Database(rocksdict, path, row)
+        self._database = Database(rocksdict, path, row, stores)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="contrastive_ops-write")
-        self._capacity = max(1, database.TABLE_BYTES // row.itemsize)
+        self._capacity = max(1, database.TABLE_BYTES // stores // row.itemsize)
         # The table that fills, and the one that is being written: in one, as a reader takes both at once.
         self._tables: tuple[_Table, _Table | None] = _Table(row, self._capacity), None
         self._writing: Future[None] | None = None

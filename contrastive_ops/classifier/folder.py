@@ -24,10 +24,20 @@ from typing import Any
 FORMAT, VERSION = "contrastive_ops.rows", 2
 JSON_BYTES = 16 << 20  # of ours at the most: a list of the files of 15 TB of rows
 FILES = "files.json"
+SHARD = re.compile(r"shard-\d{4,}-of-\d{4,}")  # the name of a shard's folder
 
 
 def verify(path: str | os.PathLike[str]) -> list[str]:
-    """What is damaged in a folder that is not open; reads everything."""
+    """What is damaged in a folder that is not open, or in those of its shards; reads everything."""
+    if shards := [name for name in sorted(os.listdir(path)) if SHARD.fullmatch(name)]:
+        count = int(shards[0].rpartition("-")[2])
+        names = {*shards, *(f"shard-{shard:04d}-of-{count:04d}" for shard in range(count))}
+        paths = [os.path.join(os.path.abspath(path), name) for name in sorted(names)]
+        return [
+            damage
+            for each in paths
+            for damage in (verify(each) if os.path.isdir(each) else [f"{each} is missing"])
+        ]
     try:
         folder = Folder(path, None)
     except ValueError as error:

@@ -24,6 +24,7 @@ from .indices import Indices
 Unsigned = NDArray[np.uint64]
 
 _ROUNDS = 6
+_USE = 2  # of the seed; csrc/store/philox.h has the others
 
 
 class Permutation:
@@ -43,8 +44,9 @@ class Permutation:
         self._count = np.uint64(count)
         self._bits = np.uint64(max(1, (max(count - 1, 1).bit_length() + 1) // 2))
         self._mask = np.uint64((1 << int(self._bits)) - 1)
-        keys = np.random.Generator(np.random.Philox(key=seed)).integers(0, 2**64, _ROUNDS, np.uint64)
-        self._keys = tuple(keys)
+        halves = seed & 0xFFFFFFFF, seed >> 32
+        words = [_store.philox((round_, 0, 0, _USE), halves)[:2] for round_ in range(_ROUNDS)]
+        self._keys = tuple(np.uint64(high << 32 | low) for low, high in words)
 
     def __call__(self, numbers: Indices) -> Indices:
         """Where the permutation takes them."""

@@ -10,6 +10,7 @@ Activation exchanges rows by one kernel that reads the records that `fetch` retu
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import os
@@ -222,15 +223,19 @@ class MemoryStore:
         if not bool((instances.diff() > 0).all()):
             raise ValueError("the checkpoint's storage: instances must ascend")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Any:
         """A copy of the rows that were ever committed, in the host's memory."""
+        return self._state_of(0, len(self._taken))
+
+    def _state_of(self, first: int, end: int) -> dict[str, Any]:
+        """The state of some rows, which it numbers from 0."""
         self._await_writes()
-        kept = torch.from_numpy(np.flatnonzero(self._taken))
+        kept = torch.from_numpy(np.flatnonzero(self._taken[first:end])) + first
         records = torch.empty(len(kept), *self._records.shape[1:], dtype=self._records.dtype, device="cpu")
         for part in torch.arange(len(kept), device="cpu").split(_ROWS_AT_A_TIME):
             records[part] = self._records[kept[part].to(self._records.device)].cpu()
         steps = torch.from_numpy(self._taken[kept.numpy()].astype(np.int64) - 1)
-        return {"instances": kept, "steps": steps, "records": records}
+        return {"instances": kept - first, "steps": steps, "records": records}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._await_writes()
@@ -277,16 +282,7 @@ class MemoryShards(MemoryStore):
             self._check(each, steps, int(size))
 
     def state_dict(self) -> Any:
-        whole = super().state_dict()
-        ends = np.searchsorted(whole["instances"].numpy(), self._starts).tolist()
-        return [
-            {
-                "instances": whole["instances"][begin:end] - int(start),
-                "steps": whole["steps"][begin:end].clone(),
-                "records": whole["records"][begin:end].clone(),
-            }
-            for begin, end, start in zip(ends, ends[1:], self._starts, strict=False)
-        ]
+        return [self._state_of(*ends) for ends in itertools.pairwise(self._starts.tolist())]
 
     def load_state_dict(self, state: Any) -> None:
         moved = [

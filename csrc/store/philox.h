@@ -12,6 +12,7 @@ using Counter = std::array<uint32_t, 4>;
 using Key = std::array<uint32_t, 2>;
 
 // What each use of a seed puts in its counter's last word, so that no two uses share numbers.
+// 2 is that of the permutation that deals instances out to shards (classifier/shards.py).
 constexpr uint32_t kInitialRows = 0, kInitialActive = 1;
 
 inline uint32_t low(uint64_t x) {
