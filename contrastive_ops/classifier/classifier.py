@@ -273,7 +273,7 @@ class InstanceClassifier(nn.Module):
             instances=len(instances),
             row=int(np.float64(row).view(np.int64)),
         )
-        if self._fresh and ranks.size > 1 and len(set(said["row"])) == 1 and np.isfinite(row):
+        if self._fresh and ranks.size > 1 and len(set(said["row"])) == 1 and row and np.isfinite(row):
             raise Disagreement(
                 "InstanceClassifier: all ranks have the same rows, as DistributedDataParallel makes them: "
                 "keep a classifier with a group out of its module, or list its weight in the module's "
