@@ -51,8 +51,8 @@ def run(code: str, epochs: int = 20) -> tuple[dict[str, Any], str]:
 
 def loop(call: str) -> str:
     """README's training loop with that call."""
-    (code,) = (block.values[0] for block in blocks("python") if call in block.values[0])
-    assert code.count(EPOCHS) == 1
+    every = (block.values[0] for block in blocks("python"))
+    (code,) = (code for code in every if call in code and code.count(EPOCHS) == 1)
     return code
 
 
@@ -143,6 +143,11 @@ def test_commands_are_what_they_are_called(command: str) -> None:
     elif words[0] == "contrastive-ops-train" or words[:3] == ["python", "-m", "train_ref"]:
         pytest.importorskip("lightning")
         understand(words[1:] if words[0] == "contrastive-ops-train" else words[3:])
+    elif words[0] == "torchrun":
+        pytest.importorskip("lightning")
+        _, module, *rest = words[words.index("-m") :]
+        assert module == "train_ref"
+        understand(rest)
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]), f"there is no module {words[2]}"
     else:
