@@ -264,7 +264,7 @@ class Gathering:
                 self._work.wait()
         gathered, start = [], 0
         for x, size, row in zip(self._like, self._sizes, self._row, strict=True):
-            every = self._messages[:, start : start + x.nbytes].contiguous().view(x.dtype)
+            every = self._messages[:, start : start + x.nbytes].reshape(-1).view(x.dtype)
             every = every.view(self._ranks.size, *x.shape)
             gathered.append([part.narrow(row, 0, n) for part, n in zip(every, self._counts, strict=True)])
             start += size

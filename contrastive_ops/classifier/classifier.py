@@ -111,6 +111,9 @@ class InstanceClassifier(nn.Module):
         >>> loss = conic_loss(views, classifier.weight, target, num_instances=classifier.num_instances)
         >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
         >>> weight, momentum = classifier.read(torch.tensor([7, 3]))  # rows as dense SGD would have them
+        >>> in_shards = InstanceClassifier(num_instances=1_000_000, dim=16, active=64, shards=8)
+        >>> in_shards.activate(torch.tensor([999_999])).item() // 8  # 8 rows a shard: of the shard
+        0
     """
 
     weight: nn.Parameter

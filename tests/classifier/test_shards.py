@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +270,77 @@ def test_a_shard_that_overflows_is_named() -> None:
     with pytest.raises(ValueError, match=r"shard 3 of 8: 13 distinct rows would be in use .* only 6 fit"):
         of.activate(third)
     assert torch.equal(of.active_instances, before)
+
+
+def test_draws_are_those_of_every_version() -> None:
+    """Checkpoints and folders name shards and rows by these numbers, which therefore never change."""
+    assert Permutation(10, seed=1)(np.arange(10)).tolist() == [0, 6, 7, 9, 1, 5, 2, 8, 4, 3]
+    assert Shards(COUNT, ACTIVE, 4, seed=7).local(np.array([0, 1, 50, 100])).tolist() == [50, 87, 42, 54]
+    of = InstanceClassifier(COUNT, DIM, 8, shards=4, seed=7)
+    assert of.active_instances.tolist() == [72, 74, 48, 77, 40, 23, 59, 25]
+    assert InstanceClassifier(COUNT, DIM, 8, seed=7).active_instances.tolist() == [
+        41,
+        61,
+        1,
+        52,
+        55,
+        85,
+        58,
+        29,
+    ]
+
+
+def test_folders_of_another_number_of_shards_are_refused(tmp_path: Path) -> None:
+    Training(4, storage="disk", path=tmp_path / "four").classifier.close()
+    Training(1, storage="disk", path=tmp_path / "one").classifier.close()
+    with pytest.raises(ValueError, match="holds shard-0000-of-0004, but rows in 8 shards were asked for"):
+        Training(8, storage="disk", path=tmp_path / "four")
+    with pytest.raises(ValueError, match=r"holds rows\.json, but rows in 4 shards"):
+        Training(4, storage="disk", path=tmp_path / "one")
+    with pytest.raises(ValueError, match="shard-0000-of-0004"):
+        Training(1, storage="disk", path=tmp_path / "four")
+    assert len(list((tmp_path / "four").iterdir())) == 4
+
+
+def test_folders_of_shards_are_verified(tmp_path: Path) -> None:
+    training = Training(4, storage="disk", path=tmp_path)
+    training.run(0, 20)
+    training.classifier.state_dict()
+    assert training.classifier.verify() == []
+    training.classifier.close()
+    assert InstanceClassifier.verify_folder(tmp_path) == []
+    (manifest,) = (tmp_path / "shard-0002-of-0004/generations/1").glob("MANIFEST*")
+    manifest.write_bytes(manifest.read_bytes()[:-1])
+    shutil.rmtree(tmp_path / "shard-0003-of-0004")
+    cut, missing = InstanceClassifier.verify_folder(tmp_path)
+    assert "shard-0002-of-0004/generations/1/MANIFEST" in cut
+    assert "shard-0003-of-0004 is missing" in missing
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    training = Training(4, storage="disk", path=tmp_path)
+    training.run(0, 5)
+    state = training.classifier.state_dict()
+    training.classifier.close()
+    shutil.rmtree(tmp_path / "shard-0001-of-0004")
+    again = Training(4, storage="disk", path=tmp_path)
+    with pytest.raises(ValueError, match=r"the checkpoint is of rows .*shard-0001-of-0004 holds"):
+        again.classifier.load_state_dict(state)
+    again.classifier.close()
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_gradients_of_rows_evicted_from_a_shard_are_spent(which: int, tmp_path: Path) -> None:
+    """Accumulated over batches, in every tier alike."""
+    trainings = [Training(4), Training(4, **storages(tmp_path)[which])]
+    for training in trainings:
+        for number in range(12):
+            indices = torch.from_numpy(np.random.default_rng(number).integers(0, COUNT, 5))
+            views = rows(10, DIM, number, torch.float64).view(2, -1, DIM).requires_grad_()
+            target = training.classifier.activate(indices)
+            conic_loss(views, training.classifier.weight, target, num_instances=COUNT).backward()
+            if number % 2:
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+    assert torch.equal(trainings[0].rows(), trainings[1].rows())
+    trainings[1].classifier.close()
