@@ -53,7 +53,25 @@ def train(which: str, devices: int, folder: Path, *options: str, name: str = "")
 )
 def test_two_processes_are_one(tmp_path, which):
     with ThreadPoolExecutor() as pool:
-        one, two = pool.map(lambda devices: train(which, devices, tmp_path), (1, 2))
+        check_same_training(which, *pool.map(lambda devices: train(which, devices, tmp_path), (1, 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    mostly_thorough(
+        [(which, devices) for which in ("moco", "simclr", "conic") for devices in (3, 4)],
+        (("conic", 3),).__contains__,
+    ),
+)
+def test_three_and_four_processes_are_one(tmp_path, case):
+    which, devices = case
+    options = ["--data.batch_size=36"] + ["--model.shards=12", "--model.active=240"] * (which == "conic")
+    one, several = (train(which, count, tmp_path, *options) for count in (1, devices))
+    check_same_training(which, one, several)
+
+
+def check_same_training(which, one, two):
     states = [torch.load(run / "last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
     for name, expected in states[0].items():
         # Each process keeps the running statistics of its own groups.
