@@ -41,6 +41,7 @@ from contrastive_ops._contract import (
 )
 from train_ref.machine import describe
 from train_ref.markdown import table
+from train_ref.memory import PeakMemory
 
 HEADER = 8 * (2 + _ranks._MOST_OWN)  # bytes in which a rank agrees
 
@@ -188,7 +189,8 @@ def _run(step: Step, size: int) -> None:
 
 
 def _time(rank: int, size: int, folder: str, results: Any) -> None:
-    """Seconds of a step of each loss: the slowest rank's, the median of several."""
+    """Seconds of a step of each loss, the slowest rank's, as a median of several; and the MiB that it takes
+    at the peak on rank 0, beside its input."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size,
@@ -207,7 +209,10 @@ def _time(rank: int, size: int, folder: str, results: Any) -> None:
         "ConIC": lambda: conic_loss(views, weight, target, group=group),
     }
     for name, loss in losses.items():
-        times = []
+        loss().backward()
+        for x in (query, views, weight, *rows):
+            x.grad = None
+        times, peak = [], PeakMemory(torch.device("cpu"))
         for _ in range(7):
             dist.barrier(group)
             begin = time.perf_counter()
@@ -215,7 +220,8 @@ def _time(rank: int, size: int, folder: str, results: Any) -> None:
             took = torch.tensor(time.perf_counter() - begin)
             dist.all_reduce(took, dist.ReduceOp.MAX)
             times.append(took.item())
-        results[name, size] = statistics.median(times[2:])
+        if rank == 0:
+            results[name, size] = statistics.median(times[2:]), peak.read_mib()
     dist.destroy_process_group()
 
 
@@ -227,17 +233,20 @@ def measured() -> str:
         for size in sizes:
             with tempfile.TemporaryDirectory() as folder:
                 torch.multiprocessing.spawn(_time, (size, folder, results), nprocs=size)
-        times = dict(results)
-    names = dict.fromkeys(name for name, _ in times)
+        results_by = dict(results)
+    names = dict.fromkeys(name for name, _ in results_by)
     rows = [
         [
             name,
-            *(f"{1e3 * times[name, size]:.0f} ms" for size in sizes),
-            f"{times[name, 1] / times[name, 2]:.2f} ×",
+            *(
+                f"{1e3 * results_by[name, size][0]:.0f} ms, {results_by[name, size][1]:.0f} MiB"
+                for size in sizes
+            ),
+            f"{results_by[name, 1][0] / results_by[name, 2][0]:.2f} ×",
         ]
         for name in names
     ]
-    return table(["", *(f"{size} ranks" for size in sizes), "1 / 2"], rows)
+    return table(["", *(f"{size} rank{'s' * (size > 1)}" for size in sizes), "2 ranks are faster by"], rows)
 
 
 def _bytes(count: float) -> str:

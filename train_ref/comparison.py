@@ -31,7 +31,7 @@ class Eager(nn.Module):
 
     def forward(self, *tensors: Tensor, **settings: Any) -> tuple[Tensor, None]:
         settings = self.criterion.settings() | settings
-        for name in ("backend", "return_metrics", "update"):
+        for name in ("backend", "group", "return_metrics", "update"):
             settings.pop(name, None)
         if isinstance(self.criterion, CO2Loss):
             query, key, queue = tensors

@@ -105,7 +105,7 @@ class ConIC(Method):
             OSError,
             ValueError,
         ) as error:  # a folder that is in use, or holds something else
-            raise UsageError(f"model.storage, model.path, model.shards: {error}") from error
+            raise UsageError(f"model.storage, model.shards, model.path: {error}") from error
         if group() is not None:
             # The wrapper of the model leaves these alone, which are another process's nowhere.
             self._ddp_params_and_buffers_to_ignore = ["classifier.weight", "classifier.momentum"]
@@ -159,7 +159,6 @@ class ConIC(Method):
             self.classifier.weight,  # (A, D), of P processes (A/P, D)
             target,
             num_instances=self.classifier.num_instances if self.hparams.compensation else None,
-            group=group(),
         )  # (), metrics (V, B) or (B,)
 
         self.report(loss, metrics)

@@ -31,6 +31,7 @@ class InstDisc(Method):
     """
 
     name = "instdisc"
+    shares_loss = False  # every process has the whole memory bank
     metrics = ConICMetrics
 
     def __init__(

@@ -49,6 +49,7 @@ class Method(LightningModule):
     name: ClassVar[str]
     metrics: ClassVar[Any] = LossMetrics  # the criterion's, a named tuple
     criterion: nn.Module
+    shares_loss: ClassVar[bool] = True  # whether processes compute it together, of the rows and keys of all
     views_at_once = 2  # of an image, in a batch of the encoder
 
     def __init__(
@@ -90,6 +91,8 @@ class Method(LightningModule):
                 f"statistics from a single image of {size} pixels, which leaves a single value of a channel"
             )
         normalize_in_groups(self.encoder, groups)
+        if self.shares_loss:
+            self.criterion.group = distributed.group()
 
     @classmethod
     def value_names(cls) -> list[str]:

@@ -100,7 +100,7 @@ class MoCo(Method):
             self.update_key_encoder()
         keys = self.encode_keys(key_view, batch_idx)  # (B, D)
 
-        loss, metrics = self.criterion(query, keys, self.queue.keys, group=group())  # (), each metric (B,)
+        loss, metrics = self.criterion(query, keys, self.queue.keys)  # (), each metric (B,)
         # In half precision a norm would be off by more than the queue's own rounding.
         self.queue.enqueue(F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=1))
 

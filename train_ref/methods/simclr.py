@@ -9,7 +9,6 @@ from torch import Tensor
 
 from contrastive_ops import NTXentLoss
 
-from ..distributed import group
 from ..networks import Head
 from ..parsing import LossWeight, Temperature
 from .method import Batch, Method
@@ -52,7 +51,7 @@ class SimCLR(Method):
 
         # Both views in one pass, as in SimCLR: batch statistics are those of 2 B images.
         rows = self.encoder(torch.cat(views)).unflatten(0, (2, -1))  # (2, B, D)
-        loss, metrics = self.criterion(*rows, group=group())  # (), each metric (2 B,)
+        loss, metrics = self.criterion(*rows)  # (), each metric (2 B,)
 
         self.report(loss, metrics)
         return loss
