@@ -36,8 +36,14 @@ def require(backend: str, dtype: torch.dtype) -> None:
 
 
 def mostly_thorough(values: Iterable[Any], kept: Callable[[Any], bool]) -> list[Any]:
-    """A test's parameters, of which those that are not kept are left to `make test-all`."""
-    return [each if kept(each) else pytest.param(each, marks=pytest.mark.thorough) for each in values]
+    """A test's parameters, of which those that are not kept are left to `make test-all`; a tuple has those of
+    several names."""
+    return [
+        each
+        if kept(each)
+        else pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.thorough)
+        for each in values
+    ]
 
 
 def rows(count: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

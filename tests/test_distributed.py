@@ -23,7 +23,7 @@ from contrastive_ops import (
 )
 from contrastive_ops._contract import PendingStep, SGDSettings
 from tests import ranks
-from tests.cases import rows
+from tests.cases import mostly_thorough, rows
 
 Group = dist.ProcessGroup
 
@@ -228,11 +228,14 @@ def check_interpreted(group: Group) -> None:
         check(group, torch.float32, "triton", few=True)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", mostly_thorough([2, 3, 4], (3).__eq__))
 def test_losses(size: int) -> None:
     ranks.run(check_losses, size)
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_losses_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     ranks.run(check_interpreted, 3)
@@ -440,6 +443,6 @@ def check_manners(group: Group) -> None:
         check(group)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", mostly_thorough([2, 3], (2).__eq__))
 def test_manners(size: int) -> None:
     ranks.run(check_manners, size)

@@ -21,7 +21,7 @@ from torch import Tensor
 from contrastive_ops import DelayedSGD, InstanceClassifier, conic_loss
 from contrastive_ops._ranks import Disagreement
 from tests import ranks
-from tests.cases import rows
+from tests.cases import mostly_thorough, rows
 
 Group = dist.ProcessGroup
 
@@ -124,7 +124,8 @@ def check_reading(training: Training) -> None:
     assert torch.equal(torch.stack(of.read(EVERY), 1), every)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", mostly_thorough([2, 3, 4], (2).__eq__))
 def test_any_number_of_ranks_is_the_same_run(size: int, tmp_path: Path) -> None:
     shards = 12 if size == 3 else SHARDS
     one = Training(None, shards=shards)
@@ -154,8 +155,14 @@ def resume(group: Group | None, folder: str, storage: str, begin: int, end: int,
     return loaded, found
 
 
-@pytest.mark.parametrize("storage", ["device", "disk"])
-@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 1), (1, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then", "storage"),
+    mostly_thorough(
+        [(*ranks, storage) for ranks in ((2, 4), (4, 1), (1, 2)) for storage in ("device", "disk")],
+        ((2, 4, "disk"), (4, 1, "device")).__contains__,
+    ),
+)
 def test_checkpoints_load_on_another_number_of_ranks(
     first: int, then: int, storage: str, tmp_path: Path
 ) -> None:
@@ -192,7 +199,8 @@ training.run(20, 100000)
 """
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), mostly_thorough([(2, 4), (4, 2)], ((2, 4)).__eq__))
 def test_a_kill_of_all_ranks_and_another_number_of_them(first: int, then: int, tmp_path: Path) -> None:
     """They are killed in the middle of steps; others go on from what was saved as if nothing had happened."""
     command = [sys.executable, "-c", KILLED]

@@ -58,14 +58,13 @@ def test_two_processes_are_one(tmp_path, which):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
+    ("which", "devices"),
     mostly_thorough(
         [(which, devices) for which in ("moco", "simclr", "conic") for devices in (3, 4)],
         (("conic", 3),).__contains__,
     ),
 )
-def test_three_and_four_processes_are_one(tmp_path, case):
-    which, devices = case
+def test_three_and_four_processes_are_one(tmp_path, which, devices):
     options = ["--data.batch_size=36"] + ["--model.shards=12", "--model.active=240"] * (which == "conic")
     one, several = (train(which, count, tmp_path, *options) for count in (1, devices))
     check_same_training(which, one, several)
