@@ -45,35 +45,40 @@ from ._ranks import Disagreement, Ranks, named
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_ops.define(
+# A CUDA graph would repeat what the ranks agreed on when it was captured.
+_define = partial(
+    _ops.define, tags=(torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+)
+
+_define(
     "co2_across_ranks(Tensor query, Tensor key, Tensor queue, float temperature, "
     "float consistency_temperature, float instance_weight, float consistency_weight, bool include_positive, "
     "bool normalize, bool compute_gradient, str? backend, str group) -> (Tensor loss, Tensor instance_loss, "
     "Tensor consistency_loss, Tensor positive_rank, Tensor share, Tensor gradient)"
 )
-_ops.define(
+_define(
     "nt_xent_across_ranks(Tensor views, float temperature, float consistency_temperature, "
     "float consistency_weight, bool normalize, str? backend, str group) -> (Tensor loss, "
     "Tensor instance_loss, Tensor consistency_loss, Tensor positive_rank, Tensor share, Tensor statistics)"
 )
-_ops.define(
+_define(
     "nt_xent_across_ranks_backward(Tensor grad_loss, Tensor views, Tensor statistics, float temperature, "
     "float consistency_temperature, float consistency_weight, bool normalize, str? backend, str group) "
     "-> Tensor"
 )
-_ops.define(
+_define(
     "conic_across_ranks(Tensor views, Tensor weight, Tensor target, float temperature, int? num_instances, "
     "float consistency_weight, str? backend, bool average_weight, str group) -> (Tensor loss, "
     "Tensor classification_loss, Tensor consistency_loss, Tensor positive_rank, Tensor share, "
     "Tensor statistics)"
 )
-_ops.define(
+_define(
     "conic_across_ranks_backward(Tensor grad_loss, Tensor views, Tensor weight, Tensor target, "
     "Tensor statistics, float temperature, float consistency_weight, bool views_need_grad, "
     "bool weight_needs_grad, str? backend, bool average_weight, str group) "
     "-> (Tensor grad_views, Tensor grad_weight)"
 )
-_ops.define(
+_define(
     "conic_across_ranks_backward_sgd_(Tensor grad_loss, Tensor views, Tensor(a!) weight, "
     "Tensor(b!) momentum_buffer, Tensor target, Tensor statistics, float temperature, "
     "float consistency_weight, float lr, float momentum, float weight_decay, bool nesterov, str? backend, "

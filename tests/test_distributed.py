@@ -446,3 +446,42 @@ def check_manners(group: Group) -> None:
 @pytest.mark.parametrize("size", mostly_thorough([2, 3], (2).__eq__))
 def test_manners(size: int) -> None:
     ranks.run(check_manners, size)
+
+
+def check_operators(group: Group) -> None:
+    operators, name = torch.ops.contrastive_ops, group.group_name
+    query, key, queue = (rows(n, 8, i) for i, n in enumerate((4, 4, 16)))
+    views, target = rows(8, 8, 3).view(2, 4, 8), torch.tensor([1, 3, 5, 7])
+    of_pairs, of_rows = (0.2, 0.1, 0.3, True, "reference", name), (0.2, None, 0.3, "reference", True, name)
+    *_, of_views = operators.nt_xent_across_ranks(views, *of_pairs)
+    *_, of_weight = operators.conic_across_ranks(views, queue, target, *of_rows)
+    known, settings = (rows(4, 1, 4).squeeze(1), views, queue), (0.2, 0.3)
+    backend = ("reference", True, name)
+    learnt = [x.clone().requires_grad_() for x in (query, views, queue)]
+    calls: dict[str, tuple[Any, ...]] = {
+        "co2": (learnt[0], key, queue, 0.2, 0.1, 1.0, 0.3, False, True, True, "reference", name),
+        "nt_xent": (learnt[1], *of_pairs),
+        "conic": (learnt[1], learnt[2], target, *of_rows),
+    }
+    backwards: dict[str, tuple[Any, ...]] = {
+        "nt_xent": (rows(8, 1, 5).squeeze(1), views, of_views, *of_pairs),
+        "conic": (*known, target, of_weight, *settings, True, True, *backend),
+    }
+    for loss, arguments in calls.items():
+        torch.library.opcheck(getattr(operators, f"{loss}_across_ranks"), arguments)
+    for loss, arguments in backwards.items():
+        torch.library.opcheck(getattr(operators, f"{loss}_across_ranks_backward"), arguments)
+    step = (*known, torch.zeros_like(queue), target, of_weight, *settings, 0.1, 0.9, 0.0, False, *backend)
+    torch.library.opcheck(operators.conic_across_ranks_backward_sgd_, step)
+
+    # A group of one rank is as none.
+    for loss in (co2_loss, info_nce_loss, consistency_loss):
+        torch.testing.assert_close(loss(query, key, queue, group=group), loss(query, key, queue))
+    torch.testing.assert_close(nt_xent_loss(query, key, group=group), nt_xent_loss(query, key))
+    torch.testing.assert_close(
+        conic_loss(views, queue, target, group=group), conic_loss(views, queue, target)
+    )
+
+
+def test_operators() -> None:
+    ranks.run(check_operators, 1)

@@ -61,11 +61,6 @@ class InstanceClassifier(nn.Module):
             brings).
         path: the folder of storage="disk", on a disk with room for 2·D numbers for each row that was ever
             evicted, and as much again for each generation that is kept. One process at a time has it open.
-        seed: of the first active set and of the rows' initial values, in [0, 2**64).
-        dtype: float32 or float64.
-        device: of the weight.
-        generations: how many checkpoints of storage="disk" can be loaded: those taken last, beside the one
-            that was confirmed.
         shards: S, in which the instances are dealt out by the seed. Each has A/S rows, and its own order in
             which they were sampled. What is active, drawn and computed depends on S, and not on how many
             processes there are; with 1 the batch takes the place of the earliest of all, as in the paper.
@@ -74,6 +69,11 @@ class InstanceClassifier(nn.Module):
             `export` are called by all, each with its own instances. `conic_loss(…, group=group)` takes the
             weight and the targets as they are. Keep the classifier out of DistributedDataParallel's module,
             which would give all ranks the rows of one.
+        seed: of the first active set and of the rows' initial values, in [0, 2**64).
+        dtype: float32 or float64.
+        device: of the weight.
+        generations: how many checkpoints of storage="disk" can be loaded: those taken last, beside the one
+            that was confirmed.
 
     Attributes:
         weight: (A, D) parameter, the active rows, not normalised; in a group this rank's (A/P, D).
@@ -127,12 +127,12 @@ class InstanceClassifier(nn.Module):
         active: int = 65536,
         storage: Literal["device", "host", "disk"] = "device",
         path: str | os.PathLike[str] | None = None,
+        shards: int = 1,
+        group: ProcessGroup | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         generations: int = 3,
-        shards: int = 1,
-        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if _missing is not None:

@@ -94,11 +94,11 @@ class ConIC(Method):
                 settings.active or num_instances,
                 settings.storage,
                 settings.path,
+                settings.shards,
+                group(),
                 settings.seed,
                 dtype,
                 generations=self._generations(),
-                shards=settings.shards,
-                group=group(),
             )
         except (
             ImportError,
