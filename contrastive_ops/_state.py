@@ -15,7 +15,11 @@ def entry(state: Any, name: str, of: str) -> Any:
         raise ValueError(f"the checkpoint's {of} must be a mapping, got {type(state).__name__}")
     if name not in state:
         raise ValueError(f"the checkpoint's {of} must hold {name!r}, got {sorted(map(str, state))}")
-    value = state[name]
+    return unwrapped(state[name])
+
+
+def unwrapped(value: Any) -> Any:
+    """What a tuple of one holds: torch.distributed.checkpoint keeps that whole, whatever its size."""
     return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 

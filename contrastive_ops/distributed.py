@@ -98,6 +98,17 @@ def _told(operation: str, arguments: Sequence[Any]) -> AbstractContextManager[An
     return Ranks(named(arguments[-1]), operation).telling()
 
 
+def _agree(
+    operation: str, operator: str, rows: Tensor, backend: str | None, group: str, alike: dict[str, Any],
+    own: dict[str, int],
+) -> tuple[Ranks, Any, dict[str, list[int]]]:  # fmt: skip
+    """The ranks, what serves such rows on all of them, and what each says of itself."""
+    ranks = Ranks(named(group), operation)
+    with ranks.telling():
+        kernels = _backends.select(backend, operator, rows)
+    return ranks, kernels, ranks.agree({**alike, "the backend": kernels.__name__}, **own)
+
+
 def _need(ranks: Ranks, what: str, counts: Sequence[int]) -> None:
     if not any(counts):
         raise Disagreement(f"{ranks.operation} among {ranks.size} ranks: at least one must have {what}")
@@ -123,22 +134,16 @@ def _but_own(ranks: Ranks, counts: Sequence[int]) -> list[int]:
 
 def _co2(query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any) -> tuple[Tensor, ...]:
     *values, compute_gradient, backend, group = settings_and_more
-    settings, ranks = CO2Settings(*values), Ranks(named(group), "co2_loss")
-    with ranks.telling():
-        kernels = _backends.select(backend, "co2", query)
-    said = ranks.agree(
-        {
-            "D": query.shape[1],
-            "the dtype of query": query.dtype,
-            "the dtype of key": key.dtype,
-            "the dtype of queue": queue.dtype,
-            "the backend": kernels.__name__,
-            **settings._asdict(),
-        },
-        rows=len(query),
-        keys=len(queue),
-        gradient=compute_gradient,
-    )
+    settings = CO2Settings(*values)
+    alike = {
+        "D": query.shape[1],
+        "the dtype of query": query.dtype,
+        "the dtype of key": key.dtype,
+        "the dtype of queue": queue.dtype,
+        **settings._asdict(),
+    }
+    own = {"rows": len(query), "keys": len(queue), "gradient": compute_gradient}
+    ranks, kernels, said = _agree("co2_loss", "co2", query, backend, group, alike, own)
     _need(ranks, "a query", said["rows"])
     _need(ranks, "a key in its queue", said["keys"])
     shards = _QueueShards(ranks, kernels, settings, said["rows"], said["keys"])
@@ -233,18 +238,9 @@ class _QueueShards:
 def _agree_on_views(
     operation: str, views: Tensor, settings: NTXentSettings, backend: str | None, group: str
 ) -> tuple[Ranks, Any, list[int]]:
-    ranks = Ranks(named(group), operation)
-    with ranks.telling():
-        kernels = _backends.select(backend, "nt_xent", views)
-    said = ranks.agree(
-        {
-            "D": views.shape[2],
-            "the dtype of the views": views.dtype,
-            "the backend": kernels.__name__,
-            **settings._asdict(),
-        },
-        rows=views.shape[1],
-    )
+    alike = {"D": views.shape[2], "the dtype of the views": views.dtype, **settings._asdict()}
+    own = {"rows": views.shape[1]}
+    ranks, kernels, said = _agree(operation, "nt_xent", views, backend, group, alike, own)
     _need(ranks, "views", said["rows"])
     return ranks, kernels, said["rows"]
 
@@ -311,26 +307,19 @@ class _WeightShards:
         self, operation: str, views: Tensor, weight: Tensor, target: Tensor, alike: dict[str, Any],
         backend: str | None, group: str,
     ) -> None:  # fmt: skip
-        self.ranks = ranks = Ranks(named(group), operation)
-        with ranks.telling():
-            self.kernels = _backends.select(backend, "conic", views)
         lowest, highest = 0, -1
         if target.is_cpu and len(target):  # a GPU's would have to be waited for
             lowest, highest = (int(extreme) for extreme in target.aminmax())
-        said = ranks.agree(
-            {
-                "V": len(views),
-                "D": views.shape[2],
-                "the dtype of views": views.dtype,
-                "the dtype of weight": weight.dtype,
-                "the backend": self.kernels.__name__,
-                **alike,
-            },
-            batch=views.shape[1],
-            rows=len(weight),
-            lowest=lowest,
-            highest=highest,
-        )
+        alike = {
+            "V": len(views),
+            "D": views.shape[2],
+            "the dtype of views": views.dtype,
+            "the dtype of weight": weight.dtype,
+            **alike,
+        }
+        own = {"batch": views.shape[1], "rows": len(weight), "lowest": lowest, "highest": highest}
+        ranks, self.kernels, said = _agree(operation, "conic", views, backend, group, alike, own)
+        self.ranks = ranks
         self.counts, self.shards, self.own_views, self.weight = said["batch"], said["rows"], views, weight
         _need(ranks, "views", self.counts)
         _need(ranks, "a row of the weight", self.shards)

@@ -20,7 +20,7 @@ from .._checks import check_floating, check_integer
 from .._contract import PendingStep, SGDSettings
 from .._eager import eager
 from .._ranks import Disagreement, Ranks, check_group
-from .._state import entry, tensor
+from .._state import entry, tensor, unwrapped
 from .gradients import GradientExchange, Gradients, GradientVersion
 from .guard import Guard, Versions, versions
 from .history import History
@@ -431,7 +431,7 @@ class InstanceClassifier(nn.Module):
         with self._guard.lock:
             if self._in_shards:
                 states = [entry(state, f"shards.{shard:04d}.state", "state") for shard in self._shards.own]
-                self._storage.confirm([entry(each, "storage", "shard") for each in map(_unwrapped, states)])
+                self._storage.confirm([entry(each, "storage", "shard") for each in map(unwrapped, states)])
             else:
                 self._storage.confirm(entry(entry(state, "_extra_state", "state"), "storage", "classifier"))
 
@@ -544,7 +544,7 @@ class InstanceClassifier(nn.Module):
                 rows = self._rows_of_shards(state_dict, f"{prefix}shards.")
                 shards = [state_dict[f"{prefix}shards.{shard:04d}.state"] for shard in self._shards.own]
                 if isinstance(state, Mapping):
-                    state = {**state, "shards_here": [_unwrapped(each) for each in shards]}
+                    state = {**state, "shards_here": [unwrapped(each) for each in shards]}
                 self._checked(state)
                 others = {key: x for key, x in state_dict.items() if not key.startswith(f"{prefix}shards.")}
                 state_dict = others | {f"{prefix}{name}": x for name, x in rows.items()}
@@ -798,11 +798,6 @@ def _instances_from(shards: Shards, start: int, positions: Indices) -> Indices:
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(value) for name, value in arrays.items()}
-
-
-def _unwrapped(value: Any) -> Any:
-    """What a tuple of one holds."""
-    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 class _Gathered(NamedTuple):
