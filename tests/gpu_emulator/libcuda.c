@@ -1,5 +1,6 @@
-/* A CUDA driver without a GPU, as far as Triton calls it. What it loads is PTX, and a launch is handed on;
+/* A CUDA driver without a GPU, as far as Triton and the CUDA C++ backend call it. What it loads is PTX, and a launch is handed on;
    where nobody takes launches, they do nothing, and what is loaded is any image. */
+#include <dlfcn.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,19 +12,35 @@ typedef struct {
   void *stream, *attributes;
   unsigned attribute_count;
 } LaunchConfig;
-typedef void (*Launcher)(const char *ptx, unsigned x, unsigned y, unsigned z, unsigned shared, void **parameters);
+typedef void (*Launcher)(const char *ptx, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared,
+                         void **parameters);
 
 static Launcher launcher;
 static int major, minor, multiprocessors;
 static long launches;
+static int driver_version = 13000;
 
 void emulate(Launcher with, int capability_major, int capability_minor, int count) {
   launcher = with, major = capability_major, minor = capability_minor, multiprocessors = count;
 }
+void set_driver_version(int version) { driver_version = version; }
 long launch_count(void) { return launches; }
 
+/* NVIDIA's Python package asks for every function by name, and does without those that are not here. */
+CUresult cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t flags, int *found) {
+  *function = dlsym(RTLD_DEFAULT, name);
+  if (found) *found = *function ? 0 : 1;
+  return *function ? 0 : 500;
+}
+
+/* NVRTC looks for functions that have no names, and does without: a table begins with its size in bytes. */
+CUresult cuGetExportTable(const void **table, const void *id) {
+  static const uint64_t empty[] = {sizeof(uint64_t)};
+  return *table = empty, 0;
+}
+
 CUresult cuInit(unsigned flags) { return 0; }
-CUresult cuDriverGetVersion(int *version) { return *version = 13000, 0; }
+CUresult cuDriverGetVersion(int *version) { return *version = driver_version, 0; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal, 0; }
 CUresult cuDeviceGetCount(int *count) { return *count = 1, 0; }
 CUresult cuCtxGetDevice(CUdevice *device) { return *device = 0, 0; }
@@ -57,6 +74,8 @@ CUresult cuFuncGetAttribute(int *value, int attribute, void *function) {
   return *value = attribute == 0 ? 1024 : 0, 0; /* threads of a block */
 }
 CUresult cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
+CUresult cuFuncLoad(void *function) { return 0; }
+CUresult cuThreadExchangeStreamCaptureMode(int *mode) { return *mode = 0, 0; }
 CUresult cuFuncSetCacheConfig(void *function, int config) { return 0; }
 CUresult cuOccupancyMaxActiveClusters(int *count, void *function, void *config) { return *count = 1, 0; }
 CUresult cuTensorMapEncodeTiled(void) { return 1; }
@@ -68,6 +87,16 @@ CUresult cuPointerGetAttribute(void *value, int attribute, uint64_t pointer) {
 CUresult cuLaunchKernelEx(const LaunchConfig *config, void *function, void **parameters, void **extra) {
   launches++;
   if (launcher)
-    launcher(function, config->grid_x, config->grid_y, config->grid_z, config->shared_bytes, parameters);
+    launcher(function, config->grid_x, config->grid_y, config->grid_z,
+             config->block_x * config->block_y * config->block_z, config->shared_bytes, parameters);
+  return 0;
+}
+
+CUresult cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                        unsigned block_y, unsigned block_z, unsigned shared_bytes, void *stream,
+                        void **parameters, void **extra) {
+  launches++;
+  if (launcher)
+    launcher(function, grid_x, grid_y, grid_z, block_x * block_y * block_z, shared_bytes, parameters);
   return 0;
 }
