@@ -21,6 +21,10 @@ from typing import Any
 FOLDER_VARIABLE = "CONTRASTIVE_OPS_CACHE"
 
 
+class NotKept(RuntimeWarning):
+    """A compiled kernel could not be written to the cache."""
+
+
 def folder() -> Path:
     """Where entries lie: in the folder that CONTRASTIVE_OPS_CACHE names, or else in the user's cache."""
     chosen = os.environ.get(FOLDER_VARIABLE)
@@ -74,4 +78,4 @@ def _checksum(content: bytes) -> bytes:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    warnings.warn(message, NotKept, stacklevel=2)

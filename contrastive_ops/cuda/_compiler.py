@@ -116,7 +116,7 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 @functools.cache
-def _supported() -> tuple[tuple[int, int], ...]:
+def supported() -> tuple[tuple[int, int], ...]:
     """The compute capabilities that NVRTC compiles for, in ascending order."""
     _, numbers = nvrtc().nvrtcGetSupportedArchs()
     return tuple(divmod(int(number), 10) for number in numbers)
@@ -128,9 +128,9 @@ def target_for(capability: tuple[int, int]) -> str:
     Raises:
         Unsupported: NVRTC no longer knows so old a GPU.
     """
-    fitting = [each for each in _supported() if each <= capability]
+    fitting = [each for each in supported() if each <= capability]
     if not fitting:
-        found, oldest = ".".join(map(str, nvrtc_version())), ".".join(map(str, _supported()[0]))
+        found, oldest = ".".join(map(str, nvrtc_version())), ".".join(map(str, supported()[0]))
         raise Unsupported(
             f"NVRTC {found} compiles for GPUs of compute capability {oldest} and newer, this one has "
             f"{capability[0]}.{capability[1]}: install a PyTorch for CUDA 12.6, which brings NVRTC 12"

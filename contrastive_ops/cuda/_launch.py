@@ -168,7 +168,13 @@ class CudaLaunch(Launch):
         self._runs: dict[Any, Run] = {}
 
     def layout(self, arguments: dict[str, Any]) -> Layout:
-        return layout(self.name, self.threads, {**arguments, **self._own})
+        """Of its arguments, with or without those of the launch itself."""
+        given = {name: value for name, value in arguments.items() if name not in self.arguments}
+        return layout(self.name, self.threads, given | self._own)
+
+    def program(self, arguments: dict[str, Any], target: str) -> Program:
+        """What is compiled for arguments of these kinds."""
+        return Program(self.name, self.layout(arguments).text, target)
 
     def run(self, arguments: dict[str, Any]) -> None:
         device = self._kernels.current_device()

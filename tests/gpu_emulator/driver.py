@@ -1,4 +1,4 @@
-"""Puts the emulator in the place of a GPU: a driver library, an assembler, and what the backends ask a GPU."""
+"""Puts the emulator in the place of a GPU: a driver library, an assembler, and the answers of a GPU."""
 
 from __future__ import annotations
 
