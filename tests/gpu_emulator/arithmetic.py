@@ -227,6 +227,22 @@ def _extract(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     return execute
 
 
+def _insert(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    """The lower bits of the first operand in the place of some of the second."""
+    kind = match["type"]
+    bits, into = decoder.read(operands[1], kind), decoder.read(operands[2], kind)
+    begin, length = (decoder.read(operand, "u32") for operand in operands[3:])
+    put = decoder.write(operands[0])
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        first = begin(b).astype(np.uint64)
+        ones = ((np.uint64(1) << length(b).astype(np.uint64)) - np.uint64(1)) << first
+        x = (into(b).astype(np.uint64) & ~ones) | ((bits(b).astype(np.uint64) << first) & ones)
+        put(b, mask, x.astype(NUMPY[kind]))
+
+    return execute
+
+
 def _permute(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     low, high, selector = (decoder.read(operand, "u32") for operand in operands[1:])
     put = decoder.write(operands[0])
@@ -288,5 +304,8 @@ TABLE += [
     (r"cvt\.rn\.(?P<to>bf16x2|f16x2)\.f32", _convert_two),
     (r"mov\.(?P<type>[bus](16|32|64)|f32|f64|pred)", _move),
     (r"bfe\.(?P<type>[us](32|64))", _extract),
+    (r"bfi\.(?P<type>b(32|64))", _insert),
     (r"prmt\.b32", _permute),
+    # Addresses of all spaces are those of their own here.
+    (r"cvta\.to\.(global|shared)\.(?P<type>u64)", _move),
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .machine import Program
 from .memory import GlobalMemory
-from .ptx import BYTES, parse
+from .ptx import parse
 
 REQUESTED = os.environ.get("GPU_EMULATOR")
 MULTIPROCESSORS = 4  # few, so that small problems have few programs, and yet several
@@ -47,8 +47,8 @@ def _launch(ptx: bytes, x: int, y: int, z: int, shared: int, pointers: Any) -> N
     try:
         program = _program(ptx)
         parameters = {
-            name: np.frombuffer(ctypes.string_at(pointers[i], BYTES[kind]), np.uint8)
-            for i, (name, kind) in enumerate(program.kernel.parameters.items())
+            name: np.frombuffer(ctypes.string_at(pointers[i], size), np.uint8)
+            for i, (name, size) in enumerate(program.kernel.parameters.items())
         }
         program.run((x, y, z), _memory, parameters, shared)
     except Exception as error:
