@@ -86,7 +86,7 @@ def compile_text(text: str, architecture: int, machine_code: bool = False) -> Co
     failed = compiler.nvrtcCompileProgram(program, len(options), encoded)
     log = output("ProgramLog").rstrip(b"\0").decode()
     assert not failed, f"{log}\n{text}"
-    return Compiled(output("CUBIN" if machine_code else "PTX").rstrip(b"\0"), log)
+    return Compiled(output("CUBIN") if machine_code else output("PTX").rstrip(b"\0"), log)
 
 
 def _declared(name: str, value: Any, parameters: list[str]) -> tuple[str, str]:
