@@ -1,12 +1,15 @@
 // Numbers as matrices store them, and as kernels compute with them; for NVRTC and nvcc, without their headers.
 //
-// Every argument of a kernel has eight bytes: a pointer, a `long long` or a `double`. So a kernel's arguments
-// are a struct without gaps, which the host fills from their names in its order.
+// A kernel "co2.merge" is a function `co2_merge(arguments)` of a struct that the host declares: it has the
+// host's arguments under their names, and those in capitals as constants.
 #pragma once
 
 namespace contrastive_ops {
 
 using int64 = long long;
+
+// How rows are multiplied: as they are in half precision; float32 in TF32, or as exactly as float32 is.
+enum class Precision { half, tf32, tf32x3 };
 
 struct Half {  // float16
   unsigned short bits;
@@ -18,24 +21,44 @@ struct BFloat16 {
 // A matrix of any strides, counted in numbers.
 template <typename T>
 struct Matrix {
+  using Element = T;
+  static constexpr bool kExists = true;
+
   T* data;
   int64 row, column;
 
   __device__ T& at(int64 i, int64 j) const { return data[i * row + j * column]; }
 };
+template <>
+struct Matrix<void> {  // none
+  static constexpr bool kExists = false;
+
+  void* data;
+  int64 row, column;
+};
 
 template <typename T>
 struct Vector {
+  using Element = T;
+  static constexpr bool kExists = true;
+
   T* data;
   int64 stride;
 
   __device__ T& at(int64 i) const { return data[i * stride]; }
 };
+template <>
+struct Vector<void> {
+  static constexpr bool kExists = false;
+
+  void* data;
+  int64 stride;
+};
 
 // Some rows of a matrix that has `count` of them, of `dim` numbers each; what is outside is read as 0.
 template <typename T>
 struct Rows {
-  Matrix<const T> matrix;
+  Matrix<T> matrix;
   int64 count, dim;
 
   __device__ bool has(int64 row, int64 column) const { return row < count && column < dim; }
@@ -166,8 +189,8 @@ __device__ inline float move(float old, float top, float scale) {
   return fmaxf((old - top) * scale, kLowestLogit);
 }
 
-__device__ inline double square(double x) {
-  return x * x;
+__device__ inline int64 smaller(int64 a, int64 b) {
+  return a < b ? a : b;
 }
 
 // A double as the sum of two floats.

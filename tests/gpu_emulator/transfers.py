@@ -17,10 +17,7 @@ Operands = tuple[str, ...]
 
 def _load_parameter(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     kind, address = match["type"], decoder.address(operands[1])
-    puts, names = (
-        [decoder.write(part) for part in decoder.braced(operands[0])],
-        list(decoder.kernel.parameters),
-    )
+    puts, names = [decoder.write(part) for part in decoder.braced(operands[0])], list(decoder.kernel.parameters)
     width = len(puts) * BYTES[kind]
     if len(puts) != int(match["vector"] or 1):
         raise UnknownInstruction(f"{len(puts)} registers")
@@ -158,13 +155,18 @@ def nothing(decoder: Decoder, match: Match, operands: Operands) -> Execute:
 
 
 def _shuffle(decoder: Decoder, match: Match, operands: Operands) -> Execute:
-    if operands[3:] != ("31", "-1") or "|" in operands[0]:
-        raise UnknownInstruction("a shuffle within a part of a warp")
-    source, lane = decoder.read(operands[1], "b32"), decoder.read(operands[2], "u32")
-    put, butterfly = decoder.write(operands[0]), match["mode"] == "bfly"
+    """Of a whole warp, so that all of it is in bounds: that is what the second result tells."""
+    to, _, is_inside = operands[0].partition("|")
+    source, lane, *limits = (decoder.read(operand, "u32") for operand in operands[1:])
+    put, butterfly = decoder.write(to), match["mode"] == "bfly"
+    tell = decoder.write(is_inside or "_")
 
     def execute(b: Blocks, mask: Mask) -> None:
-        b.active_warps(mask)
+        warps = b.active_warps(mask)
+        for limit, whole in zip(limits, (31, 0xFFFFFFFF), strict=True):
+            if (limit(b).reshape(-1, 32)[warps] != whole).any():
+                raise UnknownInstruction("a shuffle within a part of a warp")
+        tell(b, mask, np.ones(b.count, bool))
         by = lane(b).reshape(-1, 32).astype(np.int64)
         other = (np.arange(32) ^ by) if butterfly else by
         put(b, mask, np.take_along_axis(source(b).reshape(-1, 32), other % 32, 1).reshape(-1))
