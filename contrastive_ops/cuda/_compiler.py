@@ -53,7 +53,7 @@ class Image(NamedTuple):
 
 
 KERNEL = "contrastive_ops_kernel"
-# A kernel that needs dynamic shared memory tells in a variable of this name how much.
+# A kernel that needs dynamic shared memory has a constant of this name, which tells how much.
 SHARED_BYTES = "contrastive_ops_shared_bytes"
 
 
@@ -213,7 +213,7 @@ def _compile(program: Program) -> Image:
             code = _output(compiler.nvrtcGetCUBINSize, compiler.nvrtcGetCUBIN, handle)
     finally:
         compiler.nvrtcDestroyProgram(handle)
-    shared = re.search(rf"\b{SHARED_BYTES} = (\d+);", ptx.decode())
+    shared = re.search(rf"{SHARED_BYTES}E? = (\d+);", ptx.decode())
     return Image(code, int(shared[1]) if shared else 0)
 
 

@@ -10,9 +10,9 @@ So the compiler compares names and types of the two sides:
 
     a tensor                 T*, where T is float, double, Half, BFloat16, int or long long; None is nullptr
     integer, number, flag    long long, double, bool
-    Matrix and its like      the struct template of that name in csrc/cuda, of the same fields
-    Losses and its like      a struct of these fields
-    in capitals              a constant; of a Tile, its fields are constants, and its dtype is a type
+    a Matrix or a Vector     the struct template of that name in csrc/cuda/numbers.h
+    another tuple            a struct of its fields
+    in capitals              a constant, or a type for a dtype; a Tile is a struct of such
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..gpu.arguments import Matrix, Records, Tile, Vector, Views
+from ..gpu.arguments import Matrix, Tile, Vector
 from ..gpu.launch import TENSORS, Kernels, Launch, current_tape
 from ..gpu.tiles import Tiling
 from ._compiler import KERNEL, Program, target_for
 from ._driver import Run
 
-_TEMPLATES = (Matrix, Vector, Records, Views)
+_TEMPLATES = (Matrix, Vector)
 _DTYPES = {
     torch.float32: "float",
     torch.float64: "double",
@@ -45,7 +45,7 @@ _NUMBERS = {
     float: ("double", ctypes.c_double),
     bool: ("bool", ctypes.c_bool),
 }
-_OPTIONS = {"num_warps": 4, "num_stages": 1}
+_OPTIONS = ("num_warps", "num_stages")  # which Triton takes by these names
 
 
 class Layout(NamedTuple):
@@ -87,13 +87,10 @@ class _Writer:
 
     def _constant(self, name: str, value: Any) -> str:
         if isinstance(value, Tile):
-            fields = " ".join(
-                f"using {field} = {_DTYPES[part]};"
-                if isinstance(part, torch.dtype)
-                else self._constant(field, part)
-                for field, part in value._asdict().items()
-            )
+            fields = " ".join(self._constant(*part) for part in value._asdict().items())
             return f"struct {name} {{ {fields} }};"
+        if isinstance(value, torch.dtype):
+            return f"using {name} = {_DTYPES[value]};"
         if isinstance(value, bool):
             return f"static constexpr bool {name} = {str(value).lower()};"
         if isinstance(value, str):
@@ -161,10 +158,10 @@ class CudaLaunch(Launch):
     ) -> None:
         super().__init__(name, grid, arguments)
         self._kernels = kernels
-        options = {each: arguments.get(each, usual) for each, usual in _OPTIONS.items()}
-        self.threads = 32 * options["num_warps"]
+        self.threads = 32 * arguments.get("num_warps", 4)
         self._own = {each: value for each, value in arguments.items() if each not in _OPTIONS}
-        self._own["STAGES"] = options["num_stages"]
+        if "num_stages" in arguments:
+            self._own["STAGES"] = arguments["num_stages"]
         self._runs: dict[Any, Run] = {}
 
     def layout(self, arguments: dict[str, Any]) -> Layout:
