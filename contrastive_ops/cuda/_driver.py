@@ -13,8 +13,6 @@ from operator import methodcaller
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
-
 from ._compiler import KERNEL, Program, compile_program
 
 _INVALID_CONTEXT = 201
@@ -44,13 +42,14 @@ def _succeed(result: Any, what: str) -> None:
         raise RuntimeError(f"CUDA driver: {what}: {result.name}")
 
 
-def make_context_current() -> None:
-    """In a thread that has not called CUDA's runtime yet no context is: that of torch's current device."""
+def make_context_current(device: int) -> None:
+    """In a thread that has not called CUDA's runtime yet no context is: that of torch's current device, whose
+    number is `device`."""
     cuda = driver()
     result, context = cuda.cuCtxGetCurrent()
     _succeed(result, "cuCtxGetCurrent")
     if int(context) == 0:
-        result, context = cuda.cuDevicePrimaryCtxRetain(torch.cuda.current_device())
+        result, context = cuda.cuDevicePrimaryCtxRetain(device)
         _succeed(result, "cuDevicePrimaryCtxRetain")
         (result,) = cuda.cuCtxSetCurrent(context)
         _succeed(result, "cuCtxSetCurrent")
@@ -71,7 +70,7 @@ def load(program: Program, device: int) -> Loaded:
     what a capture would forbid.
     """
     image, cuda = compile_program(program), driver()
-    make_context_current()
+    make_context_current(device)
     relaxed = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     result, before = cuda.cuThreadExchangeStreamCaptureMode(relaxed)
     _succeed(result, "cuThreadExchangeStreamCaptureMode")
@@ -105,7 +104,7 @@ class Run:
         numbers: Sequence[type[Any]],
     ) -> None:
         function, shared_bytes = load(program, device)
-        self._name, self._tensors = program.name, tensors
+        self._name, self._device, self._tensors = program.name, device, tensors
         self._types = (*[ctypes.c_void_p] * tensors, *numbers)
         self._launch, self._function = driver().cuLaunchKernel, function
         self._shape = (*grid, threads, 1, 1, shared_bytes)
@@ -116,7 +115,7 @@ class Run:
         launched = (self._function, *self._shape, stream, (values, self._types), 0)
         (result,) = self._launch(*launched)
         if result == _INVALID_CONTEXT:
-            make_context_current()
+            make_context_current(self._device)
             (result,) = self._launch(*launched)
         if result:
             raise RuntimeError(f"CUDA driver: cannot launch {self._name}: {result.name}")

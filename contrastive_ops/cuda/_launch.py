@@ -98,8 +98,9 @@ class _Writer:
         return f"static constexpr int {name} = {value};"
 
 
-def layout(name: str, threads: int, arguments: dict[str, Any]) -> Layout:
-    """Of a kernel and its arguments, of which tensors count as their dtypes and numbers as their types."""
+def layout(name: str, threads: int, programs: int, arguments: dict[str, Any]) -> Layout:
+    """Of a kernel and its arguments, of which tensors count as their dtypes and numbers as their types. A
+    multiprocessor is to hold that many `programs` of so many threads."""
     writer = _Writer()
     members, parts = zip(*(writer.declare(*part) for part in arguments.items()), strict=True)
     parameters = [f"{kind} t{i}" for i, kind in enumerate(writer.tensors)]
@@ -114,7 +115,7 @@ def layout(name: str, threads: int, arguments: dict[str, Any]) -> Layout:
             *(f"  {member}" for member in members),
             "};",
             "",
-            f'extern "C" __global__ void __launch_bounds__({threads})',
+            f'extern "C" __global__ void __launch_bounds__({threads}, {programs})',
             f"{KERNEL}({', '.join(parameters)}) {{",
             f"  const Arguments arguments{{{', '.join(filter(None, parts))}}};",
             f"  {name.replace('.', '_')}(arguments);",
@@ -158,7 +159,7 @@ class CudaLaunch(Launch):
     ) -> None:
         super().__init__(name, grid, arguments)
         self._kernels = kernels
-        self.threads = 32 * arguments.get("num_warps", 4)
+        self.threads, self.programs = 32 * arguments.get("num_warps", 4), 1
         self._own = {each: value for each, value in arguments.items() if each not in _OPTIONS}
         if "num_stages" in arguments:
             self._own["STAGES"] = arguments["num_stages"]
@@ -167,7 +168,7 @@ class CudaLaunch(Launch):
     def layout(self, arguments: dict[str, Any]) -> Layout:
         """Of its arguments, with or without those of the launch itself."""
         given = {name: value for name, value in arguments.items() if name not in self.arguments}
-        return layout(self.name, self.threads, given | self._own)
+        return layout(self.name, self.threads, self.programs, given | self._own)
 
     def program(self, arguments: dict[str, Any], target: str) -> Program:
         """What is compiled for arguments of these kinds."""
