@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from contrastive_ops.kernels import _launch as host
 from torch import Tensor
 
+from contrastive_ops.cuda import tiles
 from tests.gpu_emulator.machine import Program
 from tests.gpu_emulator.memory import GlobalMemory
 from tests.gpu_emulator.ptx import parse
@@ -26,6 +28,7 @@ SOURCES = Path(__file__).parents[1] / "csrc"
 # The last NVRTC that knows compute capabilities below 7.5: pip install --target build/nvrtc-12
 # nvidia-cuda-nvrtc-cu12.
 NVRTC_12 = Path(__file__).parents[1] / "build" / "nvrtc-12"
+MULTIPROCESSORS = 4  # few, so that small problems have few programs, and yet several
 KERNEL = "contrastive_ops_kernel"
 SHARED_BYTES = "contrastive_ops_shared_bytes"
 DTYPES = {
@@ -177,3 +180,66 @@ def launch(
     }
     x, y, z = (*grid, 1, 1)[:3]
     program.run((x, y, z), memory, parameters, shared, threads)
+
+
+_OPERANDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_MATRICES = ("query", "key", "queue")  # which co2's kernels read as they are stored
+# Arguments that only Triton's kernels have.
+_OF_TRITON = ("LANES", "PARTS", "RANGES", "COLUMNS", "DEPTH", "WHOLE_KEYS", "WHOLE_COLUMNS", "STACKED", "BLOCK_")
+
+
+def _reads_vectors(matrix: Any, dtype: torch.dtype, dim: int) -> bool:
+    """Whether rows can be read 16 bytes at a time, as they are multiplied."""
+    size = dtype.itemsize
+    return bool(
+        matrix.data.dtype == dtype
+        and matrix.column == 1
+        and all(number * size % 16 == 0 for number in (matrix.row, dim))
+        and matrix.data.data_ptr() % 16 == 0
+    )
+
+
+def launch_recorded(call: Any, architecture: int) -> None:
+    """Runs what the host would launch, which it recorded as for Triton, by the kernel of that name."""
+    name = call.launch.name
+    arguments = {key: call.arguments[key] for key in call.launch.kernel.arg_names if key not in _OF_TRITON}
+    threads, programs = 32 * call.launch.arguments.get("num_warps", 4), 1
+    if name.endswith((".merge", ".join")):
+        threads = 32 * arguments["ROWS"]
+    if "TILE" in arguments:
+        tile = arguments["TILE"]
+        dtype, precision = _OPERANDS[str(tile.dtype)], tile.precision
+        if dtype == torch.bfloat16 and architecture < 80:
+            dtype, precision = torch.float32, "tf32x3"
+        arguments["TILE"] = tile._replace(dtype=dtype, precision=precision)
+        arguments["STAGES"] = call.launch.arguments["num_stages"]
+        programs = tiles.select(name_of_tiles(call), divmod(architecture, 10), precision, 1).programs
+        if name.startswith("co2."):
+            arguments["VECTORS"] = all(
+                _reads_vectors(arguments[each], dtype, arguments["dim"]) for each in _MATRICES
+            )
+    launch(name, architecture, call.launch.grid, threads, programs, arguments)
+
+
+def name_of_tiles(call: Any) -> str:
+    name: str = call.launch.name
+    return name
+
+
+def serve(architecture: int, function: Any, *arguments: Any) -> Any:
+    """What a function of the "triton" backend returns, computed by the CUDA kernels of the same names."""
+
+    def select(name: str, capability: tuple[int, int], precision: str, dim: int) -> Any:
+        return tiles.select(name, capability, precision, dim)
+
+    before, host.select = host.select, select
+    host.forget_plans()
+    try:
+        with host.recording(host.Chip(divmod(architecture, 10), MULTIPROCESSORS)) as calls:
+            results = function(*arguments)
+        for call in calls:
+            launch_recorded(call, architecture)
+    finally:
+        host.select = before
+        host.forget_plans()
+    return results

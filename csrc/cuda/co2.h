@@ -189,6 +189,7 @@ __device__ void sum_up(Keys& walk, RowSums (&sums)[2], const Measured& measured,
     add_tile<Tile, kInstance, kConsistency, kBounded>(s, sums, measured, ratio, end - key);
   }
   walk.finish();
+#pragma unroll
   for (int slot = 0; slot < 2; ++slot)
     for (int mask : Tile::Places::kMasks) sums[slot].merge_lane(mask, measured.scales[slot], ratio);
 }
@@ -204,8 +205,9 @@ __device__ void sum_up(Keys& walk, RowSums (&sums)[2], const Measured& measured,
 //            1. Where one is, the range is walked again.
 template <typename Arguments>
 __device__ void co2_statistics(const Arguments& x) {
-  using Tile = WalkTile<typename Arguments::TILE, Arguments::TILE::rows, Arguments::STAGES, Arguments::VECTORS>;
   constexpr bool kInstance = Arguments::INSTANCE, kConsistency = Arguments::CONSISTENCY;
+  using Tile = WalkTile<typename Arguments::TILE, kConsistency ? 2 : 1, Arguments::TILE::rows, 0, Arguments::STAGES,
+                        Arguments::VECTORS>;
   using Query = typename decltype(x.query)::Element;
   using Key = typename decltype(x.key)::Element;
   using Queue = typename decltype(x.queue)::Element;
@@ -215,7 +217,7 @@ __device__ void co2_statistics(const Arguments& x) {
 
   __shared__ float scale_query[Tile::kRows], scale_key[Tile::kRows], positive[Tile::kRows];
   for (int i = threadIdx.x / 8; i < Tile::kRows; i += Tile::kThreads / 8) {
-    const Products sums = products_of(query, first + i, key, first + i);
+    const Products sums = products_of<8>(query, first + i, key, first + i);
     const double norm_query = Arguments::NORMALIZE ? norm_of(sums.xx) : 1;
     const double norm_key = Arguments::NORMALIZE ? norm_of(sums.yy) : 1;
     if (threadIdx.x % 8 == 0) {
@@ -231,6 +233,7 @@ __device__ void co2_statistics(const Arguments& x) {
   __syncthreads();
   Measured measured;
   int own[2];  // rows in the block
+#pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
     own[slot] = 16 * warp_index() + Tile::Places::row(slot);
     measured.scales[slot] = {scale_query[own[slot]], scale_key[own[slot]]};
@@ -239,7 +242,7 @@ __device__ void co2_statistics(const Arguments& x) {
 
   const int64 begin = part * x.keys_a_range;
   const int64 end = smaller(begin + x.keys_a_range, x.keys);
-  Walk<Tile, kConsistency ? 2 : 1, Query, Key, Queue> walk(query, key, first, first, {x.queue, x.keys, x.dim},
+  Walk<Tile, Query, Key, Queue> walk(query, key, first, first, {x.queue, x.keys, x.dim},
                                                            begin, end, 0);
   walk.hold();
   const float ratio = static_cast<float>(x.ratio);
@@ -247,12 +250,14 @@ __device__ void co2_statistics(const Arguments& x) {
   sum_up<Tile, kInstance, kConsistency, Arguments::BOUNDED>(walk, sums, measured, ratio, begin, end);
   if constexpr (Arguments::BOUNDED) {
     bool held = true;
+#pragma unroll
     for (int slot = 0; slot < 2; ++slot)
       held = held && (first + own[slot] >= x.batch || sums[slot].template are_held<kInstance, kConsistency>());
     if (__syncthreads_or(!held))
       sum_up<Tile, kInstance, kConsistency, false>(walk, sums, measured, ratio, begin, end);
   }
 
+#pragma unroll
   for (int slot = 0; slot < 2; ++slot)
     if (Tile::Places::is_first() && first + own[slot] < x.batch) {
       float4* record = reinterpret_cast<float4*>(
@@ -291,15 +296,6 @@ struct Units {
   }
 };
 
-__device__ inline CO2Partial of_other_lane(const CO2Partial& x, int mask) {
-  CO2Partial other;
-  const double* from = reinterpret_cast<const double*>(&x);
-  double* to = reinterpret_cast<double*>(&other);
-#pragma unroll
-  for (int field = 0; field < kPartialFields; ++field) to[field] = __shfl_xor_sync(0xffffffff, from[field], mask);
-  return other;
-}
-
 // The sums over all parts, in all lanes of a warp. Each lane merges some, and then lanes do, lower ones first.
 __device__ inline CO2Partial sums_of_parts(const float* partial, int64 row, int64 batch, int64 parts,
                                            const Units& units, const CO2Settings& settings) {
@@ -319,20 +315,16 @@ __device__ inline CO2Partial sums_of_parts(const float* partial, int64 row, int6
   return pair[0];
 }
 
-__device__ inline int64 own_row() {
-  return static_cast<int64>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-}
-
 // co2.join: one part of several, in the same units; a warp for each row.
 //
 // Arguments: partial: CO2Partial (parts, B, 8) float32. joined: (1, B, 8) float32.
 //            row_records: CO2Row (B, 11) float64, of which it reads the norms. batch, parts, scale, ratio.
 template <typename Arguments>
 __device__ void co2_join(const Arguments& x) {
-  const int64 row = own_row();
+  const int64 row = row_of_warp();
   if (row >= x.batch) return;
   const Units units = Units::of(x.scale, reinterpret_cast<const CO2Row*>(x.row_records)[row]);
-  const double tau_c = 1.4426950408889634 / x.scale;
+  const double tau_c = kLog2E / x.scale;
   const CO2Settings settings{.temperature = tau_c / x.ratio, .consistency_temperature = tau_c};
   const CO2Partial sums = sums_of_parts(x.partial, row, x.batch, x.parts, units, settings);
   if (threadIdx.x % 32 == 0) units.write(x.joined + row * kPartialFields, sums);
@@ -347,7 +339,7 @@ __device__ void co2_join(const Arguments& x) {
 //            batch, parts, scale, ratio, tau, tau_c, instance_weight, consistency_weight. INCLUDE_POSITIVE.
 template <typename Arguments>
 __device__ void co2_merge(const Arguments& x) {
-  const int64 row = own_row();
+  const int64 row = row_of_warp();
   if (row >= x.batch) return;
   CO2Row* const records = reinterpret_cast<CO2Row*>(x.losses.coefficients);
   CO2Row record = records[row];
@@ -439,9 +431,10 @@ __device__ void pull_tile(float (&s)[kBlocks][Tile::kNumbers], float (&g)[1][Til
 //            grad_parts: (ranges, B, D) float32. The others are as of the statistics.
 template <typename Arguments>
 __device__ void co2_gradient(const Arguments& x) {
-  using Tile = WalkTile<typename Arguments::TILE, Arguments::TILE::rows, Arguments::STAGES, Arguments::VECTORS>;
   constexpr bool kInstance = Arguments::INSTANCE, kConsistency = Arguments::CONSISTENCY;
   constexpr int kBlocks = kConsistency ? 2 : 1;
+  using Tile = WalkTile<typename Arguments::TILE, kBlocks, Arguments::TILE::rows, 1, Arguments::STAGES,
+                        Arguments::VECTORS>;
   using Query = typename decltype(x.query)::Element;
   using Key = typename decltype(x.key)::Element;
   using Queue = typename decltype(x.queue)::Element;
@@ -452,11 +445,12 @@ __device__ void co2_gradient(const Arguments& x) {
   const int64 end = smaller(begin + x.keys_a_range, x.keys);
 
   RowPull rows[2];
+#pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
     const int64 row = first + 16 * warp_index() + Tile::Places::row(slot);
     rows[slot].set(records[smaller(row, x.batch - 1)], x.scale);
   }
-  Walk<Tile, kBlocks, Query, Key, Queue> walk({x.query, x.batch, x.dim}, {x.key, x.batch, x.dim}, first, first,
+  Walk<Tile, Query, Key, Queue> walk({x.query, x.batch, x.dim}, {x.key, x.batch, x.dim}, first, first,
                                               {x.queue, x.keys, x.dim}, begin, end, first_column);
   walk.hold();
   walk.prefetch();
@@ -471,6 +465,7 @@ __device__ void co2_gradient(const Arguments& x) {
   }
   walk.finish();
 
+#pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
     const int64 row = first + 16 * warp_index() + Tile::Places::row(slot);
     if (row >= x.batch) continue;

@@ -69,6 +69,13 @@ constexpr double kNormEpsilon = 1e-12;  // a row shorter than this is divided by
 constexpr float kLargestHalf = 65504.f;
 constexpr float kLargestFloat = 0x1.fffffep127f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr double kLog2E = 1.4426950408889634;
+
+// Whether a pointer among the arguments was given, or None.
+template <typename T>
+constexpr bool kGiven = true;
+template <>
+constexpr bool kGiven<decltype(nullptr)> = false;
 
 __device__ inline float to_float(Half x) {
   float y;
@@ -83,6 +90,17 @@ __device__ inline float to_float(float x) {
 }
 __device__ inline float to_float(double x) {
   return static_cast<float>(x);
+}
+
+__device__ inline double to_double(float x) {
+  return x;
+}
+__device__ inline double to_double(double x) {
+  return x;
+}
+template <typename T>
+__device__ double to_double(T x) {
+  return to_float(x);
 }
 
 // A float as it is stored. `to_operand` takes a finite number that float16 cannot hold to the nearest that it
@@ -189,6 +207,13 @@ __device__ inline float move(float old, float top, float scale) {
   return fmaxf((old - top) * scale, kLowestLogit);
 }
 
+__device__ inline double not_a_number() {
+  return __longlong_as_double(0x7ff8000000000000ll);
+}
+
+__device__ inline int64 padded(int64 count, int64 block) {
+  return (count + block - 1) / block * block;
+}
 __device__ inline int64 smaller(int64 a, int64 b) {
   return a < b ? a : b;
 }

@@ -162,6 +162,9 @@ class WarpProduct {
   static constexpr bool kFromRegisters = true;
   static constexpr int kScratchBytes = 0;
   using Places = Share<false>;
+#if __CUDA_ARCH__ < 800
+  static_assert(!IsSame<Operand, BFloat16>::value, "its rows are multiplied as float32");
+#endif
 
   __device__ static RowFragment load_rows(const unsigned char* rows, int step) {
     const int lane = lane_index();

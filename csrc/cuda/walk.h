@@ -19,12 +19,14 @@ namespace contrastive_ops {
 //   width        dimensions of the gradient that a program adds up; 0 where there is none
 //   chunked      whether rows have more dimensions than `depth`
 //   dtype        in which rows are multiplied
-// kRows: of a block. kStages: tiles in flight, the one that is multiplied included.
+// kBlocks, kRows: how many blocks of rows a program holds, and of how many rows. kGradients: of how many blocks
+// it adds up gradients. kStages: tiles in flight, the one that is multiplied included.
 // kVectors: whether all matrices are read 16 bytes at a time; see TileCopy.
-template <class Shape, int kRows_, int kStages_, bool kVectors_>
+template <class Shape, int kBlocks_, int kRows_, int kGradients_, int kStages_, bool kVectors_>
 struct WalkTile {
   using Operand = typename Shape::dtype;
   static constexpr Precision kPrecision = Shape::precision;
+  static constexpr int kBlocks = kBlocks_, kGradients = kGradients_;
   static constexpr int kRows = kRows_, kWarps = kRows_ / 16, kThreads = 32 * kWarps;
   static constexpr int kKeys = Shape::keys, kDepth = Shape::depth, kWidth = Shape::width;
   static constexpr bool kChunked = Shape::chunked;
@@ -36,9 +38,10 @@ struct WalkTile {
   using Product = typename Engine<Operand, kPrecision, kRowBytes>::type;
   using Places = typename Product::Places;
 
-  // Rows that are not loaded again for every tile stay in registers, where these hold them beside the rest.
+  // Rows that are not loaded again for every tile stay in registers, where these hold them beside the gradients.
+  static constexpr int kHeldRegisters = kBlocks * kDepth * static_cast<int>(sizeof(Operand)) / 8;
   static constexpr bool kInRegisters =
-      !kChunked && Product::kFromRegisters && kDepth * sizeof(Operand) <= (kWidth ? 256 : 512);
+      !kChunked && Product::kFromRegisters && kHeldRegisters + kGradients * kWidth / 2 <= 128;
   static constexpr int kNumbers = kKeys / 2;        // of a tile, a thread's share
   static constexpr int kWidthChunks = kChunked ? kWidth / kDepth : 0;
   static_assert(!kChunked || kWidth % kDepth == 0);
@@ -56,8 +59,9 @@ struct SharedMemory {
 // The rows of a tile's steps, from global to shared memory and to registers.
 //
 // T1, T2, N: numbers of the blocks and of the keys as they are stored.
-template <class Tile, int kBlocks, typename T1, typename T2, typename N>
+template <class Tile, typename T1, typename T2, typename N>
 class Walk {
+  static constexpr int kBlocks = Tile::kBlocks;
   using Operand = typename Tile::Operand;
   using Product = typename Tile::Product;
   static constexpr int kBlockBytes = Tile::kRows * Tile::kRowBytes, kKeyBytes = Tile::kKeys * Tile::kRowBytes;
@@ -130,7 +134,7 @@ class Walk {
   // grad += g N of the tile whose similarities were computed last.
   template <int kGradients, int kColumns>
   __device__ void accumulate(float (&grad)[kGradients][kColumns], const float (&g)[kGradients][Tile::kNumbers]) {
-    static_assert(kColumns == Tile::kWidth / 2);
+    static_assert(kGradients == Tile::kGradients && kColumns == Tile::kWidth / 2);
     unsigned char* scratch = shared() + kScratch + warp_index() * Product::kScratchBytes;
     if constexpr (Tile::kChunked) {
 #pragma unroll

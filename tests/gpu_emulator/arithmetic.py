@@ -285,6 +285,7 @@ TABLE += [
     (rf"max\.(?P<type>{_INT})", _apply(np.maximum)),
     (rf"sqrt\.rn\.(?P<type>{_FLOAT})", _apply(np.sqrt)),
     (r"rcp\.approx\.ftz\.(?P<type>f64|f32)", _apply(np.reciprocal)),
+    (r"rcp\.rn\.(?P<type>f64|f32)", _apply(np.reciprocal)),
     (r"ex2\.approx(\.ftz)?\.(?P<type>f32)", _apply(_exp2)),
     (r"lg2\.approx(\.ftz)?\.(?P<type>f32)", _apply(_log2)),
     (r"and\.(?P<type>b16|b32|b64|pred)", _apply(np.bitwise_and)),
