@@ -185,7 +185,17 @@ def launch(
 _OPERANDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _MATRICES = ("query", "key", "queue")  # which co2's kernels read as they are stored
 # Arguments that only Triton's kernels have.
-_OF_TRITON = ("LANES", "PARTS", "RANGES", "COLUMNS", "DEPTH", "WHOLE_KEYS", "WHOLE_COLUMNS", "STACKED", "BLOCK_")
+_OF_TRITON = (
+    "LANES",
+    "PARTS",
+    "RANGES",
+    "COLUMNS",
+    "DEPTH",
+    "WHOLE_KEYS",
+    "WHOLE_COLUMNS",
+    "STACKED",
+    "BLOCK_",
+)
 
 
 def _reads_vectors(matrix: Any, dtype: torch.dtype, dim: int) -> bool:

@@ -7,21 +7,25 @@ disk. This module needs no GPU, nor anything of CUDA.
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..gpu import module_of, served_by
 from . import _compiler, _driver, _launch
 
 PREFERRED_ON = ("cuda",)  # after Triton, which is tried first
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of the weight
+MAX_DIM = 1024  # of a loss's rows
 
-_MODULES = {
-    "sgd": ("sgd_",),
-    "exchange": ("exchange_rows_",),
-}
+_OF_LOSSES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+)  # of query and views; queue and weight may have any
+_OF_ROWS = (*_OF_LOSSES, torch.float64)  # of the weight
+# Whose kernels there are, and the dtypes served; gpu.OPERATORS has the functions of each.
+SERVED = {"co2": _OF_LOSSES, "conic": _OF_LOSSES, "sgd": _OF_ROWS, "exchange": _OF_ROWS}
 
 
 def _too_old(capability: tuple[int, int]) -> str | None:
@@ -69,18 +73,19 @@ def refuses(operator: str, rows: Tensor) -> str | None:
     """Why this backend does not serve a call of these rows."""
     if rows.device.type != _launch.KERNELS.device_type:
         return f"it does not serve {rows.device.type} tensors"
-    if not any(operator in operators for operators in _MODULES.values()):
+    dtypes = next((dtypes for module, dtypes in SERVED.items() if operator.startswith(module)), ())
+    if not dtypes:
         return f"it has no kernels for {operator} yet"
-    if rows.dtype not in DTYPES:
+    if rows.dtype not in dtypes:
         return f"it does not serve {rows.dtype}"
+    if dtypes is _OF_LOSSES and rows.shape[-1] > MAX_DIM:
+        return f"it serves rows of up to {MAX_DIM} dimensions, got {rows.shape[-1]}"
     return _not_compiled_for(_launch.KERNELS.device_chip(rows.device).capability)
 
 
 def __getattr__(name: str) -> Any:
-    for module, functions in _MODULES.items():
-        if name in functions:
-            operator = getattr(importlib.import_module(f"..gpu.{module}", __name__), name)
-            function = functools.partial(operator, _launch.KERNELS)
-            globals()[name] = function  # to be found at once from now on
-            return function
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if module_of(name) not in SERVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = served_by(_launch.KERNELS, name)
+    globals()[name] = function  # to be found at once from now on
+    return function

@@ -88,6 +88,13 @@ def source_digest() -> str:
 
 
 @functools.cache
+def constants_in(header: str) -> frozenset[str]:
+    """The constants among a kernel's arguments that a header asks for."""
+    text = (source_folder() / header).read_text(encoding="utf-8")
+    return frozenset(re.findall(r"\bArguments::([A-Z_]+)\b", text))
+
+
+@functools.cache
 def nvrtc() -> ModuleType:
     """NVIDIA's Python package for NVRTC, with the library loaded.
 

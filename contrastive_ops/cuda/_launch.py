@@ -12,23 +12,25 @@ So the compiler compares names and types of the two sides:
     integer, number, flag    long long, double, bool
     a Matrix or a Vector     the struct template of that name in csrc/cuda/numbers.h
     another tuple            a struct of its fields
-    in capitals              a constant, or a type for a dtype; a Tile is a struct of such
+    in capitals              a constant, or a type for a dtype; a Tile is a struct of such; left out where the
+                             header does not ask for it, which would but make more programs
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..gpu.arguments import Matrix, Tile, Vector
-from ..gpu.launch import TENSORS, Kernels, Launch, current_tape
+from ..gpu.launch import TENSORS, Chip, Kernels, Launch, current_tape
 from ..gpu.tiles import Tiling
-from ._compiler import KERNEL, Program, target_for
+from . import tiles
+from ._compiler import KERNEL, Program, constants_in, target_for
 from ._driver import Run
 
 _TEMPLATES = (Matrix, Vector)
@@ -45,7 +47,6 @@ _NUMBERS = {
     float: ("double", ctypes.c_double),
     bool: ("bool", ctypes.c_bool),
 }
-_OPTIONS = ("num_warps", "num_stages")  # which Triton takes by these names
 
 
 class Layout(NamedTuple):
@@ -107,7 +108,7 @@ def layout(name: str, threads: int, programs: int, arguments: dict[str, Any]) ->
     parameters += [f"{kind} n{i}" for i, (kind, _) in enumerate(writer.numbers)]
     text = "\n".join(
         [
-            f'#include "cuda/{name.partition(".")[0]}.h"',
+            f'#include "{header_of(name)}"',
             "",
             "using namespace contrastive_ops;",
             "",
@@ -151,24 +152,46 @@ def flat(values: Iterable[Any], tensors: list[Tensor], numbers: list[Any]) -> No
             numbers.append(value)
 
 
+def header_of(name: str) -> str:
+    """The file of csrc that has a kernel."""
+    return f"cuda/{name.partition('.')[0]}.h"
+
+
+def _has_vectors(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rows are stored as they are multiplied, and can be read 16 bytes at a time."""
+    row, column = rows.stride()
+    return (
+        rows.dtype == dtype
+        and column == 1
+        and row * rows.itemsize % 16 == 0
+        and rows.shape[1] * rows.itemsize % 16 == 0
+        and (rows.is_meta or rows.data_ptr() % 16 == 0)
+    )
+
+
 class CudaLaunch(Launch):
     """A kernel in CUDA C++. What a program needs besides the arguments is looked up by their kinds."""
 
     def __init__(
-        self, kernels: CudaKernels, name: str, grid: tuple[int, ...], arguments: dict[str, Any]
+        self,
+        kernels: CudaKernels,
+        name: str,
+        grid: tuple[int, ...],
+        arguments: dict[str, Any],
+        warps: int,
+        programs: int,
     ) -> None:
         super().__init__(name, grid, arguments)
-        self._kernels = kernels
-        self.threads, self.programs = 32 * arguments.get("num_warps", 4), 1
-        self._own = {each: value for each, value in arguments.items() if each not in _OPTIONS}
-        if "num_stages" in arguments:
-            self._own["STAGES"] = arguments["num_stages"]
+        self._kernels, self.threads, self.programs = kernels, 32 * warps, programs
         self._runs: dict[Any, Run] = {}
 
     def layout(self, arguments: dict[str, Any]) -> Layout:
         """Of its arguments, with or without those of the launch itself."""
         given = {name: value for name, value in arguments.items() if name not in self.arguments}
-        return layout(self.name, self.threads, self.programs, given | self._own)
+        every = given | self.arguments
+        asked_for = constants_in(header_of(self.name))
+        asked = {name: value for name, value in every.items() if not name.isupper() or name in asked_for}
+        return layout(self.name, self.threads, self.programs, asked)
 
     def program(self, arguments: dict[str, Any], target: str) -> Program:
         """What is compiled for arguments of these kinds."""
@@ -185,7 +208,7 @@ class CudaLaunch(Launch):
         tensors: list[Tensor] = []
         numbers: list[Any] = []
         flat(varying, tensors, numbers)
-        flat((value for name, value in self._own.items() if not name.isupper()), tensors, numbers)
+        flat((value for name, value in self.arguments.items() if not name.isupper()), tensors, numbers)
         if (tape := current_tape()) is not None:
             tape.launches(self, run, run, (), (), (*tensors, *numbers))
         run(self._kernels.current_stream(), *tensors, *numbers)
@@ -201,11 +224,27 @@ class CudaKernels(Kernels):
 
     device_type = "cuda"
 
-    def launch(self, name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> Launch:
-        return CudaLaunch(self, name, grid, arguments)
+    def launch(
+        self, name: str, grid: tuple[int, ...], arguments: dict[str, Any], tiling: Tiling | None = None
+    ) -> Launch:
+        if tiling is None:
+            # Kernels that merge parts have a warp for each row.
+            warps = arguments["ROWS"] if "PARTS" in arguments else 4
+            return CudaLaunch(self, name, grid, arguments, warps, 1)
+        stages = {"STAGES": tiling.stages}
+        return CudaLaunch(self, name, grid, arguments | stages, tiling.warps, tiling.programs)
 
     def tiling(self, name: str, capability: tuple[int, int], precision: str, dim: int) -> Tiling:
-        raise NotImplementedError(f"there is no table of tiles for {name}")
+        return tiles.select(name, capability, precision, dim)
+
+    def operands_of(self, dtype: torch.dtype, chip: Chip) -> tuple[torch.dtype, str]:
+        """Before Ampere tensor cores know neither bfloat16 nor TF32: both are multiplied in float32."""
+        if chip.capability < (8, 0) and dtype != torch.float16:
+            return torch.float32, "tf32x3"
+        return super().operands_of(dtype, chip)
+
+    def reading(self, dtype: torch.dtype, matrices: Sequence[Tensor]) -> dict[str, Any]:
+        return {"VECTORS": all(_has_vectors(each, dtype) for each in matrices)}
 
     def current_device(self) -> int:
         return torch.cuda.current_device()

@@ -27,6 +27,7 @@ LOG2_E = math.log2(math.e)
 LARGEST_SCALE = 64.0
 # A range of keys counts ranks in float32, which is exact up to here.
 MOST_KEYS_A_RANGE = 1 << 24
+NORM_EPSILON = 1e-12  # a row shorter than this is divided by this, as in reference.py
 INTERPRETER = (0, 0)  # the compute capability of Triton's interpreter
 
 TENSORS = (Tensor, torch.nn.Parameter)
@@ -101,7 +102,6 @@ class Launch(ABC):
     Attributes:
         name: of the loss and the kernel, as in the table of tiles.
         grid: how many programs there are in each of up to three dimensions.
-        arguments: `num_warps` and `num_stages` are among them where they are not as usual.
     """
 
     def __init__(self, name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -128,8 +128,10 @@ class Kernels(ABC):
     """The kernels of a backend, and what host code asks about it."""
 
     @abstractmethod
-    def launch(self, name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> Launch:
-        """Of the kernel of that name."""
+    def launch(
+        self, name: str, grid: tuple[int, ...], arguments: dict[str, Any], tiling: Tiling | None = None
+    ) -> Launch:
+        """Of the kernel of that name, with the threads that a tiling says, or else as usual."""
 
     @abstractmethod
     def tiling(self, name: str, capability: tuple[int, int], precision: str, dim: int) -> Tiling:
@@ -150,13 +152,18 @@ class Kernels(ABC):
         """What plans for a device depend on."""
         return self.device_chip(device) if _recording is None else _recording.chip
 
-    def precision_of(self, dtype: torch.dtype) -> str:
-        """How rows of that dtype are multiplied; see the function of that name."""
-        return precision_of(dtype)
+    def operands_of(self, dtype: torch.dtype, chip: Chip) -> tuple[torch.dtype, str]:
+        """The dtype in which a chip multiplies rows of some dtype, and how; see `precision_of`."""
+        return dtype, precision_of(dtype)
 
     def products(self, dim: int, dtype: torch.dtype, device: torch.device) -> Products:
         """How rows are multiplied on a device."""
-        return Products(self, dim, dtype, self.precision_of(dtype), self.chip_of(device))
+        chip = self.chip_of(device)
+        return Products(self, dim, *self.operands_of(dtype, chip), chip)
+
+    def reading(self, dtype: torch.dtype, matrices: Sequence[Tensor]) -> dict[str, Any]:
+        """What kernels that multiply the rows of these in some dtype are compiled for, by their layout."""
+        return {}
 
 
 @functools.cache
@@ -415,7 +422,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 class Products(NamedTuple):
-    """How rows of D dimensions are multiplied on a chip."""
+    """How rows of D dimensions are multiplied on a chip: in which dtype, and how precisely."""
 
     kernels: Kernels
     dim: int
@@ -425,6 +432,9 @@ class Products(NamedTuple):
 
     def tiling(self, name: str) -> Tiling:
         return self.kernels.tiling(name, self.chip.capability, self.precision, self.dim)
+
+    def reading(self, *matrices: Tensor) -> dict[str, Any]:
+        return self.kernels.reading(self.dtype, matrices)
 
     def tile(self, tiling: Tiling, all_keys: int, padded: bool = False) -> Tile:
         """What is compiled into a kernel that walks. Where rows are `padded`, tiles and chunks may be taken
@@ -455,8 +465,8 @@ class Products(NamedTuple):
         slots = tiling.programs * self.chip.multiprocessors
         size = steps_a_range(steps, blocks * chunks, slots, MOST_KEYS_A_RANGE // tiling.walked)
         grid = blocks, ceil_div(steps, size), chunks
-        own = {"TILE": tile, "keys_a_range": size * tiling.walked, **tiling.options}
-        return self.kernels.launch(name, grid, own | arguments)
+        own = {"TILE": tile, "keys_a_range": size * tiling.walked}
+        return self.kernels.launch(name, grid, own | arguments, tiling)
 
 
 def steps_a_range(steps: int, blocks: int, slots: int, most: int = MOST_KEYS_A_RANGE) -> int:

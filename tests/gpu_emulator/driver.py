@@ -160,7 +160,7 @@ def _serve_by_triton(folder: Path, capability: tuple[int, int], multiprocessors:
 
     kernels.refuses = refuses_as_gpu
     chip = host.Chip(capability, multiprocessors)
-    setattr(host, "_device_chip", lambda device: chip)  # noqa: B010
+    setattr(host.TRITON, "device_chip", lambda device: chip)  # noqa: B010
 
 
 def _serve_by_cuda(capability: tuple[int, int], multiprocessors: int, emulates: bool) -> None:
