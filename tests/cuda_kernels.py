@@ -111,14 +111,10 @@ def _declared(name: str, value: Any, parameters: list[str]) -> tuple[str, str]:
             *(_declared(field, part, parameters) for field, part in value._asdict().items()), strict=True
         )
         kind = f"struct {{ {' '.join(members)} }}"
-        if type(value).__name__ in ("Matrix", "Vector"):
-            kind = f"{type(value).__name__}<{'void' if value.data is None else DTYPES[value.data.dtype]}>"
+        if (template := type(value).__name__.removeprefix("_")) in ("Matrix", "Vector", "Views"):
+            kind = f"{template}<{'void' if value.data is None else DTYPES[value.data.dtype]}>"
         return f"{kind} {name};", "{" + ", ".join(parts) + "}"
-    kind = (
-        f"{DTYPES[value.dtype]}*"
-        if isinstance(value, Tensor)
-        else {int: "long long", float: "double"}[type(value)]
-    )
+    kind = f"{DTYPES[value.dtype]}*" if isinstance(value, Tensor) else {int: "long long", float: "double"}[type(value)]
     parameters.append(kind)
     return f"{kind} {name};", f"p{len(parameters) - 1}"
 
@@ -185,17 +181,7 @@ def launch(
 _OPERANDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _MATRICES = ("query", "key", "queue")  # which co2's kernels read as they are stored
 # Arguments that only Triton's kernels have.
-_OF_TRITON = (
-    "LANES",
-    "PARTS",
-    "RANGES",
-    "COLUMNS",
-    "DEPTH",
-    "WHOLE_KEYS",
-    "WHOLE_COLUMNS",
-    "STACKED",
-    "BLOCK_",
-)
+_OF_TRITON = ("LANES", "PARTS", "RANGES", "COLUMNS", "DEPTH", "WHOLE_KEYS", "WHOLE_COLUMNS", "STACKED")
 
 
 def _reads_vectors(matrix: Any, dtype: torch.dtype, dim: int) -> bool:
@@ -213,6 +199,8 @@ def launch_recorded(call: Any, architecture: int) -> None:
     """Runs what the host would launch, which it recorded as for Triton, by the kernel of that name."""
     name = call.launch.name
     arguments = {key: call.arguments[key] for key in call.launch.kernel.arg_names if key not in _OF_TRITON}
+    if name == "nt_xent.gradient" and not arguments["CONSISTENCY"]:
+        name = "nt_xent.plain"
     threads, programs = 32 * call.launch.arguments.get("num_warps", 4), 1
     if name.endswith((".merge", ".join")):
         threads = 32 * arguments["ROWS"]
@@ -223,17 +211,12 @@ def launch_recorded(call: Any, architecture: int) -> None:
             dtype, precision = torch.float32, "tf32x3"
         arguments["TILE"] = tile._replace(dtype=dtype, precision=precision)
         arguments["STAGES"] = call.launch.arguments["num_stages"]
-        programs = tiles.select(name_of_tiles(call), divmod(architecture, 10), precision, 1).programs
+        programs = tiles.select(name, divmod(architecture, 10), precision, 1).programs
         if name.startswith("co2."):
             arguments["VECTORS"] = all(
                 _reads_vectors(arguments[each], dtype, arguments["dim"]) for each in _MATRICES
             )
     launch(name, architecture, call.launch.grid, threads, programs, arguments)
-
-
-def name_of_tiles(call: Any) -> str:
-    name: str = call.launch.name
-    return name
 
 
 def serve(architecture: int, function: Any, *arguments: Any) -> Any:

@@ -10,7 +10,7 @@ So the compiler compares names and types of the two sides:
 
     a tensor                 T*, where T is float, double, Half, BFloat16, int or long long; None is nullptr
     integer, number, flag    long long, double, bool
-    a Matrix or a Vector     the struct template of that name in csrc/cuda/numbers.h
+    Matrix, Vector, Views    the struct templates of these names in csrc/cuda/numbers.h
     another tuple            a struct of its fields
     in capitals              a constant, or a type for a dtype; a Tile is a struct of such; left out where the
                              header does not ask for it, which would but make more programs
@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..gpu.arguments import Matrix, Tile, Vector
+from ..gpu.arguments import Matrix, Tile, Vector, Views
 from ..gpu.launch import TENSORS, Chip, Kernels, Launch, current_tape
 from ..gpu.tiles import Tiling
 from . import tiles
 from ._compiler import KERNEL, Program, constants_in, target_for
 from ._driver import Run
 
-_TEMPLATES = (Matrix, Vector)
+_TEMPLATES = (Matrix, Vector, Views)
 _DTYPES = {
     torch.float32: "float",
     torch.float64: "double",

@@ -506,7 +506,7 @@ __device__ void conic_weight(const Arguments& x) {
         const float w = to_float(stored);
         float dw = grad[block][number_of(slot, i)] * factor + w * of_w;
         if constexpr (!decltype(x.momentum_buffer)::kExists) {
-          x.gradient.at(key, column) = from_float<Weight>(dw);
+          x.gradient.at(key, column) = from_float<typename decltype(x.gradient)::Element>(dw);
         } else {
           auto& buffer = x.momentum_buffer.at(key, column);
           dw += weight_decay * w;

@@ -55,6 +55,17 @@ struct Vector<void> {
   int64 stride;
 };
 
+// Both views of some instances, (2, B, D).
+template <typename T>
+struct Views {
+  using Element = T;
+
+  T* data;
+  int64 view, row, column;
+
+  __device__ Matrix<T> operator[](int64 i) const { return {data + i * view, row, column}; }
+};
+
 // Some rows of a matrix that has `count` of them, of `dim` numbers each; what is outside is read as 0.
 template <typename T>
 struct Rows {
