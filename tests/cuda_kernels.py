@@ -114,7 +114,11 @@ def _declared(name: str, value: Any, parameters: list[str]) -> tuple[str, str]:
         if (template := type(value).__name__.removeprefix("_")) in ("Matrix", "Vector", "Views"):
             kind = f"{template}<{'void' if value.data is None else DTYPES[value.data.dtype]}>"
         return f"{kind} {name};", "{" + ", ".join(parts) + "}"
-    kind = f"{DTYPES[value.dtype]}*" if isinstance(value, Tensor) else {int: "long long", float: "double"}[type(value)]
+    kind = (
+        f"{DTYPES[value.dtype]}*"
+        if isinstance(value, Tensor)
+        else {int: "long long", float: "double"}[type(value)]
+    )
     parameters.append(kind)
     return f"{kind} {name};", f"p{len(parameters) - 1}"
 

@@ -563,6 +563,14 @@ def test_kernels_as_compiled_are_right(architecture: str) -> None:
     pass_elsewhere(["tests/test_rows_ops.py"], "cuda and not opcheck", environment)
 
 
+@compiles
+@pytest.mark.slow
+@pytest.mark.skipif(bool(gpu_emulator.REQUESTED), reason="this is such a process")
+def test_launches_in_the_emulator() -> None:
+    """Calls of losses, recorded and replayed."""
+    pass_elsewhere(["tests/test_launch.py"], "launched and cuda", {"GPU_EMULATOR": "sm_75"})
+
+
 def a_step(device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
     """Weight, buffer and gradient, and what the first two are after a step."""
     generator = torch.Generator().manual_seed(0)
