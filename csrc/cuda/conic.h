@@ -137,13 +137,13 @@ using UnitTile = WalkTile<typename Arguments::TILE, 2, Arguments::TILE::rows / 2
                           IsSame<typename decltype(Arguments::unit)::Element, typename Arguments::TILE::dtype>::value>;
 
 // A walk of unit rows from `begin` to `end`, past a program's blocks of others. All are padded to whole blocks.
-template <class Tile, typename T>
-__device__ Walk<Tile, T, T, T> walk_of(const Matrix<T>& rows, const Matrix<T>& keys, int64 begin, int64 end,
+template <class Tile, int kBytesAfter = 0, typename T>
+__device__ Walk<Tile, T, T, T, kBytesAfter> walk_of(const Matrix<T>& rows, const Matrix<T>& keys, int64 begin, int64 end,
                                        int64 first_column) {
   const int64 first = static_cast<int64>(blockIdx.x) * 2 * Tile::kRows;
   const Rows<T> held{rows, first + 2 * Tile::kRows, rows.row};
-  return Walk<Tile, T, T, T>(held, held, first, first + Tile::kRows, {keys, padded(end, Tile::kKeys), keys.row},
-                             begin, end, first_column);
+  return Walk<Tile, T, T, T, kBytesAfter>(held, held, first, first + Tile::kRows,
+                                          {keys, padded(end, Tile::kKeys), keys.row}, begin, end, first_column);
 }
 
 // conic.statistics: what a range of keys knows of a block of views.
@@ -446,7 +446,9 @@ __device__ void conic_weight(const Arguments& x) {
     largest = max_of_block(largest);
     unit_scale = kUnitPull * exp2f(-ceilf(fmaxf(log2f(largest), -100)));
   }
-  auto walk = walk_of<Tile>(x.unit_weight, x.unit, 0, x.padded_rows, first_column);
+  constexpr int kStride = Tile::kWidth + 8;  // of a key's gradient; the eight more spread them over the banks
+  auto walk = walk_of<Tile, Tile::kRows * kStride * sizeof(float)>(x.unit_weight, x.unit, 0, x.padded_rows,
+                                                                   first_column);
   walk.hold();
   walk.prefetch();
   float grad[2][Tile::kWidth / 2] = {}, radial[2][2] = {};
@@ -475,40 +477,51 @@ __device__ void conic_weight(const Arguments& x) {
   }
   walk.finish();
 
-  // dw = (dw^ - w^ (w^.dw^)) / |w|; a row below the epsilon was only scaled, so it has no projection.
+  // dw = (dw^ - w^ (w^.dw^)) / |w|; a row below the epsilon was only scaled, so it has no projection. A warp takes its
+  // keys one after the other, from shared memory, so that lanes read and write neighbouring dimensions.
   const float lr = static_cast<float>(x.lr), momentum = static_cast<float>(x.momentum);
   const float weight_decay = static_cast<float>(x.weight_decay);
+  float* const own_rows = walk.template scratch_of_warp<float, 16 * kStride>();
 #pragma unroll
-  for (int block = 0; block < 2; ++block)
+  for (int block = 0; block < 2; ++block) {
+    __syncwarp();
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const int64 key = first + row_of_thread<Tile>(block, slot);
-      const bool inside = key < x.keys;
-      const float inverse = inside ? x.inverse[key] : 1;
-      float dot = radial[block][slot];
-      const auto column_of = [&](int i) { return first_column + Tile::Places::column(number_of(0, i)); };
-      if constexpr (Arguments::WHOLE_ROWS) {
+      float* const row = own_rows + Tile::Places::row(slot) * kStride;
 #pragma unroll
-        for (int i = 0; i < Tile::kWidth / 4; ++i)
-          if (inside && column_of(i) < x.dim)
-            dot += to_float(x.weight.at(key, column_of(i))) * grad[block][number_of(slot, i)];
-        dot *= inverse;
-      }
+      for (int i = 0; i < Tile::kWidth / 4; i += 2)
+        *reinterpret_cast<float2*>(row + Tile::Places::column(number_of(0, i))) =
+            make_float2(grad[block][number_of(slot, i)], grad[block][number_of(slot, i + 1)]);
+      float dot = radial[block][slot];
       for (int mask : Tile::Places::kMasks) dot += __shfl_xor_sync(0xffffffff, dot, mask);
+      if (Tile::Places::is_first()) row[Tile::kWidth] = dot;
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) {
+      const int64 key = first + block * Tile::kRows + 16 * warp_index() + i;
+      if (key >= x.keys) break;
+      const float* const row = own_rows + i * kStride;
+      const int count = static_cast<int>(smaller(x.dim - first_column, Tile::kWidth));
+      const float inverse = x.inverse[key];
+      float dot = row[Tile::kWidth];
+      if constexpr (Arguments::WHOLE_ROWS) {
+        dot = 0;
+        for (int column = lane_index(); column < count; column += 32)
+          dot += to_float(x.weight.at(key, column)) * row[column];
+        dot = sum_of_lanes<32>(dot) * inverse;
+      }
       if (inverse >= static_cast<float>(1 / kNormEpsilon)) dot = 0;
       const float factor = inverse / unit_scale, of_w = -inverse * dot * factor;
-      if (!inside) continue;
-#pragma unroll
-      for (int i = 0; i < Tile::kWidth / 4; ++i) {
-        const int64 column = column_of(i);
-        if (column >= x.dim) continue;
-        auto& stored = x.weight.at(key, column);
+      for (int column = lane_index(); column < count; column += 32) {
+        auto& stored = x.weight.at(key, first_column + column);
         const float w = to_float(stored);
-        float dw = grad[block][number_of(slot, i)] * factor + w * of_w;
+        float dw = row[column] * factor + w * of_w;
         if constexpr (!decltype(x.momentum_buffer)::kExists) {
-          x.gradient.at(key, column) = from_float<typename decltype(x.gradient)::Element>(dw);
+          using Gradient = typename decltype(x.gradient)::Element;
+          x.gradient.at(key, first_column + column) = from_float<Gradient>(dw);
         } else {
-          auto& buffer = x.momentum_buffer.at(key, column);
+          auto& buffer = x.momentum_buffer.at(key, first_column + column);
           dw += weight_decay * w;
           const float v = momentum * to_float(buffer) + dw;
           buffer = from_float<Weight>(v);
@@ -516,6 +529,7 @@ __device__ void conic_weight(const Arguments& x) {
         }
       }
     }
+  }
 }
 
 }  // namespace contrastive_ops

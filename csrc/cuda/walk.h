@@ -58,8 +58,9 @@ struct SharedMemory {
 
 // The rows of a tile's steps, from global to shared memory and to registers.
 //
-// T1, T2, N: numbers of the blocks and of the keys as they are stored.
-template <class Tile, typename T1, typename T2, typename N>
+// T1, T2, N: numbers of the blocks and of the keys as they are stored. kBytesAfter: what a program needs when the
+// walk is over.
+template <class Tile, typename T1, typename T2, typename N, int kBytesAfter = 0>
 class Walk {
   static constexpr int kBlocks = Tile::kBlocks;
   using Operand = typename Tile::Operand;
@@ -70,7 +71,8 @@ class Walk {
   static constexpr int kStageBytes = kKeyBytes + (Tile::kChunked ? kBlocks * kBlockBytes : 0);
   static constexpr int kScratch = kHeldBytes + Tile::kStages * kStageBytes;
   static constexpr int kBytes = kScratch + (Tile::kWidth ? Tile::kWarps * Product::kScratchBytes : 0);
-  static_assert(SharedMemory<(kBytes > kBlockBytes ? kBytes : kBlockBytes)>::contrastive_ops_shared_bytes > 0);
+  static constexpr int kOtherBytes = kBlockBytes > kBytesAfter ? kBlockBytes : kBytesAfter;  // before, or after
+  static_assert(SharedMemory<(kBytes > kOtherBytes ? kBytes : kOtherBytes)>::contrastive_ops_shared_bytes > 0);
   template <typename T, int kRows>
   using Copy = TileCopy<Operand, T, Tile::kVectors, kRows, Tile::kDepth, Tile::kThreads>;
 
@@ -154,8 +156,16 @@ class Walk {
             grad[block][chunk * (Tile::kDepth / 2) + i] = part[block][i];
       }
     } else {
+      if constexpr (kFetchesLate) fetch();
       Product::accumulate(grad, g, tile_, scratch);
     }
+  }
+
+  // Room for a warp's numbers, after the walk.
+  template <typename T, int kCount>
+  __device__ T* scratch_of_warp() const {
+    static_assert(Tile::kWarps * kCount * static_cast<int>(sizeof(T)) <= kBytesAfter);
+    return reinterpret_cast<T*>(shared()) + warp_index() * kCount;
   }
 
   // After the last tile: nothing may be in flight where a kernel ends, or a range begins anew.
@@ -166,6 +176,8 @@ class Walk {
 
  private:
   static constexpr bool kAsync = Copy<N, Tile::kKeys>::kAsync;
+  // A tile on its way through registers would take those that similarities need beside the gradients.
+  static constexpr bool kFetchesLate = !kAsync && !Tile::kChunked && Tile::kWidth > 0;
 
   __device__ static unsigned char* shared() { return reinterpret_cast<unsigned char*>(shared_memory); }
   __device__ static unsigned char* stage(int index) { return shared() + kHeldBytes + index * kStageBytes; }
@@ -234,7 +246,7 @@ class Walk {
     }
     if constexpr (kAsync) wait_for_copies<Tile::kStages - 2>();
     __syncthreads();
-    fetch();
+    if constexpr (!kFetchesLate) fetch();
     if (++stage_ == Tile::kStages) stage_ = 0;
     return tile;
   }
