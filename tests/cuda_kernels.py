@@ -20,7 +20,7 @@ from contrastive_ops.kernels import _launch as host
 from torch import Tensor
 
 from contrastive_ops.cuda import tiles
-from tests.gpu_emulator.machine import Program
+from tests.gpu_emulator import machine
 from tests.gpu_emulator.memory import GlobalMemory
 from tests.gpu_emulator.ptx import parse
 
@@ -153,9 +153,9 @@ def shared_bytes(ptx: str) -> int:
 
 
 @functools.cache
-def _program(text: str, architecture: int) -> tuple[Program, int]:
+def _program(text: str, architecture: int) -> tuple[machine.Program, int]:
     ptx = compile_text(text, architecture).code.decode()
-    return Program(parse(ptx)), shared_bytes(ptx)
+    return machine.Program(parse(ptx)), shared_bytes(ptx)
 
 
 def launch(
@@ -247,10 +247,12 @@ def record(architecture: int, multiprocessors: int, function: Any, *arguments: A
 
     before, host.select = host.select, select
     host.forget_plans()
+    torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
     try:
         with host.recording(host.Chip(divmod(architecture, 10), multiprocessors)) as calls:
             results = function(*arguments)
     finally:
+        torch.use_deterministic_algorithms(False)
         host.select = before
         host.forget_plans()
     return results, [_launch_of(call, architecture, tilings) for call in calls]
