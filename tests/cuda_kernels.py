@@ -114,7 +114,11 @@ def _declared(name: str, value: Any, parameters: list[str]) -> tuple[str, str]:
         if (template := type(value).__name__.removeprefix("_")) in ("Matrix", "Vector", "Views"):
             kind = f"{template}<{'void' if value.data is None else DTYPES[value.data.dtype]}>"
         return f"{kind} {name};", "{" + ", ".join(parts) + "}"
-    kind = f"{DTYPES[value.dtype]}*" if isinstance(value, Tensor) else {int: "long long", float: "double"}[type(value)]
+    kind = (
+        f"{DTYPES[value.dtype]}*"
+        if isinstance(value, Tensor)
+        else {int: "long long", float: "double"}[type(value)]
+    )
     parameters.append(kind)
     return f"{kind} {name};", f"p{len(parameters) - 1}"
 
@@ -237,7 +241,9 @@ def _launch_of(call: Any, architecture: int, tilings: dict[str, Any]) -> Launch:
     return Launch(name, architecture, call.launch.grid, threads, programs, arguments)
 
 
-def record(architecture: int, multiprocessors: int, function: Any, *arguments: Any) -> tuple[Any, list[Launch]]:
+def record(
+    architecture: int, multiprocessors: int, function: Any, *arguments: Any
+) -> tuple[Any, list[Launch]]:
     """What a function of the "triton" backend returns, not yet computed, and the launches that compute it."""
     tilings: dict[str, Any] = {}
 

@@ -221,7 +221,9 @@ def test_conic(on: On, case: ConICCase) -> None:
 
 
 @on_all(On(75, HALF), On(80, BFLOAT))
-@pytest.mark.parametrize("case", mostly_thorough(NT_XENT_CASES, lambda case: case == NT_XENT_CASES[0]), ids=str)
+@pytest.mark.parametrize(
+    "case", mostly_thorough(NT_XENT_CASES, lambda case: case == NT_XENT_CASES[0]), ids=str
+)
 def test_nt_xent(on: On, case: NTXentCase) -> None:
     check_nt_xent(on, case)
 
@@ -253,7 +255,9 @@ def test_co2_walks_again_where_keys_are_long(on: On) -> None:
     assert_near(co2_on(on, case), exact, (1e-5, 1e-4) if on.dtype == FLOAT else (1e-2, 2e-2))
 
 
-@pytest.mark.parametrize("queue_dtype", mostly_thorough([FLOAT, HALF, torch.float64], lambda each: each == FLOAT))
+@pytest.mark.parametrize(
+    "queue_dtype", mostly_thorough([FLOAT, HALF, torch.float64], lambda each: each == FLOAT)
+)
 @on_all(On(75, HALF))
 def test_a_queue_of_another_dtype(on: On, queue_dtype: torch.dtype) -> None:
     check_co2(on, Case(21, 70, 24, queue_dtype=queue_dtype, queue_layout="columns"))
@@ -329,7 +333,9 @@ def test_conic_over_two_parts_of_the_weight(on: On) -> None:
     partial = [
         serve(on.architecture, kernels.conic_statistics, views, *part, positive, settings) for part in parts
     ]
-    loss, *_, known = serve(on.architecture, kernels.conic_merge, torch.cat(partial), positive, views, settings)
+    loss, *_, known = serve(
+        on.architecture, kernels.conic_merge, torch.cat(partial), positive, views, settings
+    )
     # The consistency of the views is no part's of the weight, and counts once.
     alone = settings._replace(consistency_weight=0.0)
     gradients = [
@@ -363,7 +369,16 @@ def test_conic_takes_a_step_of_sgd(on: On) -> None:
     )
     before = exact_weight - weight
     serve(
-        on.architecture, kernels.conic_gradient_sgd_, incoming, views, weight, buffer, target, known, settings, step
+        on.architecture,
+        kernels.conic_gradient_sgd_,
+        incoming,
+        views,
+        weight,
+        buffer,
+        target,
+        known,
+        settings,
+        step,
     )
     near = 1e-5 if on.dtype == FLOAT else 1e-2
     assert_near([buffer.double()], [exact_buffer], [near])

@@ -35,7 +35,10 @@ class Blocks:
         self.block = np.repeat(np.arange(count), threads)
         thread = np.tile(np.arange(threads), count)
         self.warp = thread // 32  # within its block
-        self.special = {"%tid.x": thread.astype(np.uint32), "%ntid.x": np.full(self.count, threads, np.uint32)}
+        self.special = {
+            "%tid.x": thread.astype(np.uint32),
+            "%ntid.x": np.full(self.count, threads, np.uint32),
+        }
         for axis, name in enumerate("xyz"):
             self.special[f"%ctaid.{name}"] = np.repeat(indices[:, axis], threads).astype(np.uint32)
         self.registers: dict[str, Array] = {}
@@ -89,7 +92,9 @@ class Decoder:
         if operand in special:
             return lambda b: b.special[operand]
         if operand in self.kernel.parameters:
-            return self._constant(UNSIGNED[BYTES[kind]](list(self.kernel.parameters).index(operand) << PARAMETER))
+            return self._constant(
+                UNSIGNED[BYTES[kind]](list(self.kernel.parameters).index(operand) << PARAMETER)
+            )
         if operand in self.kernel.variables:
             return self._constant(UNSIGNED[BYTES[kind]](self.kernel.variables[operand]))
         if re.fullmatch(r"0[fd][0-9A-Fa-f]+", operand):

@@ -17,7 +17,10 @@ Operands = tuple[str, ...]
 
 def _load_parameter(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     kind, address = match["type"], decoder.address(operands[1])
-    puts, names = [decoder.write(part) for part in decoder.braced(operands[0])], list(decoder.kernel.parameters)
+    puts, names = (
+        [decoder.write(part) for part in decoder.braced(operands[0])],
+        list(decoder.kernel.parameters),
+    )
     width = len(puts) * BYTES[kind]
     if len(puts) != int(match["vector"] or 1):
         raise UnknownInstruction(f"{len(puts)} registers")
