@@ -23,7 +23,7 @@ triton = pytest.importorskip("triton")
 # ruff: noqa: E402
 import triton.language as tl
 from contrastive_ops.kernels import _launch
-from contrastive_ops.kernels._launch import Launch, Replay, vector
+from contrastive_ops.kernels._launch import Launch, Replay, TritonLaunch, vector
 
 from contrastive_ops import kernels, reference
 from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentSettings
@@ -101,7 +101,7 @@ def add(
 
 @launched
 def test_launched_for_arguments_of_every_kind_one_after_the_other() -> None:
-    launch = Launch("add", _add_kernel, (1,), {"BLOCK": BLOCK})
+    launch = TritonLaunch("add", _add_kernel, (1,), {"BLOCK": BLOCK})
     for _ in range(3):
         for arguments in calls():
             add(launch, **arguments)
@@ -138,7 +138,7 @@ def test_launched_with_a_coarser_key_the_test_above_would_fail(
 
 @launched
 def test_launched_under_a_hook_that_is_told_of_each_launch() -> None:
-    launch = Launch("add", _add_kernel, (1,), {"BLOCK": BLOCK})
+    launch = TritonLaunch("add", _add_kernel, (1,), {"BLOCK": BLOCK})
     source, told = sources()["plain"], []
     add(launch, source)
     hooks = triton.knobs.runtime.launch_enter_hook
@@ -155,7 +155,7 @@ def test_launched_under_a_hook_that_is_told_of_each_launch() -> None:
 @launched
 def test_launched_by_an_unknown_version_as_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_launch, "_KNOWN_TRITON", False)
-    launch = Launch("add", _add_kernel, (1,), {"BLOCK": BLOCK})
+    launch = TritonLaunch("add", _add_kernel, (1,), {"BLOCK": BLOCK})
     for _ in range(2):
         for arguments in calls():
             add(launch, **arguments)
@@ -215,11 +215,7 @@ def assert_right(call: Callable[..., Any], tensors: tuple[Tensor, ...]) -> list[
 
 
 def _replays(function: str) -> list[Replay]:
-    (known,) = (
-        cell.cell_contents
-        for cell in getattr(kernels, function).__closure__
-        if isinstance(cell.cell_contents, dict)
-    )
+    known = getattr(kernels, function).func.replays
     return [each for each in known.values() if isinstance(each, Replay)]
 
 

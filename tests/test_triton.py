@@ -40,11 +40,14 @@ from tests.oracles import (
 triton = pytest.importorskip("triton")
 
 # ruff: noqa: E402
-from contrastive_ops.kernels import _co2, _conic, _launch, _nt_xent, _tiles
-from contrastive_ops.kernels._launch import Chip, Products, steps_a_range
+from contrastive_ops.kernels import _launch, _tiles
+from contrastive_ops.kernels._launch import TRITON, Chip, Products, steps_a_range
 
 from bench import resources, tune
 from contrastive_ops import conic_loss, kernels, nt_xent_loss
+from contrastive_ops.gpu import co2 as _co2
+from contrastive_ops.gpu import conic as _conic
+from contrastive_ops.gpu import nt_xent as _nt_xent
 
 
 def version(module: ModuleType) -> tuple[int, int]:
@@ -101,7 +104,9 @@ def test_ranges_of_nt_xent(monkeypatch: pytest.MonkeyPatch, consistency_weight: 
     chip = Chip((0, 0), 12)
     monkeypatch.setattr(_nt_xent, "chip_of", lambda device: chip)
     case = NTXentCase(batch=800, consistency_weight=consistency_weight)
-    plan = _nt_xent._plan(800, 800, bool(consistency_weight), Products(16, torch.float32, "tf32x3", chip))
+    plan = _nt_xent._plan(
+        800, 800, bool(consistency_weight), Products(TRITON, 16, torch.float32, "tf32x3", chip)
+    )
     assert plan.statistics.grid[:2] == plan.gradient.grid[:2] == (4, 3)
     actual = nt_xent_loss_and_gradients(nt_xent_loss, *case.tensors(), **case.settings(), backend="triton")
     for a, e in zip(actual, nt_xent_oracle(*case.tensors(), **case.settings()), strict=True):
@@ -386,7 +391,7 @@ def test_no_range_has_more_keys_than_float32_counts(
 ) -> None:
     """Ranks are counted in it, and exact up to 2²⁴."""
     keys = (1 << 30) + 1
-    products = Products(128, torch.bfloat16, "half", Chip(capability, multiprocessors))
+    products = Products(TRITON, 128, torch.bfloat16, "half", Chip(capability, multiprocessors))
     for launch in (
         _co2._plan(256, keys, products).statistics,
         _conic._plan(2, 512, keys, products).statistics,
@@ -399,7 +404,7 @@ def test_calls_are_recorded_and_not_launched() -> None:
     calls = resources.record("co2", (9, 0), "half", 128)
     assert list(calls) == ["co2.statistics", "co2.merge", "co2.gradient", "co2.finish"]
     assert all(set(call.launch.kernel.arg_names) <= set(call.arguments) for (call,) in calls.values())
-    assert _launch.chip_of(torch.device("cpu")) == Chip((0, 0), 1)
+    assert TRITON.chip_of(torch.device("cpu")) == Chip((0, 0), 1)
 
 
 def test_reports_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +438,7 @@ def test_refuses_what_it_does_not_serve(
 
 
 def bfloat16(dim: int, multiprocessors: int) -> Products:
-    return Products(dim, torch.bfloat16, "half", Chip((9, 0), multiprocessors))
+    return Products(TRITON, dim, torch.bfloat16, "half", Chip((9, 0), multiprocessors))
 
 
 @pytest.mark.parametrize("multiprocessors", [4, 108, 132])

@@ -1,13 +1,14 @@
 """Tiles of the kernels of csrc/cuda that walk: a table for each generation of tensor cores.
 
 Nothing in it spills registers, and all of it fits the shared memory of its architectures
-(tests/test_cuda_kernels.py). A warp holds 16 rows of each of a program's blocks; ConIC has two blocks, of which
-`held` counts all rows.
+(tests/test_cuda_kernels.py). A warp holds 16 rows of each of a program's blocks; ConIC has two blocks, of
+which `held` counts all rows.
 """
 
 from __future__ import annotations
 
-from ..kernels._tiles import Table, Tiling, _table
+from ..gpu.tiles import Table, Tiling
+from ..gpu.tiles import table as _table
 
 # Compute capability 8.0 and newer: mma.m16n8k16 and asynchronous copies; 99 KiB of shared memory a program.
 AMPERE = _table("""
