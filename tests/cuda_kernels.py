@@ -20,7 +20,7 @@ from contrastive_ops.kernels import _launch as host
 from torch import Tensor
 
 from contrastive_ops.cuda import tiles
-from tests.gpu_emulator.machine import Program
+from tests.gpu_emulator import machine
 from tests.gpu_emulator.memory import GlobalMemory
 from tests.gpu_emulator.ptx import parse
 
@@ -157,9 +157,9 @@ def shared_bytes(ptx: str) -> int:
 
 
 @functools.cache
-def _program(text: str, architecture: int) -> tuple[Program, int]:
+def _program(text: str, architecture: int) -> tuple[machine.Program, int]:
     ptx = compile_text(text, architecture).code.decode()
-    return Program(parse(ptx)), shared_bytes(ptx)
+    return machine.Program(parse(ptx)), shared_bytes(ptx)
 
 
 def launch(
@@ -199,8 +199,26 @@ def _reads_vectors(matrix: Any, dtype: torch.dtype, dim: int) -> bool:
     )
 
 
-def launch_recorded(call: Any, architecture: int) -> None:
-    """Runs what the host would launch, which it recorded as for Triton, by the kernel of that name."""
+class Launch(NamedTuple):
+    """A launch of a kernel in CUDA C++."""
+
+    name: str
+    architecture: int
+    grid: tuple[int, ...]
+    threads: int
+    programs: int  # that a multiprocessor is to hold
+    arguments: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        return text_of(self.name, self.threads, self.programs, self.arguments)
+
+    def __call__(self) -> None:
+        launch(*self)
+
+
+def _launch_of(call: Any, architecture: int, tilings: dict[str, Any]) -> Launch:
+    """From what the host recorded for Triton."""
     name = call.launch.name
     arguments = {key: call.arguments[key] for key in call.launch.kernel.arg_names if key not in _OF_TRITON}
     if name == "nt_xent.gradient" and not arguments["CONSISTENCY"]:
@@ -215,28 +233,40 @@ def launch_recorded(call: Any, architecture: int) -> None:
             dtype, precision = torch.float32, "tf32x3"
         arguments["TILE"] = tile._replace(dtype=dtype, precision=precision)
         arguments["STAGES"] = call.launch.arguments["num_stages"]
-        programs = tiles.select(name, divmod(architecture, 10), precision, 1).programs
+        programs = tilings[name].programs
         if name.startswith("co2."):
             arguments["VECTORS"] = all(
                 _reads_vectors(arguments[each], dtype, arguments["dim"]) for each in _MATRICES
             )
-    launch(name, architecture, call.launch.grid, threads, programs, arguments)
+    return Launch(name, architecture, call.launch.grid, threads, programs, arguments)
+
+
+def record(
+    architecture: int, multiprocessors: int, function: Any, *arguments: Any
+) -> tuple[Any, list[Launch]]:
+    """What a function of the "triton" backend returns, not yet computed, and the launches that compute it."""
+    tilings: dict[str, Any] = {}
+
+    def select(name: str, capability: tuple[int, int], precision: str, dim: int) -> Any:
+        tilings[name] = tiles.select(name, capability, precision, dim)
+        return tilings[name]
+
+    before, host.select = host.select, select
+    host.forget_plans()
+    torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
+    try:
+        with host.recording(host.Chip(divmod(architecture, 10), multiprocessors)) as calls:
+            results = function(*arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        host.select = before
+        host.forget_plans()
+    return results, [_launch_of(call, architecture, tilings) for call in calls]
 
 
 def serve(architecture: int, function: Any, *arguments: Any) -> Any:
     """What a function of the "triton" backend returns, computed by the CUDA kernels of the same names."""
-
-    def select(name: str, capability: tuple[int, int], precision: str, dim: int) -> Any:
-        return tiles.select(name, capability, precision, dim)
-
-    before, host.select = host.select, select
-    host.forget_plans()
-    try:
-        with host.recording(host.Chip(divmod(architecture, 10), MULTIPROCESSORS)) as calls:
-            results = function(*arguments)
-        for call in calls:
-            launch_recorded(call, architecture)
-    finally:
-        host.select = before
-        host.forget_plans()
+    results, launches = record(architecture, MULTIPROCESSORS, function, *arguments)
+    for each in launches:
+        each()
     return results

@@ -31,7 +31,7 @@ conic.weight        half      128   128     32   128   128     4      2        2
 conic.weight        half     1024   128     32    64   128     4      2        2
 conic.weight        tf32     1024   128     32    32   128     4      2        1
 conic.weight        tf32x3   1024   128     32    16    64     4      2        1
-conic.views         half      128   128     64   128   128     4      2        2
+conic.views         half      128   128     32   128   128     4      2        2
 conic.views         half     1024   128     32    64   128     4      2        2
 conic.views         tf32     1024   128     32    32   128     4      2        1
 conic.views         tf32x3   1024   128     32    16    64     4      2        1
@@ -63,19 +63,19 @@ conic.statistics    half      128   128     32   128     0     4      2        2
 conic.statistics    half     1024   128     32    64     0     4      2        2
 conic.statistics    tf32x3   1024   128     32    32     0     4      2        2
 conic.weight        half      128   128     32   128   128     4      2        1
-conic.weight        half     1024   128     32    64   128     4      2        1
+conic.weight        half     1024   128     32    64    64     4      2        1
 conic.weight        tf32x3   1024   128     32    32    64     4      2        1
 conic.views         half      128   128     32   128   128     4      2        1
-conic.views         half     1024   128     32    64   128     4      2        1
+conic.views         half     1024   128     32    64    64     4      2        1
 conic.views         tf32x3   1024   128     32    32    64     4      2        1
 nt_xent.statistics  half      128    64     32   128     0     4      2        3
 nt_xent.statistics  half     1024    64     32    64     0     4      2        2
 nt_xent.statistics  tf32x3   1024    64     32    32     0     4      2        2
 nt_xent.gradient    half      128    64     32   128   128     4      2        1
-nt_xent.gradient    half     1024    64     32    64   128     4      2        1
+nt_xent.gradient    half     1024    64     32    64    64     4      2        1
 nt_xent.gradient    tf32x3   1024    64     32    32    64     4      2        1
-nt_xent.plain       half      128    64     32   128   128     4      2        1
-nt_xent.plain       half     1024    64     32    64   128     4      2        1
+nt_xent.plain       half      128    64     16   128   128     4      2        1
+nt_xent.plain       half     1024    64     32    64    64     4      2        1
 nt_xent.plain       tf32x3   1024    64     32    32    64     4      2        1
 """)
 

@@ -4,11 +4,13 @@
 // 4096 does. A program walks its range a tile of keys at a time (walk.h); nothing of size B x K leaves it.
 //
 //   0. round        the queue in the query's half precision, where it has another dtype.
-//   1. statistics   s = q N^T and y = k N^T of each tile; per row both maxima, three partition sums, both sums
+//   1. statistics   s = q N^T and y = k N^T of each tile; per row both maxima, three partition sums, both
+//   sums
 //                   of d, and the rank of the positive. Each range writes these eight numbers a row.
 //   2. merge        the ranges' numbers, in a fixed order and in float64: losses, rank, and what a row's
 //                   gradient needs.
-//   3. gradient     computes s and y again, makes them g = dL/ds, and adds up g N. Each range writes its part.
+//   3. gradient     computes s and y again, makes them g = dL/ds, and adds up g N. Each range writes its
+//   part.
 //   4. finish       adds the parts up in a fixed order, adds the positive's, and differentiates the
 //                   normalisation.
 //
@@ -17,19 +19,20 @@
 // Rows are multiplied as stored, but a queue of another dtype is rounded to the query's; norms divide
 // similarities, not rows. A pair of row and key has
 //
-//     a_j = lambda (s_j - max s)   b_j = lambda (y_j - max y)   d_j = a_j - b_j   with lambda = log2(e)/tau_c,
+//     a_j = lambda (s_j - max s)   b_j = lambda (y_j - max y)   d_j = a_j - b_j   with lambda =
+//     log2(e)/tau_c,
 //
-// so that e^{s/tau_c} ~ 2^a, e^{y/tau_c} ~ 2^b and e^{s/tau} ~ 2^{a tau_c/tau}. InfoNCE alone has tau in place
-// of tau_c. A partial has d in these units and max_s as it was multiplied, before the division by the norm, so
-// that nothing of it is lost in float32; a row's record has all in those of csrc/records.h.
+// so that e^{s/tau_c} ~ 2^a, e^{y/tau_c} ~ 2^b and e^{s/tau} ~ 2^{a tau_c/tau}. InfoNCE alone has tau in
+// place of tau_c. A partial has d in these units and max_s as it was multiplied, before the division by the
+// norm, so that nothing of it is lost in float32; a row's record has all in those of csrc/records.h.
 //
-// What stays in registers. A thread has two rows and a quarter of a tile's keys: s and y (KEYS/2 numbers each),
-// eight sums a row (statistics) or grad (16 x D numbers a warp), and q and k as they are multiplied, up to
-// D = 256 (statistics) or 128 (gradient) in half precision. Longer rows are multiplied in chunks.
+// What stays in registers. A thread has two rows and a quarter of a tile's keys: s and y (KEYS/2 numbers
+// each), eight sums a row (statistics) or grad (16 x D numbers a warp), and q and k as they are multiplied,
+// up to D = 256 (statistics) or 128 (gradient) in half precision. Longer rows are multiplied in chunks.
 //
 // Bounds. A pair costs 5 products of 2 D operations (2 in the statistics, 3 in the gradient) and 6
-// exponentials; a block of rows reads the queue once a pass, 2 D bytes a key in half precision, mostly from the
-// cache.
+// exponentials; a block of rows reads the queue once a pass, 2 D bytes a key in half precision, mostly from
+// the cache.
 #pragma once
 
 #include "../row_math.h"
@@ -39,7 +42,8 @@
 namespace contrastive_ops {
 
 constexpr int kPartialFields = sizeof(CO2Partial) / sizeof(double);
-// Sums of 2^a without those that float32 has no room for; were all of 2^24 below 2^-126, they would not count.
+// Sums of 2^a without those that float32 has no room for; were all of 2^24 below 2^-126, they would not
+// count.
 constexpr float kLeastSum = 0x1p-70f;
 constexpr float kLargestSum = 0x1p100f;  // whose lanes may be added up, and which leaves room for d
 // In float16 Q (d - E[d]) may be 256 times as large before it is clamped, and a million equal keys have 2^-12
@@ -61,7 +65,8 @@ template <typename Arguments>
 __device__ void co2_round(const Arguments& x) {
   using Rounded = typename decltype(x.rounded_queue)::Element;
   const int64 first = static_cast<int64>(blockIdx.x) * Arguments::ROWS;
-  for (int64 row = first + threadIdx.x / 32; row < smaller(first + Arguments::ROWS, x.keys); row += blockDim.x / 32)
+  for (int64 row = first + threadIdx.x / 32; row < smaller(first + Arguments::ROWS, x.keys);
+       row += blockDim.x / 32)
     for (int64 column = threadIdx.x % 32; column < x.dim; column += 32)
       x.rounded_queue.at(row, column) = to_operand<Rounded>(x.queue.at(row, column));
 }
@@ -157,7 +162,8 @@ __device__ void add_tile(float (&s)[kBlocks][Tile::kNumbers], RowSums (&sums)[2]
   }
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
-    float z_instance = 0, z_query = 0, z_key = 0, d_query = 0, d_key = 0;  // of the tile: short sums lose less
+    float z_instance = 0, z_query = 0, z_key = 0, d_query = 0,
+          d_key = 0;  // of the tile: short sums lose less
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const float a = s[0][number_of(slot, i)];
@@ -191,7 +197,7 @@ __device__ void sum_up(Keys& walk, RowSums (&sums)[2], const Measured& measured,
   walk.finish();
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot)
-    for (int mask : Tile::Places::kMasks) sums[slot].merge_lane(mask, measured.scales[slot], ratio);
+    for (int i = 0; i < 2; ++i) sums[slot].merge_lane(Tile::Places::mask(i), measured.scales[slot], ratio);
 }
 
 // co2.statistics: what a range of keys knows of a block of rows.
@@ -201,13 +207,14 @@ __device__ void sum_up(Keys& walk, RowSums (&sums)[2], const Measured& measured,
 //            row_records: CO2Row (B, 11) float64, of which it writes the first three.
 //            batch, keys, dim. scale, ratio: lambda and tau_c/tau. keys_a_range.
 //            INSTANCE, CONSISTENCY, NORMALIZE, TILE, STAGES. VECTORS: see TileCopy.
-//            BOUNDED: whether float32 holds the exponentials of all logits as they are, if no key is longer than
+//            BOUNDED: whether float32 holds the exponentials of all logits as they are, if no key is longer
+//            than
 //            1. Where one is, the range is walked again.
 template <typename Arguments>
 __device__ void co2_statistics(const Arguments& x) {
   constexpr bool kInstance = Arguments::INSTANCE, kConsistency = Arguments::CONSISTENCY;
-  using Tile = WalkTile<typename Arguments::TILE, kConsistency ? 2 : 1, Arguments::TILE::rows, 0, Arguments::STAGES,
-                        Arguments::VECTORS>;
+  using Tile = WalkTile<typename Arguments::TILE, kConsistency ? 2 : 1, Arguments::TILE::rows, 0,
+                        Arguments::STAGES, Arguments::VECTORS>;
   using Query = typename decltype(x.query)::Element;
   using Key = typename decltype(x.key)::Element;
   using Queue = typename decltype(x.queue)::Element;
@@ -242,8 +249,7 @@ __device__ void co2_statistics(const Arguments& x) {
 
   const int64 begin = part * x.keys_a_range;
   const int64 end = smaller(begin + x.keys_a_range, x.keys);
-  Walk<Tile, Query, Key, Queue> walk(query, key, first, first, {x.queue, x.keys, x.dim},
-                                                           begin, end, 0);
+  Walk<Tile, Query, Key, Queue> walk(query, key, first, first, {x.queue, x.keys, x.dim}, begin, end, 0);
   walk.hold();
   const float ratio = static_cast<float>(x.ratio);
   RowSums sums[2];
@@ -252,7 +258,8 @@ __device__ void co2_statistics(const Arguments& x) {
     bool held = true;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
-      held = held && (first + own[slot] >= x.batch || sums[slot].template are_held<kInstance, kConsistency>());
+      held =
+          held && (first + own[slot] >= x.batch || sums[slot].template are_held<kInstance, kConsistency>());
     if (__syncthreads_or(!held))
       sum_up<Tile, kInstance, kConsistency, false>(walk, sums, measured, ratio, begin, end);
   }
@@ -260,8 +267,8 @@ __device__ void co2_statistics(const Arguments& x) {
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot)
     if (Tile::Places::is_first() && first + own[slot] < x.batch) {
-      float4* record = reinterpret_cast<float4*>(
-          x.partial + (part * x.batch + first + own[slot]) * kPartialFields);
+      float4* record =
+          reinterpret_cast<float4*>(x.partial + (part * x.batch + first + own[slot]) * kPartialFields);
       const RowSums& row = sums[slot];
       record[0] = make_float4(row.top_s, row.top_y, row.z_instance, row.z_query);
       record[1] = make_float4(row.z_key, row.d_query, row.d_key, row.rank);
@@ -296,7 +303,8 @@ struct Units {
   }
 };
 
-// The sums over all parts, in all lanes of a warp. Each lane merges some, and then lanes do, lower ones first.
+// The sums over all parts, in all lanes of a warp. Each lane merges some, and then lanes do, lower ones
+// first.
 __device__ inline CO2Partial sums_of_parts(const float* partial, int64 row, int64 batch, int64 parts,
                                            const Units& units, const CO2Settings& settings) {
   CO2Partial pair[2] = {{.max_s = kLowest, .max_y = kLowest}};
@@ -334,9 +342,9 @@ __device__ void co2_join(const Arguments& x) {
 // now, all of its gradient loses.
 //
 // Arguments: partial: CO2Partial (parts, B, 8) float32.
-//            losses: `Losses` of pointers, (B,) each; its coefficients are CO2Row (B, 11) float64, whose first
-//            three fields it reads, and writes all others.
-//            batch, parts, scale, ratio, tau, tau_c, instance_weight, consistency_weight. INCLUDE_POSITIVE.
+//            losses: `Losses` of pointers, (B,) each; its coefficients are CO2Row (B, 11) float64, whose
+//            first three fields it reads, and writes all others. batch, parts, scale, ratio, tau, tau_c,
+//            instance_weight, consistency_weight. INCLUDE_POSITIVE.
 template <typename Arguments>
 __device__ void co2_merge(const Arguments& x) {
   const int64 row = row_of_warp();
@@ -451,7 +459,7 @@ __device__ void co2_gradient(const Arguments& x) {
     rows[slot].set(records[smaller(row, x.batch - 1)], x.scale);
   }
   Walk<Tile, Query, Key, Queue> walk({x.query, x.batch, x.dim}, {x.key, x.batch, x.dim}, first, first,
-                                              {x.queue, x.keys, x.dim}, begin, end, first_column);
+                                     {x.queue, x.keys, x.dim}, begin, end, first_column);
   walk.hold();
   walk.prefetch();
   const float ratio = static_cast<float>(x.ratio);
@@ -479,10 +487,11 @@ __device__ void co2_gradient(const Arguments& x) {
   }
 }
 
-// co2.finish: the gradient in a row: the ranges' parts, the positive's pull, and the chain rule; a program for
-// each row.
+// co2.finish: the gradient in a row: the ranges' parts, the positive's pull, and the chain rule; a program
+// for each row.
 //
-// Arguments: query, key: Matrix (B, D). row_records: CO2Row (B, 11) float64. grad_parts: (ranges, B, D) float32.
+// Arguments: query, key: Matrix (B, D). row_records: CO2Row (B, 11) float64. grad_parts: (ranges, B, D)
+// float32.
 //            gradient: (B, D) float32. batch, dim, ranges. NORMALIZE.
 template <typename Arguments>
 __device__ void co2_finish(const Arguments& x) {

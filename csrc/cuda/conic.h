@@ -1,16 +1,19 @@
 // ConIC on GPUs by CUDA C++: what contrastive_ops/reference.py specifies, without the V B x A similarities.
 //
-// Plan. The V B views are the rows, and the A rows of the weight their keys; s = x^ W^T is computed three times,
-// tile by tile. Hats are taken before the product, in float32, and rounded once to the views' dtype, so that a
-// row of any norm fits float16. They are padded with zeros, so that rows lie at multiples of 16 bytes.
+// Plan. The V B views are the rows, and the A rows of the weight their keys; s = x^ W^T is computed three
+// times, tile by tile. Hats are taken before the product, in float32, and rounded once to the views' dtype,
+// so that a row of any norm fits float16. They are padded with zeros, so that rows lie at multiples of 16
+// bytes.
 //
 // Forward
 //   1. prepare      x^, and s_n in float64.
 //   2. unit         w^, and 1/|w|; the weight is read this once.
-//   3. statistics   a program holds views and walks a range of keys; per view the maximum and sum of e^{s/tau}
+//   3. statistics   a program holds views and walks a range of keys; per view the maximum and sum of
+//   e^{s/tau}
 //                   over its negatives, and how many of them are above s_n. Each range writes these three
 //                   numbers.
-//   4. merge        the ranges' numbers, in a fixed order and in float64: losses, rank, what backward needs to
+//   4. merge        the ranges' numbers, in a fixed order and in float64: losses, rank, what backward needs
+//   to
 //                   know of a view; and the consistency of an instance's views, straight from its formula.
 //
 // Backward
@@ -19,19 +22,21 @@
 //   3. views        a program holds views and walks a range of keys: s, g = dL/ds, and a part of dx^ = g W^.
 //   4. finish       adds the parts up in a fixed order, adds the consistency's, differentiates the
 //                   normalisation.
-//   5. weight       a program holds keys and walks the views: s, g, dw^ = g^T x^, and at the end dw; or a step
+//   5. weight       a program holds keys and walks the views: s, g, dw^ = g^T x^, and at the end dw; or a
+//   step
 //                   of SGD in its place, for which it holds whole rows and has read all that it overwrites.
 //
-// A view whose own row is elsewhere (target -1) owns none of these keys. There are no atomics: equal input gives
-// equal bits. A view's own key is left out of its negatives, never subtracted from them, where nothing of a small
-// loss would be left.
+// A view whose own row is elsewhere (target -1) owns none of these keys. There are no atomics: equal input
+// gives equal bits. A view's own key is left out of its negatives, never subtracted from them, where nothing
+// of a small loss would be left.
 //
-// In float16 a probability of 1e-5, times an incoming gradient of 1/B, would vanish. So g is multiplied by 2^15,
-// relative to the pull of a view's own key (views) or to the largest such pull of all views (weight).
+// In float16 a probability of 1e-5, times an incoming gradient of 1/B, would vanish. So g is multiplied by
+// 2^15, relative to the pull of a view's own key (views) or to the largest such pull of all views (weight).
 //
 // What stays in registers. A program holds two blocks of rows, so that keys from shared memory are multiplied
-// twice. A thread has four rows and a quarter of a tile's keys: s (KEYS numbers), three sums a row (statistics)
-// or the gradients (32 x D numbers a warp). Up to D = 256 the statistics have the rows there, too.
+// twice. A thread has four rows and a quarter of a tile's keys: s (KEYS numbers), three sums a row
+// (statistics) or the gradients (32 x D numbers a warp). Up to D = 256 the statistics have the rows there,
+// too.
 //
 // Bounds. A pair costs 5 products of 2 D operations and 3 exponentials; a block of rows reads the unit weight
 // once a pass, 2 D bytes a key in half precision, mostly from the cache.
@@ -99,7 +104,8 @@ __device__ void conic_prepare(const Arguments& x) {
     if constexpr (Arguments::FIND) {
       const double s = exists ? sums.xy / norm / norm_of(sums.yy) : not_a_number();
       threshold = static_cast<float>(s);
-      if (inside) reinterpret_cast<ConICPositives*>(x.positives)[row] = {.positive = s, .threshold = threshold};
+      if (inside)
+        reinterpret_cast<ConICPositives*>(x.positives)[row] = {.positive = s, .threshold = threshold};
     } else if constexpr (kGiven<decltype(x.positives)>) {
       if (inside)
         threshold = static_cast<float>(reinterpret_cast<const ConICPositives*>(x.positives)[row].threshold);
@@ -131,19 +137,23 @@ __device__ int row_of_thread(int block, int slot) {
   return block * Tile::kRows + 16 * warp_index() + Tile::Places::row(slot);
 }
 
-// Two blocks of unit rows, and whether they are stored as they are multiplied; then their padding is for vectors.
+// Two blocks of unit rows, and whether they are stored as they are multiplied; then their padding is for
+// vectors.
 template <class Arguments, int kGradients>
-using UnitTile = WalkTile<typename Arguments::TILE, 2, Arguments::TILE::rows / 2, kGradients, Arguments::STAGES,
-                          IsSame<typename decltype(Arguments::unit)::Element, typename Arguments::TILE::dtype>::value>;
+using UnitTile =
+    WalkTile<typename Arguments::TILE, 2, Arguments::TILE::rows / 2, kGradients, Arguments::STAGES,
+             IsSame<typename decltype(Arguments::unit)::Element, typename Arguments::TILE::dtype>::value>;
 
-// A walk of unit rows from `begin` to `end`, past a program's blocks of others. All are padded to whole blocks.
-template <class Tile, typename T>
-__device__ Walk<Tile, T, T, T> walk_of(const Matrix<T>& rows, const Matrix<T>& keys, int64 begin, int64 end,
-                                       int64 first_column) {
+// A walk of unit rows from `begin` to `end`, past a program's blocks of others. All are padded to whole
+// blocks.
+template <class Tile, int kBytesAfter = 0, typename T>
+__device__ Walk<Tile, T, T, T, kBytesAfter> walk_of(const Matrix<T>& rows, const Matrix<T>& keys, int64 begin,
+                                                    int64 end, int64 first_column) {
   const int64 first = static_cast<int64>(blockIdx.x) * 2 * Tile::kRows;
   const Rows<T> held{rows, first + 2 * Tile::kRows, rows.row};
-  return Walk<Tile, T, T, T>(held, held, first, first + Tile::kRows, {keys, padded(end, Tile::kKeys), keys.row},
-                             begin, end, first_column);
+  return Walk<Tile, T, T, T, kBytesAfter>(held, held, first, first + Tile::kRows,
+                                          {keys, padded(end, Tile::kKeys), keys.row}, begin, end,
+                                          first_column);
 }
 
 // conic.statistics: what a range of keys knows of a block of views.
@@ -219,7 +229,9 @@ __device__ void conic_statistics(const Arguments& x) {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       Sums& row = sums[block][slot];
-      for (int mask : Tile::Places::kMasks) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int mask = Tile::Places::mask(i);
         const float top = fmaxf(row.top, __shfl_xor_sync(0xffffffff, row.top, mask));
         row.z *= exp2_fast(move(row.top, top, scale));
         row.z += __shfl_xor_sync(0xffffffff, row.z, mask);
@@ -233,7 +245,8 @@ __device__ void conic_statistics(const Arguments& x) {
     }
 }
 
-// The sums over all parts, in all lanes of a warp. Each lane merges some, and then lanes do, lower ones first.
+// The sums over all parts, in all lanes of a warp. Each lane merges some, and then lanes do, lower ones
+// first.
 __device__ inline ConICPartial sums_of_parts(const float* row, int64 part_stride, int64 parts,
                                              const ConICSettings& settings) {
   ConICPartial pair[2] = {{.max_s = kLowest}};
@@ -390,8 +403,8 @@ __device__ void conic_views(const Arguments& x) {
     }
 }
 
-// conic.finish: dx of some views: the ranges' parts, the consistency's -4 a sum_j (1 - x^i.x^j) x^j, and the chain
-// rule; a program takes one after the other.
+// conic.finish: dx of some views: the ranges' parts, the consistency's -4 a sum_j (1 - x^i.x^j) x^j, and the
+// chain rule; a program takes one after the other.
 //
 // Arguments: views, gradient: Matrix (count = V B, D). norm: (V B,) float64. grad_loss: Vector (B,).
 //            grad_parts: Matrix (ranges x padded rows, padded dimensions) float32.
@@ -418,8 +431,8 @@ __device__ void conic_finish(const Arguments& x) {
   }
 }
 
-// conic.weight: dw of a block of keys, for a chunk of dimensions; where there is a momentum buffer, a step of SGD
-// in its place.
+// conic.weight: dw of a block of keys, for a chunk of dimensions; where there is a momentum buffer, a step of
+// SGD in its place.
 //
 // Arguments: unit: Matrix (padded rows, padded dimensions), x^. unit_weight: the same of the keys, w^.
 //            own: (padded rows,) int32. pull: ConICPull (padded rows,). inverse: (padded keys,) float32.
@@ -446,7 +459,9 @@ __device__ void conic_weight(const Arguments& x) {
     largest = max_of_block(largest);
     unit_scale = kUnitPull * exp2f(-ceilf(fmaxf(log2f(largest), -100)));
   }
-  auto walk = walk_of<Tile>(x.unit_weight, x.unit, 0, x.padded_rows, first_column);
+  constexpr int kStride = Tile::kWidth + 8;  // of a key's gradient; the eight more spread them over the banks
+  auto walk = walk_of<Tile, Tile::kRows * kStride * sizeof(float)>(x.unit_weight, x.unit, 0, x.padded_rows,
+                                                                   first_column);
   walk.hold();
   walk.prefetch();
   float grad[2][Tile::kWidth / 2] = {}, radial[2][2] = {};
@@ -457,7 +472,8 @@ __device__ void conic_weight(const Arguments& x) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int64 row = view + Tile::Places::column(number_of(0, i));
-      const float4 pull = __ldg(reinterpret_cast<const float4*>(pulls + row));  // max_s, size, instance, share
+      const float4 pull =
+          __ldg(reinterpret_cast<const float4*>(pulls + row));  // max_s, size, instance, share
       const float instance = pull.z * unit_scale;
       const int64 own = __ldg(x.own + row) - first;
 #pragma unroll
@@ -468,47 +484,60 @@ __device__ void conic_weight(const Arguments& x) {
           const float similarity = g;
           g = exp2_fast(logit<Arguments::BOUNDED>(similarity, pull.x, scale)) * instance;
           if (own == row_of_thread<Tile>(block, slot)) g = pull.y * -unit_scale;
-          if constexpr (!Arguments::WHOLE_ROWS) radial[block][slot] = fmaf(g, similarity, radial[block][slot]);
+          if constexpr (!Arguments::WHOLE_ROWS)
+            radial[block][slot] = fmaf(g, similarity, radial[block][slot]);
         }
     }
     walk.accumulate(grad, s);
   }
   walk.finish();
 
-  // dw = (dw^ - w^ (w^.dw^)) / |w|; a row below the epsilon was only scaled, so it has no projection.
+  // dw = (dw^ - w^ (w^.dw^)) / |w|; a row below the epsilon was only scaled, so it has no projection. A warp
+  // takes its keys one after the other, from shared memory, so that lanes read and write neighbouring
+  // dimensions.
   const float lr = static_cast<float>(x.lr), momentum = static_cast<float>(x.momentum);
   const float weight_decay = static_cast<float>(x.weight_decay);
+  float* const own_rows = walk.template scratch_of_warp<float, 16 * kStride>();
 #pragma unroll
-  for (int block = 0; block < 2; ++block)
+  for (int block = 0; block < 2; ++block) {
+    __syncwarp();
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      const int64 key = first + row_of_thread<Tile>(block, slot);
-      const bool inside = key < x.keys;
-      const float inverse = inside ? x.inverse[key] : 1;
-      float dot = radial[block][slot];
-      const auto column_of = [&](int i) { return first_column + Tile::Places::column(number_of(0, i)); };
-      if constexpr (Arguments::WHOLE_ROWS) {
+      float* const row = own_rows + Tile::Places::row(slot) * kStride;
 #pragma unroll
-        for (int i = 0; i < Tile::kWidth / 4; ++i)
-          if (inside && column_of(i) < x.dim)
-            dot += to_float(x.weight.at(key, column_of(i))) * grad[block][number_of(slot, i)];
-        dot *= inverse;
+      for (int i = 0; i < Tile::kWidth / 4; i += 2)
+        *reinterpret_cast<float2*>(row + Tile::Places::column(number_of(0, i))) =
+            make_float2(grad[block][number_of(slot, i)], grad[block][number_of(slot, i + 1)]);
+      float dot = radial[block][slot];
+      for (int i = 0; i < 2; ++i) dot += __shfl_xor_sync(0xffffffff, dot, Tile::Places::mask(i));
+      if (Tile::Places::is_first()) row[Tile::kWidth] = dot;
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) {
+      const int64 key = first + block * Tile::kRows + 16 * warp_index() + i;
+      if (key >= x.keys) break;
+      const float* const row = own_rows + i * kStride;
+      const int count = static_cast<int>(smaller(x.dim - first_column, Tile::kWidth));
+      const float inverse = x.inverse[key];
+      float dot = row[Tile::kWidth];
+      if constexpr (Arguments::WHOLE_ROWS) {
+        dot = 0;
+        for (int column = lane_index(); column < count; column += 32)
+          dot += to_float(x.weight.at(key, column)) * row[column];
+        dot = sum_of_lanes<32>(dot) * inverse;
       }
-      for (int mask : Tile::Places::kMasks) dot += __shfl_xor_sync(0xffffffff, dot, mask);
       if (inverse >= static_cast<float>(1 / kNormEpsilon)) dot = 0;
       const float factor = inverse / unit_scale, of_w = -inverse * dot * factor;
-      if (!inside) continue;
-#pragma unroll
-      for (int i = 0; i < Tile::kWidth / 4; ++i) {
-        const int64 column = column_of(i);
-        if (column >= x.dim) continue;
-        auto& stored = x.weight.at(key, column);
+      for (int column = lane_index(); column < count; column += 32) {
+        auto& stored = x.weight.at(key, first_column + column);
         const float w = to_float(stored);
-        float dw = grad[block][number_of(slot, i)] * factor + w * of_w;
+        float dw = row[column] * factor + w * of_w;
         if constexpr (!decltype(x.momentum_buffer)::kExists) {
-          x.gradient.at(key, column) = from_float<typename decltype(x.gradient)::Element>(dw);
+          using Gradient = typename decltype(x.gradient)::Element;
+          x.gradient.at(key, first_column + column) = from_float<Gradient>(dw);
         } else {
-          auto& buffer = x.momentum_buffer.at(key, column);
+          auto& buffer = x.momentum_buffer.at(key, first_column + column);
           dw += weight_decay * w;
           const float v = momentum * to_float(buffer) + dw;
           buffer = from_float<Weight>(v);
@@ -516,6 +545,7 @@ __device__ void conic_weight(const Arguments& x) {
         }
       }
     }
+  }
 }
 
 }  // namespace contrastive_ops

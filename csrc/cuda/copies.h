@@ -49,10 +49,11 @@ __device__ void wait_for_copies() {
 
 // Copies (kRows, kDepth) numbers of a matrix to shared memory, rounded to `Operand`, with zeros outside.
 //
-// kVectors says that rows are stored as they are multiplied, 16 bytes at a time: in the same dtype, their numbers
-// lie together, and every row begins at a multiple of 16 bytes and ends at one. These need no register from compute
-// capability 8.0 on. All others are loaded number by number: a thread has 16 bytes of a row, and its neighbours
-// those of the next rows, so that the order of MoCo's (D, K) queue is read as fast as another.
+// kVectors says that rows are stored as they are multiplied, 16 bytes at a time: in the same dtype, their
+// numbers lie together, and every row begins at a multiple of 16 bytes and ends at one. These need no
+// register from compute capability 8.0 on. All others are loaded number by number: a thread has 16 bytes of a
+// row, and its neighbours those of the next rows, so that the order of MoCo's (D, K) queue is read as fast as
+// another.
 template <typename Operand, typename T, bool kVectors, int kRows, int kDepth, int kThreads>
 class TileCopy {
   static constexpr int kNumbers = kChunk / sizeof(Operand);  // of a chunk

@@ -1,42 +1,46 @@
 // NT-Xent, and CO2 on it, on GPUs by CUDA C++: what contrastive_ops/reference.py specifies, without the
 // similarities of all rows with all.
 //
-// Plan. Rows are kept in the order of instances, so that a key and its partner are neighbours. A program holds a
-// block of instances, as many rows of each view, and walks a range of keys, which are the rows of both views:
-// s = z Z^T of the first views and y = z Z^T of the second ones. A row and its partner have the same negatives,
-// and s - y is what CO2 needs of either. Nothing of size M x M, where M = 2 B, leaves a program.
+// Plan. Rows are kept in the order of instances, so that a key and its partner are neighbours. A program
+// holds a block of instances, as many rows of each view, and walks a range of keys, which are the rows of
+// both views: s = z Z^T of the first views and y = z Z^T of the second ones. A row and its partner have the
+// same negatives, and s - y is what CO2 needs of either. Nothing of size M x M, where M = 2 B, leaves a
+// program.
 //
 // Forward
 //   1. prepare      z, padded with zeros, and s_ip(i), in float64.
-//   2. statistics   s and y of each tile; per row the maximum, sum e^{s/tau}, and the rank of the positive; with
+//   2. statistics   s and y of each tile; per row the maximum, sum e^{s/tau}, and the rank of the positive;
+//   with
 //                   the consistency term also sum e^{s/tau_c} and sum d e^{s/tau_c}. Each range writes these.
 //   3. merge        the ranges' numbers, in a fixed order and in float64: losses, rank, what backward needs.
 //
 // Backward
 //   1. prepare      z again, and the coefficients of each row's gradient.
-//   2. gradient     s and y again. Those of an instance's two views with a key and its partner give H = G + G^T of
-//                   all four pairs, G = dL/ds being what the rows' losses pull and G^T what the keys' do. Adds up
-//                   H Z. Each range writes its part.
-//   3. finish       adds the parts up in a fixed order, adds the positive's, differentiates the normalisation.
+//   2. gradient     s and y again. Those of an instance's two views with a key and its partner give H = G +
+//   G^T of
+//                   all four pairs, G = dL/ds being what the rows' losses pull and G^T what the keys' do.
+//                   Adds up H Z. Each range writes its part.
+//   3. finish       adds the parts up in a fixed order, adds the positive's, differentiates the
+//   normalisation.
 //
-// Rows and keys are the same, unless some instances are given as keys (`target`), which then are prepared as well.
-// There are no atomics: equal input gives equal bits.
+// Rows and keys are the same, unless some instances are given as keys (`target`), which then are prepared as
+// well. There are no atomics: equal input gives equal bits.
 //
 //   G_ij = c_i e^{s_ij/tau} + e^{s_ij/tau_c} (k_i + b_i (s_ij - s_p(i)j)) - p_i e^{s_p(i)j/tau_c}
 //
-// Where rows are normalised and no temperature is below 0.0226, these exponentials need no maximum, which then is
-// in the coefficients. So G and G^T share them: two a pair in place of four. Other rows, and float32 multiplied
-// exactly, have them relative to each row's maximum, as the statistics may.
+// Where rows are normalised and no temperature is below 0.0226, these exponentials need no maximum, which
+// then is in the coefficients. So G and G^T share them: two a pair in place of four. Other rows, and float32
+// multiplied exactly, have them relative to each row's maximum, as the statistics may.
 //
-// In float16 a probability of 1e-5, times an incoming gradient of 1/M, would vanish. So all of H is multiplied by a
-// power of two, in the exponents, where it takes no instruction more.
+// In float16 a probability of 1e-5, times an incoming gradient of 1/M, would vanish. So all of H is
+// multiplied by a power of two, in the exponents, where it takes no instruction more.
 //
-// What stays in registers. A thread has two instances and a quarter of a tile's keys, both views of each: s and y
-// (KEYS/2 numbers each), and five sums a row (statistics) or the gradients (32 x D numbers a warp). Up to D = 256
-// the statistics have z of the instances there, too.
+// What stays in registers. A thread has two instances and a quarter of a tile's keys, both views of each: s
+// and y (KEYS/2 numbers each), and five sums a row (statistics) or the gradients (32 x D numbers a warp). Up
+// to D = 256 the statistics have z of the instances there, too.
 //
-// Bounds. A pair of row and key costs 3 products of 2 D operations (1 in the statistics, 2 in the gradient) and 4
-// exponentials, or 2 without the consistency term.
+// Bounds. A pair of row and key costs 3 products of 2 D operations (1 in the statistics, 2 in the gradient)
+// and 4 exponentials, or 2 without the consistency term.
 #pragma once
 
 #include "../row_math.h"
@@ -47,31 +51,32 @@ namespace contrastive_ops {
 
 constexpr int kNTXentPartialFields = sizeof(NTXentPartial) / sizeof(double);
 
-// What the gradient needs of both views of an instance, (padded instances,) float32. Those from `top` on only where
-// exponentials are relative to maxima; the last is unused.
+// What the gradient needs of both views of an instance, (padded instances,) float32. Those from `top` on only
+// where exponentials are relative to maxima; the last is unused.
 struct BothViews {
   float of[2];
 };
 struct NTXentPull {
   BothViews instance;
-  BothViews query;  // what multiplies Q, less its slope times E_Q[d]
-  BothViews slope;  // of Q in d
-  BothViews key;    // what multiplies P
-  BothViews top;    // m
+  BothViews query;               // what multiplies Q, less its slope times E_Q[d]
+  BothViews slope;               // of Q in d
+  BothViews key;                 // what multiplies P
+  BothViews top;                 // m
   BothViews query_low, key_low;  // what float32 loses of `query` and `key`
   BothViews unused;
 };
 
-// In float16 H is multiplied by a power of two. The largest of the rows' sizes, which is what all pairs of a row pull
-// together, then lies in (2^5, 2^6], and |H| is at most twice that times 1 + 4/tau_c: with the lowest tau_c that
-// needs no maximum, 0.0226, it is 128 x 178 = 22784, and float16 holds 65504. The largest factor is 2^60, for sizes
-// of 2^-54 and less: times e^{s/tau}, which is up to 2^64, float32 still holds it.
+// In float16 H is multiplied by a power of two. The largest of the rows' sizes, which is what all pairs of a
+// row pull together, then lies in (2^5, 2^6], and |H| is at most twice that times 1 + 4/tau_c: with the
+// lowest tau_c that needs no maximum, 0.0226, it is 128 x 178 = 22784, and float16 holds 65504. The largest
+// factor is 2^60, for sizes of 2^-54 and less: times e^{s/tau}, which is up to 2^64, float32 still holds it.
 constexpr float kLog2UnitSize = 6, kLeastLog2Size = -54;
 
-// nt_xent.prepare: z of both views of some instances, padded with zeros, and what is known of them. What is None is
-// left out.
+// nt_xent.prepare: z of both views of some instances, padded with zeros, and what is known of them. What is
+// None is left out.
 //
-// Arguments: views: Views (2, B, D). grad_loss: Vector (2 B,). coefficients: NTXentCoefficients (2 B, 5) float64.
+// Arguments: views: Views (2, B, D). grad_loss: Vector (2 B,). coefficients: NTXentCoefficients (2 B, 5)
+// float64.
 //            rows: unit: Matrix (padded rows, padded dimensions), row 2 b + v is view v of instance b;
 //                  pull: NTXentPull (padded instances,); sizes: (padded rows,) float32.
 //            norm: (2 B,) float64. positive: (2 B,) float64, s_ip(i).
@@ -151,8 +156,8 @@ __device__ Walk<Tile, T, T, T> walk_of_views(const Matrix<T>& unit, const Matrix
   const int64 first = static_cast<int64>(blockIdx.x) * Tile::kRows;
   const Rows<T> view1{{unit.data, 2 * unit.row, 1}, first + Tile::kRows, unit.row};
   const Rows<T> view2{{unit.data + unit.row, 2 * unit.row, 1}, first + Tile::kRows, unit.row};
-  return Walk<Tile, T, T, T>(view1, view2, first, first, {key_unit, padded(end, Tile::kKeys), unit.row}, begin,
-                             end, first_column);
+  return Walk<Tile, T, T, T>(view1, view2, first, first, {key_unit, padded(end, Tile::kKeys), unit.row},
+                             begin, end, first_column);
 }
 
 template <class Tile>
@@ -191,7 +196,8 @@ struct PairSums {
   }
 };
 
-// nt_xent.statistics: s of a block's first views and y of its second ones; what a range of keys knows of both.
+// nt_xent.statistics: s of a block's first views and y of its second ones; what a range of keys knows of
+// both.
 //
 // Arguments: unit: Matrix (padded rows, padded dimensions), z. key_unit: the same of the keys.
 //            target: Vector (B,) int64 or None; see `own_key`. positive: (2 B,) float64.
@@ -283,14 +289,15 @@ __device__ void nt_xent_statistics(const Arguments& x) {
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
     PairSums& row = sums[slot];
-    for (int mask : Tile::Places::kMasks) row.merge_lane(mask, scale, ratio);
+    for (int i = 0; i < 2; ++i) row.merge_lane(Tile::Places::mask(i), scale, ratio);
     const int64 instance = instance_of_thread<Tile>(slot);
     if (!Tile::Places::is_first() || instance >= x.batch) continue;
 #pragma unroll
     for (int view = 0; view < 2; ++view) {
       float* record = x.partial + ((2 * part + view) * x.batch + instance) * kNTXentPartialFields;
       record[0] = row.top[view], record[1] = row.rank[view], record[2] = row.instance[view];
-      record[3] = row.z[view], record[4] = view == 0 ? row.d[0] : -row.d[1];  // of its own logits, less its partner's
+      record[3] = row.z[view],
+      record[4] = view == 0 ? row.d[0] : -row.d[1];  // of its own logits, less its partner's
     }
   }
 }
@@ -304,7 +311,8 @@ template <typename Arguments>
 __device__ void nt_xent_merge(const Arguments& x) {
   const int64 instance = row_of_warp();
   if (instance >= x.batch) return;
-  const int64 row = blockIdx.y * x.batch + instance, partner = (1 - static_cast<int64>(blockIdx.y)) * x.batch + instance;
+  const int64 row = blockIdx.y * x.batch + instance,
+              partner = (1 - static_cast<int64>(blockIdx.y)) * x.batch + instance;
   const NTXentSettings settings{
       .temperature = x.tau, .consistency_temperature = x.tau_c, .consistency_weight = x.consistency_weight};
   const auto read = [&](int64 part, int64 of) {
@@ -349,16 +357,18 @@ struct PullScales {
 
 template <bool kConsistency, bool kRelative, bool kLow>
 struct Pulled {
-  // g + dL/ds of a row's similarity s, where y is that of its partner. `pull` is that of the row's instance, and
-  // `view` tells which of its views the row is.
-  __device__ static float add(float g, float s, float y, const NTXentPull& pull, int view, PullScales scales) {
+  // g + dL/ds of a row's similarity s, where y is that of its partner. `pull` is that of the row's instance,
+  // and `view` tells which of its views the row is.
+  __device__ static float add(float g, float s, float y, const NTXentPull& pull, int view,
+                              PullScales scales) {
     if constexpr (kRelative) s -= pull.top.of[view], y -= pull.top.of[1 - view];
     g = fmaf(pull.instance.of[view], exp2_fast(fmaf(s, scales.instance, scales.shift)), g);
     if constexpr (kConsistency) {
       const float e_query = exp2_fast(fmaf(s, scales.consistency, scales.shift));
       const float e_key = exp2_fast(fmaf(y, scales.consistency, scales.shift));
       g = fmaf(-e_key, pull.key.of[view], g);
-      g = fmaf(e_query, fmaf(pull.slope.of[view], s - y, pull.query.of[view]), g);  // Q (1 + (d - E_Q[d])/tau_c)
+      g = fmaf(e_query, fmaf(pull.slope.of[view], s - y, pull.query.of[view]),
+               g);  // Q (1 + (d - E_Q[d])/tau_c)
       // Where Q and P nearly cancel, what their weights lost would be left.
       if constexpr (kLow) g += e_query * pull.query_low.of[view] - e_key * pull.key_low.of[view];
     }
@@ -369,7 +379,8 @@ struct Pulled {
 template <bool kRelative>
 __device__ NTXentPull load_pull(const float* pulls, int64 instance) {
   NTXentPull pull{};
-  const float4* from = reinterpret_cast<const float4*>(pulls) + instance * (sizeof(NTXentPull) / sizeof(float4));
+  const float4* from =
+      reinterpret_cast<const float4*>(pulls) + instance * (sizeof(NTXentPull) / sizeof(float4));
   float4* to = reinterpret_cast<float4*>(&pull);
 #pragma unroll
   for (int i = 0; i < (kRelative ? 4 : 2); ++i) to[i] = __ldg(from + i);
@@ -382,13 +393,13 @@ __device__ inline float largest_size(const float* sizes, int64 count) {
   return max_of_block(largest);
 }
 
-// nt_xent.gradient, and nt_xent.plain without the consistency term: what a range of keys adds to dz of both views of
-// a block of instances, for a chunk of dimensions.
+// nt_xent.gradient, and nt_xent.plain without the consistency term: what a range of keys adds to dz of both
+// views of a block of instances, for a chunk of dimensions.
 //
 // Arguments: rows, key_rows: as of `nt_xent.prepare`. target: Vector (B,) int64 or None; see `own_key`.
 //            grad_parts: Matrix (ranges x padded rows, padded dimensions) float32.
-//            batch, keys: numbers of instances. padded_rows, padded_keys. scale, scale_c: log2(e)/tau, log2(e)/tau_c.
-//            keys_a_range. CONSISTENCY, RELATIVE, TILE, STAGES.
+//            batch, keys: numbers of instances. padded_rows, padded_keys. scale, scale_c: log2(e)/tau,
+//            log2(e)/tau_c. keys_a_range. CONSISTENCY, RELATIVE, TILE, STAGES.
 template <typename Arguments>
 __device__ void nt_xent_gradient(const Arguments& x) {
   using Tile = ViewsTile<Arguments, typename decltype(x.rows.unit)::Element, 2>;
@@ -457,7 +468,8 @@ __device__ void nt_xent_gradient(const Arguments& x) {
   for (int view = 0; view < 2; ++view)
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
-      float* to = &x.grad_parts.at(part * x.padded_rows + 2 * instance_of_thread<Tile>(slot) + view, first_column);
+      float* to =
+          &x.grad_parts.at(part * x.padded_rows + 2 * instance_of_thread<Tile>(slot) + view, first_column);
 #pragma unroll
       for (int i = 0; i < Tile::kWidth / 4; ++i)
         to[Tile::Places::column(number_of(0, i))] = grad[view][number_of(slot, i)] * factor;
@@ -469,8 +481,8 @@ __device__ void nt_xent_plain(const Arguments& x) {
   nt_xent_gradient(x);
 }
 
-// nt_xent.finish: the gradient of some rows of a view: the ranges' parts, the positive's pull, and the chain rule; a
-// program takes one after the other.
+// nt_xent.finish: the gradient of some rows of a view: the ranges' parts, the positive's pull, and the chain
+// rule; a program takes one after the other.
 //
 // Arguments: views: Views (2, B, D). gradient: (2, B, D). norm: (2 B,) float64.
 //            grad_parts: Matrix (ranges x padded rows, padded dimensions) float32.
@@ -499,9 +511,7 @@ __device__ void nt_xent_finish(const Arguments& x) {
       gradient.load(numbers, x_rows, instance, x.norm[own]);
       gradient.through_norm(numbers, x.norm[own]);
     }
-    gradient.store(Matrix<T>{
-                       x.gradient + view * x.batch * x.dim, x.dim, 1},
-                   instance, x.dim);
+    gradient.store(Matrix<T>{x.gradient + view * x.batch * x.dim, x.dim, 1}, instance, x.dim);
   }
 }
 

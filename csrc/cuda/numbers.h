@@ -1,4 +1,5 @@
-// Numbers as matrices store them, and as kernels compute with them; for NVRTC and nvcc, without their headers.
+// Numbers as matrices store them, and as kernels compute with them; for NVRTC and nvcc, without their
+// headers.
 //
 // A kernel "co2.merge" is a function `co2_merge(arguments)` of a struct that the host declares: it has the
 // host's arguments under their names, and those in capitals as constants.

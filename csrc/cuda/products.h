@@ -6,8 +6,9 @@
 //   7.5                  mma m16n8k8         as float32             –                  multiply-adds
 //   7.0, 7.2             mma m8n8k4          as float32             –                  multiply-adds
 //
-// Tensor cores before 8.0 have no bfloat16. Its rows are multiplied as float32 there, which loses nothing. (In
-// float16 the units would be eight times as fast, but it does not hold the range of rows as they are stored.)
+// Tensor cores before 8.0 have no bfloat16. Its rows are multiplied as float32 there, which loses nothing.
+// (In float16 the units would be eight times as fast, but it does not hold the range of rows as they are
+// stored.)
 #pragma once
 
 #include "copies.h"
@@ -33,8 +34,8 @@ template <bool kQuadPairs>
 struct Share {
   __device__ static int row(int slot) { return (lane_index() >> 2) + 8 * slot; }
   __device__ static int column(int n) { return 8 * (n >> 2) + 2 * (lane_index() & 3) + (n & 1); }
-  // What to add to a lane's number, without carry, for the other lanes that share its rows.
-  static constexpr int kMasks[2] = {1, 2};
+  // A bit of a lane's number that tells lanes apart which share their rows; there are two.
+  __device__ static constexpr int mask(int i) { return 1 << i; }
   __device__ static bool is_first() { return (lane_index() & 3) == 0; }
 };
 
@@ -50,7 +51,7 @@ struct Share<true> {
   __device__ static int column(int n) {
     return 16 * (n >> 3) + 8 * pair_column() + (n & 4) + (lane_index() & 2) + (n & 1);
   }
-  static constexpr int kMasks[2] = {2, 8};
+  __device__ static constexpr int mask(int i) { return i == 0 ? 2 : 8; }
   __device__ static bool is_first() { return (lane_index() & 10) == 0; }
 };
 
@@ -263,8 +264,8 @@ class WarpProduct {
 
   // A thread's share of s, of two tiles of 8 keys, is its share of 16 rows of g as they are multiplied.
   template <int kBlocks, int kColumns, int kNumbers>
-  __device__ static void accumulate_half(float (&grad)[kBlocks][kColumns], const float (&g)[kBlocks][kNumbers],
-                                         const unsigned char* keys) {
+  __device__ static void accumulate_half(float (&grad)[kBlocks][kColumns],
+                                         const float (&g)[kBlocks][kNumbers], const unsigned char* keys) {
     const int lane = lane_index();
     const unsigned char* from = keys + (lane & 15) * kRowBytes + 16 * (lane >> 4);
 #pragma unroll
@@ -288,8 +289,8 @@ class WarpProduct {
     }
   }
 
-  // Here a thread has the keys 2 t and 2 t + 1 of eight, where the units expect t and t + 4. The order of keys
-  // is no matter: N is loaded in the same.
+  // Here a thread has the keys 2 t and 2 t + 1 of eight, where the units expect t and t + 4. The order of
+  // keys is no matter: N is loaded in the same.
   template <int kBlocks, int kColumns, int kNumbers>
   __device__ static void accumulate_float(float (&grad)[kBlocks][kColumns],
                                           const float (&g)[kBlocks][kNumbers], const unsigned char* keys) {
@@ -340,8 +341,8 @@ class WarpProduct {
   }
 };
 
-// Float32 by multiply-adds, where there are no tensor cores for it. Rows are read from shared memory, 4 numbers
-// at a time, which lanes that need the same share.
+// Float32 by multiply-adds, where there are no tensor cores for it. Rows are read from shared memory, 4
+// numbers at a time, which lanes that need the same share.
 template <int kRowBytes>
 class ThreadProduct {
  public:
@@ -396,12 +397,11 @@ class ThreadProduct {
       for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot)
-          own[block][slot] =
-              __shfl_sync(0xffffffff, g[block][4 * (key >> 3) + 2 * slot + (key & 1)], owner);
+          own[block][slot] = __shfl_sync(0xffffffff, g[block][4 * (key >> 3) + 2 * slot + (key & 1)], owner);
 #pragma unroll
       for (int column = 0; column < kColumns / 4; ++column) {
-        const float2 n = *reinterpret_cast<const float2*>(keys + key * kRowBytes + 32 * column +
-                                                          8 * (lane & 3));
+        const float2 n =
+            *reinterpret_cast<const float2*>(keys + key * kRowBytes + 32 * column + 8 * (lane & 3));
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block)
 #pragma unroll

@@ -43,8 +43,8 @@ __device__ inline int64 row_of_warp() {
   return static_cast<int64>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
 }
 
-// What `kLanes` neighbouring lanes find out of two rows, each of which has its part of the dimensions; the same in
-// all. float64 holds any square. A row outside is 0.
+// What `kLanes` neighbouring lanes find out of two rows, each of which has its part of the dimensions; the
+// same in all. float64 holds any square. A row outside is 0.
 struct Products {
   double xx, yy, xy;
 };
@@ -67,7 +67,8 @@ __device__ inline double norm_of(double squares) {
 
 // A warp's part in writing x^ of a row: (padded) dimensions past its own are 0, as are rows outside.
 template <typename Unit, typename T>
-__device__ void store_unit(const Matrix<Unit>& unit, int64 unit_row, const Rows<T>& rows, int64 row, double norm) {
+__device__ void store_unit(const Matrix<Unit>& unit, int64 unit_row, const Rows<T>& rows, int64 row,
+                           double norm) {
   const double inverse = 1 / norm;
   // What is rounded to half precision needs no more than float32, and many chips have few units for more.
   const bool in_float = sizeof(Unit) == 2 && norm < 1e30;
@@ -98,7 +99,8 @@ struct RowGradient {
   __device__ static int64 column(int i) { return kThreads * i + static_cast<int64>(threadIdx.x); }
 
   // What the ranges of keys added, added up in their order. `parts` has `padded_rows` rows for each.
-  __device__ void sum_parts(const Matrix<float>& parts, int64 row, int64 padded_rows, int64 ranges, int64 dim) {
+  __device__ void sum_parts(const Matrix<float>& parts, int64 row, int64 padded_rows, int64 ranges,
+                            int64 dim) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       float total = 0;

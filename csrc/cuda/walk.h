@@ -2,9 +2,9 @@
 // compute similarities.
 //
 // A warp holds 16 rows of one or two blocks (query and key of CO2, both views of NT-Xent, or twice as many
-// views of ConIC), so that a fragment of keys from shared memory is multiplied twice. It has all keys of a tile
-// to itself, so warps exchange nothing; a barrier a step tells that its tile is there for all, and that the one
-// before is no longer needed.
+// views of ConIC), so that a fragment of keys from shared memory is multiplied twice. It has all keys of a
+// tile to itself, so warps exchange nothing; a barrier a step tells that its tile is there for all, and that
+// the one before is no longer needed.
 #pragma once
 
 #include "products.h"
@@ -19,9 +19,9 @@ namespace contrastive_ops {
 //   width        dimensions of the gradient that a program adds up; 0 where there is none
 //   chunked      whether rows have more dimensions than `depth`
 //   dtype        in which rows are multiplied
-// kBlocks, kRows: how many blocks of rows a program holds, and of how many rows. kGradients: of how many blocks
-// it adds up gradients. kStages: tiles in flight, the one that is multiplied included.
-// kVectors: whether all matrices are read 16 bytes at a time; see TileCopy.
+// kBlocks, kRows: how many blocks of rows a program holds, and of how many rows. kGradients: of how many
+// blocks it adds up gradients. kStages: tiles in flight, the one that is multiplied included. kVectors:
+// whether all matrices are read 16 bytes at a time; see TileCopy.
 template <class Shape, int kBlocks_, int kRows_, int kGradients_, int kStages_, bool kVectors_>
 struct WalkTile {
   using Operand = typename Shape::dtype;
@@ -38,11 +38,12 @@ struct WalkTile {
   using Product = typename Engine<Operand, kPrecision, kRowBytes>::type;
   using Places = typename Product::Places;
 
-  // Rows that are not loaded again for every tile stay in registers, where these hold them beside the gradients.
+  // Rows that are not loaded again for every tile stay in registers, where these hold them beside the
+  // gradients.
   static constexpr int kHeldRegisters = kBlocks * kDepth * static_cast<int>(sizeof(Operand)) / 8;
   static constexpr bool kInRegisters =
       !kChunked && Product::kFromRegisters && kHeldRegisters + kGradients * kWidth / 2 <= 128;
-  static constexpr int kNumbers = kKeys / 2;        // of a tile, a thread's share
+  static constexpr int kNumbers = kKeys / 2;  // of a tile, a thread's share
   static constexpr int kWidthChunks = kChunked ? kWidth / kDepth : 0;
   static_assert(!kChunked || kWidth % kDepth == 0);
   static_assert(kKeys % 16 == 0 && kDepth % 16 == 0);
@@ -58,8 +59,9 @@ struct SharedMemory {
 
 // The rows of a tile's steps, from global to shared memory and to registers.
 //
-// T1, T2, N: numbers of the blocks and of the keys as they are stored.
-template <class Tile, typename T1, typename T2, typename N>
+// T1, T2, N: numbers of the blocks and of the keys as they are stored. kBytesAfter: what a program needs when
+// the walk is over.
+template <class Tile, typename T1, typename T2, typename N, int kBytesAfter = 0>
 class Walk {
   static constexpr int kBlocks = Tile::kBlocks;
   using Operand = typename Tile::Operand;
@@ -70,7 +72,10 @@ class Walk {
   static constexpr int kStageBytes = kKeyBytes + (Tile::kChunked ? kBlocks * kBlockBytes : 0);
   static constexpr int kScratch = kHeldBytes + Tile::kStages * kStageBytes;
   static constexpr int kBytes = kScratch + (Tile::kWidth ? Tile::kWarps * Product::kScratchBytes : 0);
-  static_assert(SharedMemory<(kBytes > kBlockBytes ? kBytes : kBlockBytes)>::contrastive_ops_shared_bytes > 0);
+  static constexpr int kOtherBytes =
+      kBlockBytes > kBytesAfter ? kBlockBytes : kBytesAfter;  // before, or after
+  static_assert(SharedMemory<(kBytes > kOtherBytes ? kBytes : kOtherBytes)>::contrastive_ops_shared_bytes >
+                0);
   template <typename T, int kRows>
   using Copy = TileCopy<Operand, T, Tile::kVectors, kRows, Tile::kDepth, Tile::kThreads>;
 
@@ -133,7 +138,8 @@ class Walk {
 
   // grad += g N of the tile whose similarities were computed last.
   template <int kGradients, int kColumns>
-  __device__ void accumulate(float (&grad)[kGradients][kColumns], const float (&g)[kGradients][Tile::kNumbers]) {
+  __device__ void accumulate(float (&grad)[kGradients][kColumns],
+                             const float (&g)[kGradients][Tile::kNumbers]) {
     static_assert(kGradients == Tile::kGradients && kColumns == Tile::kWidth / 2);
     unsigned char* scratch = shared() + kScratch + warp_index() * Product::kScratchBytes;
     if constexpr (Tile::kChunked) {
@@ -154,8 +160,16 @@ class Walk {
             grad[block][chunk * (Tile::kDepth / 2) + i] = part[block][i];
       }
     } else {
+      if constexpr (kFetchesLate) fetch();
       Product::accumulate(grad, g, tile_, scratch);
     }
+  }
+
+  // Room for a warp's numbers, after the walk.
+  template <typename T, int kCount>
+  __device__ T* scratch_of_warp() const {
+    static_assert(Tile::kWarps * kCount * static_cast<int>(sizeof(T)) <= kBytesAfter);
+    return reinterpret_cast<T*>(shared()) + warp_index() * kCount;
   }
 
   // After the last tile: nothing may be in flight where a kernel ends, or a range begins anew.
@@ -166,6 +180,8 @@ class Walk {
 
  private:
   static constexpr bool kAsync = Copy<N, Tile::kKeys>::kAsync;
+  // A tile on its way through registers would take those that similarities need beside the gradients.
+  static constexpr bool kFetchesLate = !kAsync && !Tile::kChunked && Tile::kWidth > 0;
 
   __device__ static unsigned char* shared() { return reinterpret_cast<unsigned char*>(shared_memory); }
   __device__ static unsigned char* stage(int index) { return shared() + kHeldBytes + index * kStageBytes; }
@@ -211,8 +227,7 @@ class Walk {
       if constexpr (Tile::kChunked) {
         if (multiplies) {
           copy1_.begin(to + kKeyBytes, rows1_, first_row1_, column);
-          if constexpr (kBlocks == 2)
-            copy2_.begin(to + kKeyBytes + kBlockBytes, rows2_, first_row2_, column);
+          if constexpr (kBlocks == 2) copy2_.begin(to + kKeyBytes + kBlockBytes, rows2_, first_row2_, column);
         }
         is_in_flight_ = multiplies;
       }
@@ -234,7 +249,7 @@ class Walk {
     }
     if constexpr (kAsync) wait_for_copies<Tile::kStages - 2>();
     __syncthreads();
-    fetch();
+    if constexpr (!kFetchesLate) fetch();
     if (++stage_ == Tile::kStages) stage_ = 0;
     return tile;
   }
