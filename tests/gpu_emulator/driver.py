@@ -21,6 +21,7 @@ from .memory import GlobalMemory
 from .ptx import BYTES, parse
 
 REQUESTED = os.environ.get("GPU_EMULATOR")
+CAPABILITIES = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
 MULTIPROCESSORS = 4  # few, so that small problems have few programs, and yet several
 # "Assembles" by a copy, so that what the driver is told to load is PTX. Its version is in the key of Triton's
 # cache.
@@ -62,7 +63,7 @@ def _tensors(argument: Any) -> list[Tensor]:
 
 
 def start(architecture: str) -> None:
-    """From now on the "triton" backend serves CPU tensors through the emulator of "sm_80" or "sm_90"."""
+    """From now on the "triton" backend serves CPU tensors through the emulator of such a GPU."""
     _serve_cpu_tensors(architecture, MULTIPROCESSORS, _PROTOTYPE(_launch))
 
 
@@ -74,7 +75,7 @@ def start_without_launches(architecture: str, multiprocessors: int) -> Callable[
 
 def _serve_cpu_tensors(architecture: str, multiprocessors: int, callback: Any) -> ctypes.CDLL:
     """Puts the driver in its place. Launches are handed to the callback, if there is one."""
-    capability = {"sm_80": (8, 0), "sm_90": (9, 0)}[architecture]
+    capability = CAPABILITIES[architecture]
     _kept.append(tempfile.TemporaryDirectory(prefix="gpu-emulator-"))
     folder = Path(_kept[-1].name)
     library = folder / "libcuda.so.1"
