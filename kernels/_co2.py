@@ -623,8 +623,10 @@ def _bounded(settings: CO2Settings, precision: str) -> bool:
 
 
 def _power(settings: CO2Settings, precision: str) -> int:
-    """n where τ = n τc, as 4 in MoCo v2: e^{s/τc} is a power of e^{s/τ}. Its relative error is n times as
-    large, which half precision does not notice. More than four products would take longer than an exponential.
+    """n where τ = n τc, as 4 in MoCo v2: e^{s/τc} is a power of e^{s/τ}.
+
+    Its relative error is n times as large, which half precision does not notice, and more than four products
+    would take longer than an exponential.
     """
     ratio = settings.temperature / settings.consistency_temperature
     both = settings.instance_weight != 0 and settings.consistency_weight != 0

@@ -298,17 +298,21 @@ def compare(results: Any, expected: Any, dtype: torch.dtype) -> None:
             assert error <= TOLERANCE[dtype]
 
 
-# MoCo's, and MoCo v2's, of which one is a multiple of the other; and InfoNCE alone.
-QUEUE_SETTINGS = [
-    CO2Settings(0.07, 0.04, 1.0, 10.0, False, True),
-    CO2Settings(0.2, 0.05, 1.0, 0.3, True, True),
-    CO2Settings(0.07, 1.0, 1.0, 0.0, False, True),
-]
+# MoCo's, and MoCo v2's, of whose temperatures one is a multiple of the other; and InfoNCE alone.
+MOCO = CO2Settings(0.07, 0.04, 1.0, 10.0, False, True)
+MOCO_V2 = CO2Settings(0.2, 0.05, 1.0, 0.3, True, True)
+INFO_NCE = CO2Settings(0.07, 1.0, 1.0, 0.0, False, True)
 
 
 @emulated
-@pytest.mark.parametrize("settings", QUEUE_SETTINGS, ids=["moco", "moco_v2", "info_nce"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        *((dtype, MOCO) for dtype in DTYPES),
+        *((dtype, MOCO_V2) for dtype in (torch.bfloat16, torch.float16)),
+        (torch.bfloat16, INFO_NCE),
+    ],
+)
 def test_emulated_co2(dtype: torch.dtype, settings: CO2Settings) -> None:
     query, key, queue = Case(5, 130, 40, dtype, layout="strided", queue_layout="columns").tensors()
     expected = reference.co2(query.double(), key.double(), queue.double(), settings, True)
@@ -366,4 +370,4 @@ def test_the_kernels_as_they_are_compiled(architecture: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(REQUESTED is not None, reason="this is such a process")
 def test_rows_are_measured_first_where_float64_is_slow() -> None:
-    pass_elsewhere([__file__], "emulated_co2", {"GPU_EMULATOR": "sm_89"})
+    pass_elsewhere([__file__], "emulated_co2 and bfloat16", {"GPU_EMULATOR": "sm_89"})

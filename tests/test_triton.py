@@ -11,7 +11,6 @@ from multiprocessing import get_context
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -26,7 +25,6 @@ from contrastive_ops._contract import (
     SGDSettings,
 )
 from tests.cases import INTERPRETED, Case, ConICCase, NTXentCase, mostly_thorough, rows
-from tests.elsewhere import pass_elsewhere
 from tests.oracles import (
     conic_loss_and_gradients,
     conic_oracle,
@@ -56,20 +54,6 @@ def version(module: ModuleType) -> tuple[int, int]:
 # tile, on Hopper, and four kernels in 190 up to 120; with 3.5, ConIC's merge spills four on A100.
 TUNED_FOR_THIS_COMPILER = version(triton) >= (3, 8)
 SPILLED_BYTES = 0 if TUNED_FOR_THIS_COMPILER else 256
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    version(triton) < (3, 8) and version(numpy) >= (2, 4), reason="this interpreter fails on this numpy"
-)
-def test_the_interpreter_passes_the_same_tests() -> None:
-    """The kernels' own code, tile by tile on the CPU, held to the harness of all backends."""
-    files = "conic", "co2", "nt_xent", "seam", "rows_ops", "ops", "ops_fuzz"
-    tests = [f"tests/test_{name}.py" for name in files]
-    profile = os.environ.get("INTERPRETED_PROFILE", "interpreted")
-    environment = {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": profile}
-    pass_elsewhere(tests, "triton", environment)
-    pass_elsewhere(["tests/test_triton.py"], "ranges_of or outside", environment)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU, all tests have several ranges")
