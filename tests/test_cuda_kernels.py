@@ -19,7 +19,6 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the host's side is Triton's")
 
-# ruff: noqa: E402
 from contrastive_ops import kernels, reference
 from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentKeys, NTXentSettings, SGDSettings
 from contrastive_ops.cuda import tiles

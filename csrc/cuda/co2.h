@@ -200,15 +200,47 @@ __device__ void sum_up(Keys& walk, RowSums (&sums)[2], const Measured& measured,
     for (int i = 0; i < 2; ++i) sums[slot].merge_lane(Tile::Places::mask(i), measured.scales[slot], ratio);
 }
 
+// What is known of a row without the queue: max(|q|, eps), max(|k|, eps) (1 unless normalised) and q k^.
+struct Lengths {
+  double norm_query, norm_key, positive;
+
+  __device__ void write(CO2Row& record) const {
+    record.norm_query = norm_query, record.norm_key = norm_key, record.positive = positive;
+  }
+};
+__device__ inline Lengths lengths_in(const CO2Row& record) {
+  return {record.norm_query, record.norm_key, record.positive};
+}
+template <int kLanes, bool kNormalize, typename Query, typename Key>
+__device__ Lengths lengths_of(const Rows<Query>& query, const Rows<Key>& key, int64 row) {
+  const Products sums = products_of<kLanes>(query, row, key, row);
+  const double norm_key = kNormalize ? norm_of(sums.yy) : 1;
+  return {kNormalize ? norm_of(sums.xx) : 1, norm_key, sums.xy / norm_key};
+}
+
+// co2.prepare: the first three fields of CO2Row (B, 11), of a warp for each of ROWS rows. Chips that are slow
+// in double measure rows here, and not once in every range of keys.
+//
+// Arguments: query, key: Matrix (B, D). row_records: CO2Row (B, 11) float64. batch, dim. NORMALIZE, ROWS.
+template <typename Arguments>
+__device__ void co2_prepare(const Arguments& x) {
+  const Rows<typename decltype(x.query)::Element> query{x.query, x.batch, x.dim};
+  const Rows<typename decltype(x.key)::Element> key{x.key, x.batch, x.dim};
+  const int64 first = static_cast<int64>(blockIdx.x) * Arguments::ROWS;
+  for (int64 row = first + threadIdx.x / 32; row < first + Arguments::ROWS; row += blockDim.x / 32) {
+    const Lengths lengths = lengths_of<32, Arguments::NORMALIZE>(query, key, row);
+    if (threadIdx.x % 32 == 0 && row < x.batch) lengths.write(reinterpret_cast<CO2Row*>(x.row_records)[row]);
+  }
+}
+
 // co2.statistics: what a range of keys knows of a block of rows.
 //
 // Arguments: query, key: Matrix (B, D). queue: Matrix (K, D).
 //            partial: CO2Partial (ranges, B, 8) float32, in the units above.
-//            row_records: CO2Row (B, 11) float64, of which it writes the first three.
-//            batch, keys, dim. scale, ratio: lambda and tau_c/tau. keys_a_range.
-//            INSTANCE, CONSISTENCY, NORMALIZE, TILE, STAGES. VECTORS: see TileCopy.
-//            BOUNDED: whether float32 holds the exponentials of all logits as they are, if no key is longer
-//            than
+//            row_records: CO2Row (B, 11) float64, of which it writes the first three, or reads them where
+//            they are PREPARED. batch, keys, dim. scale, ratio: lambda and tau_c/tau. keys_a_range. INSTANCE,
+//            CONSISTENCY, NORMALIZE, TILE, STAGES. VECTORS: see TileCopy. BOUNDED: whether float32 holds the
+//            exponentials of all logits as they are, if no key is longer than
 //            1. Where one is, the range is walked again.
 template <typename Arguments>
 __device__ void co2_statistics(const Arguments& x) {
@@ -223,18 +255,18 @@ __device__ void co2_statistics(const Arguments& x) {
   const Rows<Key> key{x.key, x.batch, x.dim};
 
   __shared__ float scale_query[Tile::kRows], scale_key[Tile::kRows], positive[Tile::kRows];
+  const auto records = reinterpret_cast<CO2Row*>(x.row_records);
   for (int i = threadIdx.x / 8; i < Tile::kRows; i += Tile::kThreads / 8) {
-    const Products sums = products_of<8>(query, first + i, key, first + i);
-    const double norm_query = Arguments::NORMALIZE ? norm_of(sums.xx) : 1;
-    const double norm_key = Arguments::NORMALIZE ? norm_of(sums.yy) : 1;
+    Lengths row;
+    if constexpr (Arguments::PREPARED)
+      row = lengths_in(records[smaller(first + i, x.batch - 1)]);
+    else
+      row = lengths_of<8, Arguments::NORMALIZE>(query, key, first + i);
     if (threadIdx.x % 8 == 0) {
-      const Scales scales = scales_of(x.scale, norm_query, norm_key);
+      const Scales scales = scales_of(x.scale, row.norm_query, row.norm_key);
       scale_query[i] = scales.query, scale_key[i] = scales.key;
-      positive[i] = static_cast<float>(sums.xy / norm_key);
-      if (part == 0 && first + i < x.batch) {
-        CO2Row& record = reinterpret_cast<CO2Row*>(x.row_records)[first + i];
-        record.norm_query = norm_query, record.norm_key = norm_key, record.positive = sums.xy / norm_key;
-      }
+      positive[i] = static_cast<float>(row.positive);
+      if (!Arguments::PREPARED && part == 0 && first + i < x.batch) row.write(records[first + i]);
     }
   }
   __syncthreads();
