@@ -86,8 +86,14 @@ __device__ void conic_prepare(const Arguments& x) {
     const bool inside = row < x.count;
     const int64 instance = row % x.batch, target = inside ? x.target.at(instance) : -1;
     const bool exists = target >= 0 && target < x.keys;
-    const Products sums = products_of<32>(views, row, weight, Arguments::FIND && exists ? target : x.keys);
-    const double norm = norm_of(sums.xx);
+    double norm, s = not_a_number();
+    if constexpr (Arguments::FIND) {
+      const Products sums = products_of<32>(views, row, weight, exists ? target : x.keys);
+      norm = norm_of(sums.xx);
+      if (exists) s = sums.xy / norm / norm_of(sums.yy);
+    } else {
+      norm = norm_of(squares_of(views, row));
+    }
     if constexpr (decltype(x.unit)::kExists) store_unit(x.unit, row, views, row, norm);
     if (!is_first) continue;
     if constexpr (kGiven<decltype(x.own)>) x.own[row] = exists ? static_cast<int>(target) : -1;
@@ -110,7 +116,6 @@ __device__ void conic_prepare(const Arguments& x) {
     }
     float threshold = 0;
     if constexpr (Arguments::FIND) {
-      const double s = exists ? sums.xy / norm / norm_of(sums.yy) : not_a_number();
       threshold = static_cast<float>(s);
       if (inside)
         reinterpret_cast<ConICPositives*>(x.positives)[row] = {.positive = s, .threshold = threshold};
@@ -133,7 +138,7 @@ __device__ void conic_unit(const Arguments& x) {
   const Rows<Weight> weight{x.weight, x.keys, x.dim};
   const int64 first = static_cast<int64>(blockIdx.x) * Arguments::ROWS;
   for (int64 row = first + threadIdx.x / 32; row < first + Arguments::ROWS; row += blockDim.x / 32) {
-    const double norm = norm_of(products_of<32>(weight, row, weight, row).xx);
+    const double norm = norm_of(squares_of(weight, row));
     store_unit(x.unit_weight, row, weight, row, norm);
     if (threadIdx.x % 32 == 0) x.inverse[row] = static_cast<float>(1 / norm);
   }

@@ -43,7 +43,7 @@
 // of a multiprocessor that a pair takes of its schedulers, special-function units and tensor cores:
 //
 //                  8.0, an A100             7.5, a T4
-//   statistics     0.12   0.125   0.125     0.28   0.125   0.250     bound by all, and by instructions
+//   statistics     0.12   0.125   0.125     0.28   0.125   0.250     bound by all three
 //   gradient       0.20   0.125   0.250     0.47   0.125   0.500     bound by products
 //   plain          0.12   0.062   0.250     0.34   0.062   0.500     bound by products
 //
