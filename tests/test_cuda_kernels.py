@@ -325,12 +325,8 @@ def test_conic_over_two_parts_of_the_weight(on: On) -> None:
     ]
     positives = [serve(on.architecture, "conic_positives", views, *part) for part in parts]
     positive = torch.where(positives[0].isnan(), positives[1], positives[0])
-    partial = [
-        serve(on.architecture, "conic_statistics", views, *part, positive, settings) for part in parts
-    ]
-    loss, *_, known = serve(
-        on.architecture, "conic_merge", torch.cat(partial), positive, views, settings
-    )
+    partial = [serve(on.architecture, "conic_statistics", views, *part, positive, settings) for part in parts]
+    loss, *_, known = serve(on.architecture, "conic_merge", torch.cat(partial), positive, views, settings)
     # The consistency of the views is no part's of the weight, and counts once.
     alone = settings._replace(consistency_weight=0.0)
     gradients = [
