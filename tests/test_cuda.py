@@ -58,7 +58,7 @@ def forgetful() -> Iterator[None]:
 
 
 REMEMBERED = (
-    _compiler.nvrtc, _compiler.supported, _compiler.source_folder, _compiler.source_digest,
+    _compiler.nvrtc, _compiler.supported, _compiler.source_folder, _compiler.constants_in,
     cuda._not_compiled_for, _cache._warn_once,
 )  # fmt: skip
 
@@ -356,10 +356,31 @@ def test_another_kernel_is_never_taken_for_it(
         with (changed / "cuda" / "numbers.h").open("a") as file:
             file.write("\n")
         monkeypatch.setattr(_compiler, "source_folder", lambda: changed)
-        _compiler.source_digest.cache_clear()
     _compiler.compile_program(program)
     assert len(compiled) == 2
     assert len(list(kept.iterdir())) == 2
+
+
+def test_sources_that_change_meanwhile_leave_nothing(
+    kept: Path, compiled: list[Program], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether the old or the new ones were compiled, nobody knows."""
+    sources = tmp_path / "csrc"
+    shutil.copytree(_compiler.source_folder(), sources)
+    monkeypatch.setattr(_compiler, "source_folder", lambda: sources)
+    pretend = _compiler._compile
+
+    def edited(program: Program) -> Image:
+        (sources / "cuda" / "numbers.h").write_text("// another\n")
+        return pretend(program)
+
+    monkeypatch.setattr(_compiler, "_compile", edited)
+    program = a_program()
+    _compiler.compile_program(program)
+    assert not kept.exists()
+    _compiler.compile_program(program)
+    assert len(list(kept.iterdir())) == 1
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("damage", ["a byte", "the end", "all", "the head"])
