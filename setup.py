@@ -209,9 +209,15 @@ setup(
     packages=[
         *find_packages(include=["contrastive_ops", "contrastive_ops.*", "train_ref", "train_ref.*"]),
         "contrastive_ops.kernels",
+        "contrastive_ops.csrc",
     ],
-    package_dir={"contrastive_ops.kernels": "kernels"},
-    package_data={"contrastive_ops": ["py.typed", "*.pyi"], "train_ref": ["recipes/*.yaml"]},
+    package_dir={"contrastive_ops.kernels": "kernels", "contrastive_ops.csrc": "csrc"},
+    package_data={
+        "contrastive_ops": ["py.typed", "*.pyi"],
+        "contrastive_ops.csrc": ["*.h", "cuda/*.h"],  # which are compiled where they run
+        "train_ref": ["recipes/*.yaml"],
+    },
+    include_package_data=False,  # all else in MANIFEST.in is for the source distribution alone
     ext_modules=extensions() if os.environ.get(WITHOUT_CPP, "0") in ("", "0") else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildExtensions},
     long_description=readme(),

@@ -21,7 +21,7 @@ from contrastive_ops._backends import BACKENDS
 
 ROOT = README.parent
 PICTURE = ROOT / "docs" / "figures" / "layers.png"
-COLORS = ("#dbe4ee", "#dbe4ee", "#dbe4ee", "#fbe3b5", "#fbe3b5", "#cfe8d5", "#eeeeee")
+COLORS = ("#dbe4ee", "#dbe4ee", "#dbe4ee", "#fbe3b5", "#fbe3b5", "#cfe8d5", "#cfe8d5", "#eeeeee")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ LAYERS = (
     Layer("what ranks exchange,\naround the steps of a loss", ("distributed",)),
     Layer("operators: schemas, checks,\nfake kernels, autograd", ("_ops", "_checks")),
     Layer("which implementation serves", ("_backends",)),
-    Layer("implementations:\nstatistics, merge, gradient", ("reference", "_cpu", "kernels", "_cuda")),
+    Layer(
+        "implementations:\nstatistics, merge, gradient", ("reference", "_cpu", "kernels", "cuda", "compile")
+    ),
+    Layer("kernels of GPUs:\nplanned, launched, replayed", ("gpu",)),
     Layer("what all of them share", ("_contract", "_ranks", "_store", "_installation", "_eager", "_state")),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.modules}

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 
 import torch
 import triton
-from contrastive_ops.kernels._launch import forget_plans
-from contrastive_ops.kernels._tiles import OTHER, TABLES, Table, Tiling, entries, select
+from contrastive_ops.kernels._tiles import OTHER, TABLES, entries, select
 
 from bench.cases import Case, implementation, inputs, step
 from bench.gpu import copied, graph_times_ms, sets_beyond_cache
+from contrastive_ops.gpu.launch import forget_plans
+from contrastive_ops.gpu.tiles import Table, Tiling
 
 DTYPES = {"half": "bfloat16", "tf32": "float32", "tf32x3": "float32"}
 

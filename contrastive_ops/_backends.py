@@ -37,7 +37,7 @@ BACKENDS = {
     "reference": "contrastive_ops.reference",
     "cpu": "contrastive_ops._cpu",
     "triton": "contrastive_ops.kernels",
-    "cuda": "contrastive_ops._cuda",
+    "cuda": "contrastive_ops.cuda",
 }
 
 _ambient: ContextVar[str | None] = ContextVar("contrastive_ops_backend", default=None)

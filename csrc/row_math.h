@@ -11,13 +11,8 @@
 #include <math.h>
 #endif
 
+#include "host_device.h"
 #include "records.h"
-
-#ifdef __CUDACC__
-#define CONTRASTIVE_OPS_HOST_DEVICE __host__ __device__
-#else
-#define CONTRASTIVE_OPS_HOST_DEVICE
-#endif
 
 namespace contrastive_ops {
 

@@ -12,20 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gpu import module_of, served_by
+
 PREFERRED_ON = ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of query and views; queue and weight may have any
 MAX_DIM = 1024
-
-_MODULES = {
-    "_co2": ("co2", "co2_statistics", "co2_merge", "co2_gradient"),
-    "_conic": (
-        "conic", "conic_positives", "conic_statistics", "conic_merge", "conic_gradient",
-        "conic_gradient_sgd_",
-    ),
-    "_nt_xent": ("nt_xent", "nt_xent_statistics", "nt_xent_merge", "nt_xent_gradient"),
-    "_sgd": ("sgd_",),
-    "_exchange": ("exchange_rows_",),
-}  # fmt: skip
 
 
 def _is_interpreted() -> bool:
@@ -70,9 +61,10 @@ def refuses(operator: str, rows: Tensor) -> str | None:
 
 
 def __getattr__(name: str) -> Any:
-    for module, functions in _MODULES.items():
-        if name in functions:
-            function = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-            globals()[name] = function  # to be found at once from now on
-            return function
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if module_of(name) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ._launch import TRITON
+
+    function = served_by(TRITON, name)
+    globals()[name] = function  # to be found at once from now on
+    return function

@@ -42,15 +42,11 @@ docs/performance.md tells what was tried.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .._contract import CO2Partial, CO2Row, CO2Settings, Losses
+from .._contract import CO2Partial, CO2Row
 from ._device import (
     LARGEST_FLOAT16,
     LOWEST,
@@ -71,20 +67,6 @@ from ._device import (
     store,
     store_fields,
     two_exponentials,
-)
-from ._launch import (
-    LARGEST_SCALE,
-    LOG2_E,
-    Launch,
-    Products,
-    chip_of,
-    current,
-    empty,
-    lanes,
-    matrix,
-    plan,
-    precision_of,
-    replayed,
 )
 
 _LN_2 = tl.constexpr(math.log(2))
@@ -562,215 +544,12 @@ def _finish_kernel(
     tl.store(gradient + row_index * dim + columns, grad, mask=inside)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    prepare: Launch
-    statistics: Launch
-    gradient: Launch
-    finish: Launch
-
-
-@plan
-def _plan(batch: int, keys: int, products: Products) -> _Plan:
-    prepared, depth = 4, min(64, max(16, triton.next_power_of_2(products.dim)))
-    grid, arguments = (triton.cdiv(batch, prepared),), {"ROWS": prepared, "DEPTH": depth}
-    prepare = Launch("co2.prepare", _prepare_kernel, grid, arguments)
-    chip = products.chip
-    statistics = products.walk(
-        "co2.statistics",
-        _statistics_kernel,
-        batch,
-        keys,
-        LANES=lanes(chip.capability),
-        PREPARED=chip.is_slow_in_float64,
-    )
-    gradient = products.walk("co2.gradient", _gradient_kernel, batch, keys)
-    columns = triton.next_power_of_2(products.dim)
-    ranges = min(triton.next_power_of_2(gradient.grid[1]), max(1, 8192 // columns))
-    finish = Launch("co2.finish", _finish_kernel, (batch,), {"RANGES": ranges, "COLUMNS": columns})
-    return _Plan(prepare, statistics, gradient, finish)
-
-
-@plan
-def _merge_plan(batch: int, parts: int) -> tuple[Launch, Launch]:
-    """To merge parts into losses, and to join them to one."""
-    padded_parts = triton.next_power_of_2(parts)
-    rows = max(1, min(8, 128 // padded_parts))
-    grid, arguments = (triton.cdiv(batch, rows),), {"ROWS": rows, "PARTS": padded_parts}
-    into_losses = Launch("co2.merge", _merge_kernel, grid, arguments)
-    return into_losses, Launch("co2.join", _join_kernel, grid, arguments)
-
-
-def _terms(settings: CO2Settings) -> dict[str, Any]:
-    """What depends on the settings alone, as arguments of all kernels that walk and of the merge."""
-    base = settings.consistency_temperature if settings.consistency_weight else settings.temperature
-    return {
-        "scale": LOG2_E / base,
-        "ratio": base / settings.temperature,
-        "INSTANCE": settings.instance_weight != 0,
-        "CONSISTENCY": settings.consistency_weight != 0,
-    }
-
-
-def _bounded(settings: CO2Settings, precision: str) -> bool:
-    """Whether logits need no maximum. Multiplied exactly they have one: near it nothing is lost."""
-    terms = _terms(settings)
-    return (
-        settings.normalize
-        and precision != "tf32x3"
-        and terms["scale"] * max(1.0, terms["ratio"]) <= LARGEST_SCALE
-    )
-
-
-def _power(settings: CO2Settings, precision: str) -> int:
-    """n where τ = n τc, as 4 in MoCo v2: e^{s/τc} is a power of e^{s/τ}.
-
-    Its relative error is n times as large, which half precision does not notice, and more than four products
-    would take longer than an exponential.
-    """
-    ratio = settings.temperature / settings.consistency_temperature
-    both = settings.instance_weight != 0 and settings.consistency_weight != 0
-    is_power = 2 <= round(ratio) <= 10 and math.isclose(ratio, round(ratio), rel_tol=1e-9)
-    return round(ratio) if precision == "half" and both and is_power else 0
-
-
-def _rounded_queue(queue: Tensor, dtype: torch.dtype) -> Tensor:
-    """The queue in half precision, its rows at multiples of 16 numbers."""
-    keys, dim = queue.shape
-    columns = triton.next_power_of_2(dim)
-    rows = max(1, 4096 // columns)
-    launch = Launch(
-        "co2.round", _round_kernel, (triton.cdiv(keys, rows),), {"ROWS": rows, "COLUMNS": columns}
-    )
-    rounded_queue = empty((keys, triton.cdiv(dim, 16) * 16), dtype, queue.device)[:, :dim]
-    launch(queue=matrix(queue), rounded_queue=matrix(rounded_queue), keys=keys, dim=dim)
-    return rounded_queue
-
-
-class _Call:
-    """What the kernels of a call share: their plan, and arguments by name."""
-
-    def __init__(self, query: Tensor, key: Tensor, queue: Tensor, settings: CO2Settings) -> None:
-        (self.batch, self.dim), self.device, self.settings = query.shape, query.device, settings
-        # Rows are multiplied in the query's dtype; a float64 queue, which no table has tiles for, in float32.
-        dtype = query.dtype if queue.dtype != torch.float64 else torch.float32
-        precision = precision_of(dtype)
-        if precision == "half" and queue.dtype != dtype:
-            queue = _rounded_queue(queue, dtype)
-        if settings.normalize and query.dtype == torch.float16 and key.dtype != torch.float16:
-            # Keys are multiplied as they are stored, and float16 does not hold rows of any length.
-            norm = torch.linalg.vector_norm(key, dim=1, keepdim=True, dtype=torch.float64)
-            key = (key / norm.clamp_min(NORM_EPSILON.value)).float()
-        keys = len(queue)
-        self.plan = _plan(self.batch, keys, Products(self.dim, dtype, precision, chip_of(self.device)))
-        self.rows = {"query": matrix(query), "key": matrix(key), "batch": self.batch, "dim": self.dim}
-        self.all = {**self.rows, "queue": matrix(queue), "keys": keys, **_terms(settings)}
-        self.all["POWER"] = _power(settings, precision)
-        self.bounded = _bounded(settings, precision)
-
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        launch = self.plan.statistics
-        partial = empty((launch.grid[1], self.batch, _PARTIAL.value), torch.float32, self.device)
-        rows = empty((self.batch, _ROW.value), torch.float64, self.device)
-        if launch.arguments["PREPARED"]:
-            self.plan.prepare(row_records=rows, NORMALIZE=self.settings.normalize, **self.rows)
-        launch(
-            partial=partial,
-            row_records=rows,
-            NORMALIZE=self.settings.normalize,
-            BOUNDED=self.bounded,
-            **self.all,
-        )
-        return partial, rows
-
-    def gradient(self, rows: Tensor) -> Tensor:
-        ranges = self.plan.gradient.grid[1]
-        parts = empty((ranges, self.batch, self.dim), torch.float32, self.device)
-        gradient = empty((self.batch, self.dim), torch.float32, self.device)
-        self.plan.gradient(row_records=rows, grad_parts=parts, **self.all)
-        self.plan.finish(
-            row_records=rows,
-            grad_parts=parts,
-            gradient=gradient,
-            ranges=ranges,
-            NORMALIZE=self.settings.normalize,
-            **self.rows,
-        )
-        return gradient
-
-
-def _merge(partial: Tensor, rows: Tensor, settings: CO2Settings, dtype: torch.dtype) -> Losses:
-    """The losses in that dtype; completes `rows` in place."""
-    parts, batch, _ = partial.shape
-    loss, instance_loss, consistency_loss = (empty((batch,), dtype, partial.device) for _ in range(3))
-    rank = empty((batch,), torch.int64, partial.device)
-    losses = Losses(loss, instance_loss, consistency_loss, rank, rows)
-    into_losses, _ = _merge_plan(batch, parts)
-    into_losses(
-        partial=partial,
-        losses=losses,
-        batch=batch,
-        parts=parts,
-        tau=settings.temperature,
-        tau_c=settings.consistency_temperature,
-        instance_weight=settings.instance_weight,
-        consistency_weight=settings.consistency_weight,
-        INCLUDE_POSITIVE=settings.include_positive,
-        **_terms(settings),
-    )
-    return losses
-
-
-@replayed
-def co2(
-    query: Tensor, key: Tensor, queue: Tensor, settings: CO2Settings, compute_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.co2`; float16, bfloat16 and float32, D up to 1024."""
-    with current(query):
-        call = _Call(query, key, queue, settings)
-        partial, rows = call.statistics()
-        *losses, rank, _ = _merge(partial, rows, settings, torch.float32)
-        if compute_gradient:
-            gradient = call.gradient(rows)
-        else:
-            gradient = empty((0, query.shape[1]), torch.float32, query.device)
-    loss, instance_loss, consistency_loss = losses
-    return loss, instance_loss, consistency_loss, rank, gradient
-
-
-def co2_statistics(query: Tensor, key: Tensor, queue: Tensor, settings: CO2Settings) -> tuple[Tensor, Tensor]:
-    """See `reference.co2_statistics`. What is not known of a row yet is left unwritten."""
-    with current(query):
-        partial, rows = _Call(query, key, queue, settings).statistics()
-        return _joined(partial, rows, settings), rows
-
-
-def _joined(partial: Tensor, rows: Tensor, settings: CO2Settings) -> Tensor:
-    """One part (1, B, 8) of several."""
-    parts, batch, fields = partial.shape
-    if parts == 1:
-        return partial
-    joined, terms = empty((1, batch, fields), torch.float32, partial.device), _terms(settings)
-    _, into_one = _merge_plan(batch, parts)
-    into_one(
-        partial=partial,
-        joined=joined,
-        row_records=rows,
-        batch=batch,
-        parts=parts,
-        scale=terms["scale"],
-        ratio=terms["ratio"],
-    )
-    return joined
-
-
-def co2_merge(partial: Tensor, rows: Tensor, settings: CO2Settings) -> Losses:
-    """See `reference.co2_merge`."""
-    with current(partial):
-        return _merge(partial.contiguous(), rows.clone(), settings, torch.float64)
-
-
-def co2_gradient(query: Tensor, key: Tensor, queue: Tensor, rows: Tensor, settings: CO2Settings) -> Tensor:
-    """See `reference.co2_gradient`; float32."""
-    with current(query):
-        return _Call(query, key, queue, settings).gradient(rows.contiguous())
+KERNELS = {
+    "co2.prepare": _prepare_kernel,
+    "co2.round": _round_kernel,
+    "co2.statistics": _statistics_kernel,
+    "co2.merge": _merge_kernel,
+    "co2.join": _join_kernel,
+    "co2.gradient": _gradient_kernel,
+    "co2.finish": _finish_kernel,
+}

@@ -1,7 +1,7 @@
-"""What the kernels share on the device: loading, multiplying and merging. `_launch.py` is the host's side.
+"""What the kernels share on the device: loading, multiplying and merging. `gpu.launch` is the host's side.
 
-A matrix is one argument of a kernel, a `Matrix` of its pointer and strides. What is compiled in about the
-tiles that a kernel walks is one too, a `Tile`.
+A matrix is one argument of a kernel, a `gpu.arguments.Matrix` of its pointer and strides. What is compiled in
+about the tiles that a kernel walks is one too, a `Tile`.
 """
 
 from __future__ import annotations
@@ -16,42 +16,12 @@ LOWEST = tl.constexpr(-1e38)  # below every logit, yet finite: a difference of t
 LARGEST_FLOAT16 = tl.constexpr(65504.0)
 
 
-class Matrix(NamedTuple):
-    """A matrix of any strides, counted in numbers. In a kernel `data` is the pointer to its first number."""
-
-    data: Any
-    row: Any
-    column: Any
-
-
-class Vector(NamedTuple):
-    """A tensor of one dimension of any stride."""
-
-    data: Any
-    stride: Any
-
-
 class Block(NamedTuple):
     """Some rows of a matrix that has `count` of them; those outside are read as zeros and not written."""
 
     matrix: Any
     rows: Any
     count: Any
-
-
-class Tile(NamedTuple):
-    """How a kernel that walks cuts its work, and how it multiplies. Known when it is compiled."""
-
-    rows: int
-    keys: int
-    depth: int  # dimensions multiplied at once
-    width: int  # dimensions of the gradient that a program adds up; 0 where there is none
-    chunked: bool  # whether rows have more dimensions than `depth`
-    whole_keys: bool  # whether no tile ends past the last key
-    whole_columns: bool  # whether no chunk ends past the last dimension
-    stacked: bool  # whether both rows that meet the same keys are multiplied as one block
-    dtype: Any  # in which rows are multiplied
-    precision: str  # "half", "tf32" or "tf32x3"; see `precision_of`
 
 
 @triton.jit

@@ -6,23 +6,8 @@ on a GPU yet.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.autograd.graph import increment_version
-
-from ._launch import Launch, current, matrix, plan
-
-
-class Records(NamedTuple):
-    """Records [w; v] of rows, (rows, 2, D) of any strides. In a kernel `data` is a pointer."""
-
-    data: Any
-    row: Any
-    half: Any
-    column: Any
 
 
 @triton.jit(do_not_specialize=["active", "coming", "going"])
@@ -65,38 +50,4 @@ def _exchange_kernel(
     tl.store(to_buffer, new_v.to(tl.float32).to(momentum_buffer.data.dtype.element_ty), mask=here)
 
 
-@plan
-def _plan(rows: int, dim: int) -> Launch:
-    block = min(1024, triton.next_power_of_2(dim))
-    return Launch("exchange", _exchange_kernel, (rows, triton.cdiv(dim, block)), {"BLOCK": block})
-
-
-def exchange_rows_(
-    weight: Tensor,
-    momentum_buffer: Tensor,
-    slots: Tensor,
-    incoming: Tensor,
-    incoming_rows: Tensor,
-    coefficients: Tensor,
-    outgoing: Tensor,
-    outgoing_rows: Tensor,
-) -> None:
-    """See `reference.exchange_rows_`. `incoming` and `outgoing` may be pinned memory of the host, which the
-    GPU then reads and writes across the bus."""
-    dim = weight.shape[1]
-    with current(weight):
-        _plan(len(slots), dim)(
-            weight=matrix(weight),
-            momentum_buffer=matrix(momentum_buffer),
-            slots=slots.contiguous(),
-            incoming=Records(incoming, *incoming.stride()),
-            incoming_rows=incoming_rows.contiguous(),
-            coefficients=coefficients.contiguous(),
-            outgoing=Records(outgoing, *outgoing.stride()),
-            outgoing_rows=outgoing_rows.contiguous(),
-            active=len(weight),
-            coming=len(incoming),
-            going=len(outgoing),
-            dim=dim,
-        )
-    increment_version((outgoing, momentum_buffer, weight))
+KERNELS = {"exchange": _exchange_kernel}

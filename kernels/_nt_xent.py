@@ -54,20 +54,17 @@ docs/performance.md tells what was tried.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .._contract import Losses, NTXentCoefficients, NTXentKeys, NTXentPartial, NTXentSettings
+from .._contract import NTXentCoefficients, NTXentPartial
+from ..gpu.arguments import Matrix
+from ..gpu.nt_xent import Pull as _Pull
 from ._device import (
     LARGEST_FLOAT16,
     LOWEST,
     Block,
-    Matrix,
     add_tile,
     at,
     largest_size,
@@ -90,53 +87,6 @@ from ._device import (
     sum_of_parts,
     through_norm,
 )
-from ._launch import (
-    LARGEST_SCALE,
-    LOG2_E,
-    NO_VECTOR,
-    Launch,
-    Products,
-    chip_of,
-    current,
-    empty,
-    lanes,
-    plan,
-    precision_of,
-    replayed,
-    vector,
-)
-
-
-class _Views(NamedTuple):
-    """The views (2, B, D) of any strides. In a kernel `data` is a pointer."""
-
-    data: Any
-    view: Any
-    row: Any
-    column: Any
-
-
-class _Pull(NamedTuple):
-    """(padded instances, 8, 2) float32: what the gradient needs of both views of an instance. The second four
-    only where RELATIVE; the last number of the eight is unused."""
-
-    instance: Any
-    query: Any  # what multiplies Q, less its slope times E_Q[d]
-    slope: Any  # of Q in d
-    key: Any  # what multiplies P
-    top: Any  # m
-    query_low: Any  # what float32 loses of `query` and `key`
-    key_low: Any
-
-
-class _Rows(NamedTuple):
-    """Prepared instances, as rows or as keys: z in the order of instances, and for the gradient `_Pull` and
-    the sizes (padded rows,) float32."""
-
-    unit: Any  # Matrix (padded rows, padded dimensions); row 2 b + v is view v of instance b
-    pull: Any
-    sizes: Any
-
 
 _LN_2 = tl.constexpr(math.log(2))
 # The similarity of a pair that is no negative: nothing is left of its exponential, yet d of it is no NaN.
@@ -169,9 +119,9 @@ def _prepare_kernel(
     out.
 
     Args:
-        views: _Views (2, B, D). grad_loss: Vector (2 B,).
+        views: Views (2, B, D). grad_loss: Vector (2 B,).
         coefficients: `NTXentCoefficients` (2 B, 5) float64.
-        rows: _Rows to be written.
+        rows: Rows to be written.
         norm: (2 B,) float64. positive: (2 B,) float64, s_ip(i).
         consistency_size: what a row's consistency pulls at either of its terms, all keys together.
     """
@@ -495,7 +445,7 @@ def _gradient_kernel(
     """What a range of keys adds to dz of both views of a block of instances.
 
     Args:
-        rows, key_rows: _Rows.
+        rows, key_rows: Rows.
         target: Vector (B,) int64 or None; see `_own_keys`.
         grad_parts: Matrix (ranges · padded rows, padded dimensions) float32.
         batch, keys: numbers of instances.
@@ -586,7 +536,7 @@ def _finish_kernel(
     """The gradient of some rows of a view: the ranges' parts, the positive's pull, and the chain rule.
 
     Args:
-        views: _Views (2, B, D). gradient: (2, B, D). norm: (2 B,) float64.
+        views: Views (2, B, D). gradient: (2, B, D). norm: (2 B,) float64.
         grad_parts: Matrix (ranges · padded rows, padded dimensions) float32.
         coefficients: `NTXentCoefficients` (2 B, 5) float64.
         grad_loss: Vector (2 B,). target: Vector (B,) int64 or None; see `_own_keys`.
@@ -618,250 +568,11 @@ def _finish_kernel(
     store(Block(to, instance, batch), grad.to(tl.float32), columns, dim)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    padded_rows: int
-    padded_keys: int
-    padded_dim: int
-    prepare: Launch
-    prepare_keys: Launch
-    statistics: Launch
-    gradient: Launch
-    finish: Launch
-
-
-@plan
-def _plan(batch: int, keys: int, consistency: bool, products: Products) -> _Plan:
-    dim, chip = products.dim, products.chip
-    larger = 16 if chip.interpreted else 1
-    gradient_name = "nt_xent.gradient" if consistency else "nt_xent.plain"
-    sizes: dict[str, Any] = {"rows": batch, "keys": 2 * keys, "padded": True, "CONSISTENCY": consistency}
-    statistics = products.walk(
-        "nt_xent.statistics", _statistics_kernel, LANES=lanes(chip.capability), **sizes
-    )
-    gradient = products.walk(gradient_name, _gradient_kernel, **sizes)
-    tiles = [launch.arguments["TILE"] for launch in (statistics, gradient)]
-    widest = max(tile.width or tile.depth for tile in tiles)
-
-    prepared = 4 * larger
-    block = max(prepared, *(max(tile.rows, tile.keys // 2) for tile in tiles))
-    depth = min(64 * larger, max(16, triton.next_power_of_2(dim)))
-    padded_batch, padded_keys = (triton.cdiv(count, block) * block for count in (batch, keys))
-    prepare, prepare_keys = (
-        Launch("nt_xent.prepare", _prepare_kernel, (count // prepared,), {"BLOCK": prepared, "DEPTH": depth})
-        for count in (padded_batch, padded_keys)
-    )
-    columns = triton.next_power_of_2(dim)
-    finished = max(1, larger * 512 // columns)
-    finish = Launch(
-        "nt_xent.finish",
-        _finish_kernel,
-        (triton.cdiv(batch, finished), 2),
-        {"ROWS": finished, "COLUMNS": columns},
-    )
-    padded_dim = triton.cdiv(dim, widest) * widest
-    return _Plan(
-        2 * padded_batch, 2 * padded_keys, padded_dim, prepare, prepare_keys, statistics, gradient, finish
-    )
-
-
-@plan
-def _merge_plan(batch: int, parts: int, interpreted: bool) -> Launch:
-    padded_parts = triton.next_power_of_2(parts)
-    rows = max(1, min(128 if interpreted else 8, 128 // padded_parts))
-    grid = triton.cdiv(batch, rows), 2
-    return Launch("nt_xent.merge", _merge_kernel, grid, {"ROWS": rows, "PARTS": padded_parts})
-
-
-def _statistics_scales(settings: NTXentSettings) -> dict[str, float]:
-    base = settings.consistency_temperature if settings.consistency_weight else settings.temperature
-    return {"scale": LOG2_E / base, "ratio": base / settings.temperature}
-
-
-def _gradient_scales(settings: NTXentSettings) -> dict[str, float]:
-    return {
-        "scale": LOG2_E / settings.temperature,
-        "scale_c": LOG2_E / settings.consistency_temperature,
-    }
-
-
-def _is_relative(settings: NTXentSettings, precision: str) -> bool:
-    """Whether exponentials are taken relative to each row's maximum."""
-    scales = _gradient_scales(settings)
-    largest = max(scales["scale"], scales["scale_c"] if settings.consistency_weight else 0.0)
-    return not settings.normalize or largest > LARGEST_SCALE or precision == "tf32x3"
-
-
-class _Call:
-    """What the kernels of a call share: their plan, and arguments by name."""
-
-    def __init__(self, views: Tensor, settings: NTXentSettings, keys: NTXentKeys | None) -> None:
-        (_, self.batch, self.dim), self.device, self.views = views.shape, views.device, views
-        self.settings, self.keys = settings, keys
-        self.precision = precision_of(views.dtype)
-        self.key_count = self.batch if keys is None else keys.views.shape[1]
-        products = Products(self.dim, views.dtype, self.precision, chip_of(self.device))
-        self.plan = _plan(self.batch, self.key_count, settings.consistency_weight != 0, products)
-        self.walking = {
-            "target": NO_VECTOR if keys is None else vector(keys.target),
-            "batch": self.batch,
-            "keys": self.key_count,
-            "padded_rows": self.plan.padded_rows,
-        }
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return empty(shape, dtype, self.device)
-
-    def prepare(
-        self,
-        views: Tensor,
-        is_keys: bool = False,
-        norm: Tensor | None = None,
-        positive: Tensor | None = None,
-        grad_loss: Tensor | None = None,
-        coefficients: Tensor | None = None,
-    ) -> _Rows:
-        """z of the rows or keys; with a gradient of the losses, how these pull them."""
-        padded_rows, padded_dim = self.plan.padded_rows, self.plan.padded_dim
-        launch = self.plan.prepare
-        if is_keys:
-            padded_rows, launch = self.plan.padded_keys, self.plan.prepare_keys
-        unit = self.empty(padded_rows, padded_dim, dtype=self.views.dtype)
-        rows, relative = _Rows(Matrix(unit, padded_dim, 1), None, None), False
-        if grad_loss is not None:
-            rows = _Rows(rows.unit, self.empty(padded_rows, _PULL.value), self.empty(padded_rows))
-            relative = _is_relative(self.settings, self.precision)
-        launch(
-            views=_Views(views, *views.stride()),
-            grad_loss=NO_VECTOR if grad_loss is None else vector(grad_loss),
-            coefficients=coefficients,
-            rows=rows,
-            norm=norm,
-            positive=positive,
-            batch=views.shape[1],
-            dim=self.dim,
-            tau_c=self.settings.consistency_temperature,
-            consistency_size=self.settings.consistency_weight / (2 * self.settings.consistency_temperature),
-            NORMALIZE=self.settings.normalize,
-            RELATIVE=relative,
-            **_gradient_scales(self.settings),
-        )
-        return rows
-
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        launch = self.plan.statistics
-        positive = self.empty(2 * self.batch, dtype=torch.float64)
-        rows = key_rows = self.prepare(self.views, positive=positive)
-        if self.keys is not None:
-            key_rows = self.prepare(self.keys.views.to(self.views.dtype), is_keys=True)
-        partial = self.empty(launch.grid[1], 2 * self.batch, _PARTIAL.value)
-        launch(
-            unit=rows.unit,
-            key_unit=key_rows.unit,
-            positive=positive,
-            partial=partial,
-            BOUNDED=not _is_relative(self.settings, self.precision),
-            **_statistics_scales(self.settings),
-            **self.walking,
-        )
-        return partial, positive
-
-    def gradient(self, grad_loss: Tensor, coefficients: Tensor) -> Tensor:
-        plan, launch, keys = self.plan, self.plan.gradient, self.keys
-        gradient = self.empty(*self.views.shape, dtype=self.views.dtype)
-        coefficients = coefficients.contiguous()
-        norm = self.empty(2 * self.batch, dtype=torch.float64)
-        rows = self.prepare(self.views, False, norm, None, grad_loss, coefficients)
-        key_rows = rows
-        if keys is not None:
-            assert keys.grad_loss is not None
-            assert keys.coefficients is not None
-            key_rows = self.prepare(
-                keys.views.to(self.views.dtype),
-                is_keys=True,
-                grad_loss=keys.grad_loss,
-                coefficients=keys.coefficients.contiguous(),
-            )
-        ranges = launch.grid[1]
-        parts = self.empty(ranges, plan.padded_rows, plan.padded_dim)
-        launch(
-            rows=rows,
-            key_rows=key_rows,
-            grad_parts=Matrix(parts, plan.padded_dim, 1),
-            padded_keys=plan.padded_keys,
-            RELATIVE=_is_relative(self.settings, self.precision),
-            **_gradient_scales(self.settings),
-            **self.walking,
-        )
-        plan.finish(
-            views=_Views(self.views, *self.views.stride()),
-            norm=norm,
-            grad_parts=Matrix(parts, plan.padded_dim, 1),
-            coefficients=coefficients,
-            grad_loss=vector(grad_loss),
-            target=self.walking["target"],
-            gradient=gradient,
-            batch=self.batch,
-            dim=self.dim,
-            padded_rows=plan.padded_rows,
-            ranges=ranges,
-            NORMALIZE=self.settings.normalize,
-        )
-        return gradient
-
-
-def _merge(partial: Tensor, positive: Tensor, settings: NTXentSettings, dtype: torch.dtype) -> Losses:
-    """The losses in that dtype."""
-    (parts, rows, _), device = partial.shape, partial.device
-    loss, instance_loss, consistency_loss = (empty((rows,), dtype, device) for _ in range(3))
-    rank = empty((rows,), torch.int64, device)
-    coefficients = empty((rows, _COEFFICIENTS.value), torch.float64, device)
-    losses = Losses(loss, instance_loss, consistency_loss, rank, coefficients)
-    _merge_plan(rows // 2, parts, chip_of(device).interpreted)(
-        partial=partial,
-        positive=positive,
-        losses=losses,
-        batch=rows // 2,
-        parts=parts,
-        tau=settings.temperature,
-        tau_c=settings.consistency_temperature,
-        consistency_weight=settings.consistency_weight,
-        CONSISTENCY=settings.consistency_weight != 0,
-        **_statistics_scales(settings),
-    )
-    return losses
-
-
-@replayed
-def nt_xent(views: Tensor, settings: NTXentSettings) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.nt_xent`; float16, bfloat16 and float32, D up to 1024."""
-    with current(views):
-        partial, positive = _Call(views, settings, None).statistics()
-        return tuple(_merge(partial, positive, settings, torch.float32))
-
-
-def nt_xent_statistics(
-    views: Tensor, settings: NTXentSettings, keys: NTXentKeys | None = None
-) -> tuple[Tensor, Tensor]:
-    """See `reference.nt_xent_statistics`."""
-    with current(views):
-        return _Call(views, settings, keys).statistics()
-
-
-def nt_xent_merge(partial: Tensor, positive: Tensor, settings: NTXentSettings) -> Losses:
-    """See `reference.nt_xent_merge`."""
-    with current(partial):
-        return _merge(partial.contiguous(), positive.contiguous(), settings, torch.float64)
-
-
-@replayed
-def nt_xent_gradient(
-    grad_loss: Tensor,
-    views: Tensor,
-    coefficients: Tensor,
-    settings: NTXentSettings,
-    keys: NTXentKeys | None = None,
-) -> Tensor:
-    """See `reference.nt_xent_gradient`."""
-    with current(views):
-        return _Call(views, settings, keys).gradient(grad_loss, coefficients)
+KERNELS = {
+    "nt_xent.prepare": _prepare_kernel,
+    "nt_xent.statistics": _statistics_kernel,
+    "nt_xent.merge": _merge_kernel,
+    "nt_xent.gradient": _gradient_kernel,
+    "nt_xent.plain": _gradient_kernel,
+    "nt_xent.finish": _finish_kernel,
+}

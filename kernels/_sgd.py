@@ -8,13 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.autograd.graph import increment_version
-
-from .._contract import SGDSettings
-from ._launch import Launch, current, matrix, plan
-
-_BLOCK = 2048
 
 
 @triton.jit
@@ -47,26 +40,4 @@ def _sgd_kernel(
     tl.store(to, w.to(weight.data.dtype.element_ty), mask=inside)
 
 
-@plan
-def _plan(count: int) -> Launch:
-    return Launch("sgd", _sgd_kernel, (triton.cdiv(count, _BLOCK),), {"BLOCK": _BLOCK})
-
-
-def sgd_(weight: Tensor, momentum_buffer: Tensor, grad: Tensor, sgd: SGDSettings) -> None:
-    """See `reference.sgd_`; computed in float32."""
-    lr, momentum, weight_decay, nesterov = sgd
-    contiguous = all(x.is_contiguous() for x in (weight, momentum_buffer, grad))
-    with current(weight):
-        _plan(weight.numel())(
-            weight=matrix(weight),
-            momentum_buffer=matrix(momentum_buffer),
-            grad=matrix(grad),
-            count=weight.numel(),
-            dim=weight.shape[1],
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            NESTEROV=nesterov,
-            CONTIGUOUS=contiguous,
-        )
-    increment_version((momentum_buffer, weight))
+KERNELS = {"sgd": _sgd_kernel}

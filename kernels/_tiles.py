@@ -5,60 +5,12 @@ Nothing in it spills registers, and all of it fits the architecture's shared mem
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from ..gpu.launch import INTERPRETER
+from ..gpu.tiles import Tiling
+from ..gpu.tiles import table as _table
 
-
-class Tiling(NamedTuple):
-    """How a kernel cuts its work; a line of a table.
-
-    Attributes:
-        held: rows that a program holds. They are the query's, or views of ConIC; those of a program of
-            `conic.statistics` and `conic.weight` are keys, which are the weight's rows. NT-Xent's are
-            instances, two views each.
-        walked: rows of a step of its loop: keys, or views where keys are held.
-        depth: dimensions multiplied at once; longer rows are multiplied in chunks of this many.
-        width: dimensions of the gradient that a program adds up where rows are multiplied in chunks. Each
-            further program for the same rows and keys computes their similarities again.
-        warps: threads of a program, divided by 32.
-        stages: tiles of what is walked in flight.
-        programs: programs that a multiprocessor holds at a time.
-        stacked: whether the rows of query and key, or of both views, are multiplied as one block: a warp
-            reads keys once for both; where a product takes two groups of warps, each has the rows of one
-            kind, and not half of every row.
-    """
-
-    held: int
-    walked: int
-    depth: int
-    width: int
-    warps: int
-    stages: int
-    programs: int
-    stacked: bool = False
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
-
-
-# By the kernel, the precision, and the largest D served.
-Table = dict[tuple[str, str, int], Tiling]
-
-
-def _table(text: str) -> Table:
-    header, *lines = text.strip().splitlines()
-    columns = header.split()[3:]
-    table = {}
-    for line in lines:
-        name, precision, dim, *numbers = line.split("#")[0].split()
-        stacked = numbers[-1] == "stacked"
-        fields = dict(zip(columns, (int(number) for number in numbers[: len(columns)]), strict=True))
-        table[name, precision, int(dim)] = Tiling(**fields, stacked=stacked)
-    return table
-
-
-# Precisions are those of `_launch.precision_of`. Without the consistency term NT-Xent's gradient is "plain",
-# and has registers left for longer tiles.
+# Precisions are those of `precision_of`. Without the consistency term NT-Xent's gradient is "plain", and has
+# registers left for longer tiles.
 
 # A100: 163 KiB of shared memory a program. What binds it is how often warps read keys from there: a warp that
 # multiplies rows of both kinds reads them once for the two.
@@ -238,7 +190,6 @@ nt_xent.gradient    half     1024   256    256   512   512     4      1        1
 nt_xent.plain       half     1024   256    256  1024  1024     4      1        1  stacked
 """)
 
-INTERPRETER = (0, 0)
 TABLES = {INTERPRETER: INTERPRETED, (8, 0): AMPERE, (9, 0): HOPPER, (10, 0): BLACKWELL, (10, 3): BLACKWELL}
 
 

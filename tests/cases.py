@@ -23,15 +23,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def refusal(backend: str, dtype: torch.dtype) -> str | None:
+def refusal(backend: str, dtype: torch.dtype, operator: str = "co2") -> str | None:
     """Why a backend does not serve a dtype."""
-    reason: str | None = import_module(BACKENDS[backend]).refuses("co2", torch.empty(1, 1, dtype=dtype))
+    reason: str | None = import_module(BACKENDS[backend]).refuses(operator, torch.empty(1, 1, dtype=dtype))
     return reason
 
 
-def require(backend: str, dtype: torch.dtype) -> None:
+def require(backend: str, dtype: torch.dtype, operator: str = "co2") -> None:
     """Skips the test where the backend does not serve a dtype."""
-    if reason := refusal(backend, dtype):
+    if reason := refusal(backend, dtype, operator):
         pytest.skip(reason)
 
 

@@ -22,7 +22,9 @@ from tests.gpu_emulator.ptx import Fault, UnknownInstruction, parse
 emulated = pytest.mark.skipif(not REQUESTED, reason="runs in a process with GPU_EMULATOR=sm_80 or sm_90")
 
 
-def execute(body: str, *arrays: np.ndarray[Any, Any], threads: int = 32, shared: int = 0) -> None:
+def execute(
+    body: str, *arrays: np.ndarray[Any, Any], threads: int = 32, shared: int = 0, grid: int = 1
+) -> None:
     """Run PTX in which %rd1, %rd2, … point to the arrays, %r0 is the thread and %rd0 four times that."""
     names = [f"p{i}" for i in range(len(arrays))]
     head = ", ".join(f".param .u64 {name}" for name in names)
@@ -48,7 +50,7 @@ ret;
         name: np.array([array.ctypes.data], np.uint64).view(np.uint8)
         for name, array in zip(names, arrays, strict=True)
     }
-    Program(parse(ptx)).run((1, 1, 1), memory, parameters, shared)
+    Program(parse(ptx)).run((grid, 1, 1), memory, parameters, shared)
 
 
 def bits(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -98,6 +100,7 @@ def test_float_instructions(opcode: str, expected: Callable[..., Any]) -> None:
         ("div.s32", "-7", lambda x: np.trunc(x.astype(np.float64) / -7).astype(np.int32)),
         ("rem.s32", "-7", lambda x: np.fmod(x, -7)),
         ("max.s32", "-1", lambda x: np.maximum(x, -1)),
+        ("bfi.b32", "77, 3, 5", lambda x: (x & 31) << 3 | 77 & ~(31 << 3)),
     ],
 )
 def test_integer_instructions(opcode: str, operand: str, expected: Callable[..., Any]) -> None:
@@ -119,6 +122,16 @@ def test_reductions_of_a_warp(by: str, expected: Callable[[NDArray[np.int32]], n
         numbers, out,
     )  # fmt: skip
     np.testing.assert_array_equal(out, expected(numbers))
+
+
+def test_reciprocals_and_doubles() -> None:
+    x, out = numbers(0).astype(np.float64), np.zeros(32)
+    execute(
+        """shl.b64 %rd3, %rd0, 1; add.s64 %rd4, %rd1, %rd3; add.s64 %rd5, %rd2, %rd3; cvta.to.global.u64 %rd6, %rd4;
+        ld.global.f64 %rd7, [%rd6]; rcp.rn.f64 %rd8, %rd7; st.global.f64 [%rd5], %rd8;""",
+        x, out,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out, 1 / x)
 
 
 def test_branches_meet_again() -> None:
@@ -176,6 +189,69 @@ def test_mma() -> None:
     product = a.astype(np.float64) @ b.astype(np.float64).T
     expected = np.stack([product[row + 8 * (i // 2), pair + i % 2] for i in range(4)], 1)
     np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def words(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """(32, n) halves, or floats, as a thread's registers."""
+    return np.ascontiguousarray(x).view(np.uint32)
+
+
+def test_mma_of_a_depth_of_eight() -> None:
+    """m16n8k8 of half precision, which takes half of the registers that TF32 does in this shape."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((16, 8)).astype(np.float16), rng.standard_normal((8, 8)).astype(np.float16)
+    lane = np.arange(32)
+    row, pair = lane // 4, 2 * (lane % 4)
+    left = np.stack([a[row + 8 * i, pair + j] for i in range(2) for j in range(2)], 1)
+    right = np.stack([b[row, pair + j] for j in range(2)], 1)
+    total, out = rng.standard_normal((32, 4)).astype(np.float32), np.zeros((32, 4), np.float32)
+    execute(
+        """mul.wide.u32 %rd5, %r0, 8; mul.wide.u32 %rd6, %r0, 16; add.s64 %rd7, %rd1, %rd5; add.s64 %rd8, %rd2, %rd0;
+        add.s64 %rd9, %rd3, %rd6; add.s64 %rd10, %rd4, %rd6; ld.global.v2.u32 {%r1, %r2}, [%rd7];
+        ld.global.nc.u32 %r3, [%rd8]; ld.global.nc.v4.f32 {%r4, %r5, %r6, %r7}, [%rd9];
+        mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32
+            {%r4, %r5, %r6, %r7}, {%r1, %r2}, {%r3}, {%r4, %r5, %r6, %r7};
+        st.global.v4.f32 [%rd10], {%r4, %r5, %r6, %r7};""",
+        words(left), words(right), total, out,
+    )  # fmt: skip
+    product = a.astype(np.float64) @ b.astype(np.float64).T
+    expected = total + np.stack([product[row + 8 * (i // 2), pair + i % 2] for i in range(4)], 1)
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["col", "row"])
+def test_mma_of_quad_pairs(layout: str) -> None:
+    """m8n8k4, of which a warp has four: a quad pair is lanes 4 q to 4 q + 3 and those 16 further on."""
+    rng = np.random.default_rng(0)
+    a, b = (
+        rng.standard_normal((4, 8, 4)).astype(np.float16),
+        rng.standard_normal((4, 4, 8)).astype(np.float16),
+    )
+    left, right = np.zeros((32, 4), np.float16), np.zeros((32, 4), np.float16)
+    total, expected = rng.standard_normal((32, 8)).astype(np.float32), np.zeros((32, 8))
+    product = a.astype(np.float64) @ b.astype(np.float64)
+    for lane in range(32):
+        pair, upper = lane % 16 // 4, lane // 16
+        for i in range(4):
+            left[lane, i] = a[pair, lane % 4 + 4 * upper, i]
+            by_columns, by_rows = b[pair, i, lane % 4 + 4 * upper], b[pair, lane % 4, i + 4 * upper]
+            right[lane, i] = by_columns if layout == "col" else by_rows
+        for i in range(8):
+            row, column = (lane & 1) + (i & 2) + 4 * upper, (i & 4) + (lane & 2) + (i & 1)
+            expected[lane, i] = total[lane, i] + product[pair, row, column]
+    out = np.zeros((32, 8), np.float32)
+    sums = ", ".join(f"%r{i}" for i in range(10, 18))
+    execute(
+        f"""mul.wide.u32 %rd5, %r0, 8; mul.wide.u32 %rd6, %r0, 32; add.s64 %rd7, %rd1, %rd5; add.s64 %rd8, %rd2, %rd5;
+        add.s64 %rd9, %rd3, %rd6; add.s64 %rd10, %rd4, %rd6; ld.global.v2.u32 {{%r1, %r2}}, [%rd7];
+        ld.global.v2.u32 {{%r3, %r4}}, [%rd8]; ld.global.v4.u32 {{%r10, %r11, %r12, %r13}}, [%rd9];
+        ld.global.v4.u32 {{%r14, %r15, %r16, %r17}}, [%rd9+16];
+        mma.sync.aligned.m8n8k4.row.{layout}.f32.f16.f16.f32 {{{sums}}}, {{%r1, %r2}}, {{%r3, %r4}}, {{{sums}}};
+        st.global.v4.u32 [%rd10], {{%r10, %r11, %r12, %r13}};
+        st.global.v4.u32 [%rd10+16], {{%r14, %r15, %r16, %r17}};""",
+        words(left), words(right), total, out,
+    )  # fmt: skip
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
 
 
 def multiply(
@@ -239,10 +315,104 @@ def test_a_missing_barrier_is_a_race(barrier: str) -> None:
             execute(body, out, threads=64, shared=256)
 
 
+@pytest.mark.parametrize(("by", "expected"), [("or", [1, 0]), ("and", [0, 0])])
+def test_a_vote_is_a_barrier(by: str, expected: list[int]) -> None:
+    """What one thread of the first of two blocks says; and what was written before it is there for all."""
+    out = np.zeros((2, 64, 2), np.int32)
+    body = f"""mov.u32 %r5, %ctaid.x; shl.b32 %r6, %r5, 6; add.s32 %r6, %r6, %r0; setp.eq.s32 %p1, %r6, 37;
+        shl.b32 %r1, %r0, 2; st.shared.b32 [%r1], %r0; bar.red.{by}.pred %p2, 0, %p1; xor.b32 %r2, %r1, 128;
+        ld.shared.b32 %r3, [%r2]; selp.b32 %r4, 1, 0, %p2; mul.wide.u32 %rd2, %r6, 8; add.s64 %rd3, %rd1, %rd2;
+        st.global.v2.b32 [%rd3], {{%r4, %r3}};"""
+    execute(body, out, threads=64, shared=256, grid=2)
+    np.testing.assert_array_equal(out[:, :, 0], np.repeat([expected], 64, 0).T)
+    np.testing.assert_array_equal(out[:, :, 1], np.repeat([np.arange(64) ^ 32], 2, 0))
+
+
+def test_threads_that_miss_a_vote() -> None:
+    with pytest.raises(Fault, match="not at its barrier"):
+        execute("setp.lt.s32 %p1, %r0, 20; @%p1 bar.red.or.pred %p2, 0, %p1;")
+
+
+@pytest.mark.parametrize("limits", ["%r2, %r3", "31, -1"])
+def test_a_shuffle_tells_that_its_lane_is_in_the_warp(limits: str) -> None:
+    out = np.zeros((32, 2), np.int32)
+    execute(
+        f"""mov.b32 %r2, 31; mov.b32 %r3, -1; shfl.sync.bfly.b32 %r4|%p1, %r0, 2, {limits}; selp.b32 %r5, 1, 0, %p1;
+        shl.b64 %rd2, %rd0, 1; add.s64 %rd3, %rd1, %rd2; st.global.v2.b32 [%rd3], {{%r4, %r5}};""",
+        out,
+    )
+    np.testing.assert_array_equal(out, np.stack([np.arange(32) ^ 2, np.ones(32)], 1))
+
+
+def test_a_shuffle_of_a_part_of_a_warp_is_unknown() -> None:
+    with pytest.raises(UnknownInstruction, match="a shuffle within a part of a warp"):
+        execute("mov.b32 %r2, 7199; shfl.sync.bfly.b32 %r4|%p1, %r0, 2, %r2, -1;")
+
+
+def run_with_variables(
+    body: str, parameter: bytes, out: np.ndarray[Any, Any], shared: int, threads: int
+) -> None:
+    """A kernel of a struct and a pointer, which has variables in shared memory."""
+    ptx = f""".extern .shared .align 16 .b8 reserved[];
+.visible .entry kernel(
+    .param .align 8 .b8 numbers[{len(parameter)}],
+    .param .u64 .ptr .global .align 1 out
+)
+.maxntid 64, 1, 1
+.minnctapersm 2
+{{
+.reg .pred %p<9>;
+.reg .b32 %r<99>;
+.reg .b64 %rd<99>;
+.shared .align 4 .b8 first[132];
+.shared .align 8 .b8 second[8];
+ld.param.u64 %rd1, [out];
+mov.u32 %r0, %tid.x;
+mul.wide.u32 %rd0, %r0, 4;
+add.s64 %rd2, %rd1, %rd0;
+{body}
+ret;
+}}
+"""
+    memory = GlobalMemory()
+    memory.add(out.ctypes.data, out.nbytes)
+    parameters = {
+        "numbers": np.frombuffer(parameter, np.uint8),
+        "out": np.array([out.ctypes.data], np.uint64).view(np.uint8),
+    }
+    Program(parse(ptx)).run((1, 1, 1), memory, parameters, shared, threads)
+
+
+def test_a_struct_among_the_parameters() -> None:
+    """Read at a place of its own, or at one that a register has; and no further than it goes."""
+    numbers, out = np.arange(4, dtype=np.int64) * 11, np.zeros(32, np.int32)
+    body = """ld.param.u32 %r1, [numbers+8]; mov.b64 %rd3, numbers; ld.param.v2.u64 {%rd4, %rd5}, [%rd3+16];
+        cvt.u32.u64 %r2, %rd5; add.s32 %r3, %r1, %r2; mov.u32 %r4, %ntid.x; add.s32 %r3, %r3, %r4;
+        st.global.b32 [%rd2], %r3;"""
+    run_with_variables(body, numbers.tobytes(), out, shared=0, threads=32)
+    np.testing.assert_array_equal(out, np.full(32, 11 + 33 + 32))
+    with pytest.raises(Fault, match="outside of the parameters"):
+        run_with_variables(body, numbers[:3].tobytes(), out, shared=0, threads=32)
+
+
+def test_variables_in_shared_memory_lie_before_what_a_launch_reserves() -> None:
+    out = np.zeros(32, np.int32)
+    body = """mov.u64 %rd3, first; mov.u64 %rd4, second; mov.u32 %r1, reserved; cvt.u32.u64 %r2, %rd3;
+        cvt.u32.u64 %r3, %rd4; st.shared.b32 [first+128], %r1; st.shared.b32 [%r1+12], %r3; bar.sync 0;
+        mad.lo.s32 %r4, %r3, 1000, %r2; mad.lo.s32 %r5, %r1, 1000000, %r4; st.global.b32 [%rd2], %r5;"""
+    run_with_variables(body, b"", out, shared=16, threads=32)
+    np.testing.assert_array_equal(out, np.full(32, 144 * 1_000_000 + 136 * 1000))
+    with pytest.raises(Fault, match="shared memory out of bounds"):
+        run_with_variables(body, b"", out, shared=15, threads=32)
+    with pytest.raises(Fault, match="where 64 may be"):
+        run_with_variables(body, b"", out, shared=16, threads=96)
+
+
+@pytest.mark.parametrize("load", ["ld.global.b32", "ld.global.nc.f32"])
 @pytest.mark.parametrize("compare", ["lt", "le"])
-def test_a_mask_off_by_one_is_out_of_bounds(compare: str) -> None:
+def test_a_mask_off_by_one_is_out_of_bounds(compare: str, load: str) -> None:
     x = np.ones(20, np.float32)
-    body = f"setp.{compare}.s32 %p1, %r0, 20; add.s64 %rd4, %rd1, %rd0; @%p1 ld.global.b32 %r1, [%rd4];"
+    body = f"setp.{compare}.s32 %p1, %r0, 20; add.s64 %rd4, %rd1, %rd0; @%p1 {load} %r1, [%rd4];"
     if compare == "lt":
         execute(body, x)
     else:

@@ -133,8 +133,17 @@ def test_a_package_without_cpp_is_pure_and_complete(tree: Path, tmp_path: Path) 
         for package in ("contrastive_ops", "kernels", "train_ref")
         for file in (tree / package).rglob("*.py")
     }
+    device_code = {
+        f"contrastive_ops/{file.relative_to(ROOT)}"
+        for pattern in ("*.h", "cuda/*.h")
+        for file in (ROOT / "csrc").glob(pattern)
+    }
     assert recipes
-    assert recipes | modules | {"contrastive_ops/py.typed", "contrastive_ops/_store.pyi"} <= names
+    assert device_code
+    assert not [name for name in names if "csrc/cpu" in name or "csrc/store" in name]
+    assert (
+        recipes | device_code | modules | {"contrastive_ops/py.typed", "contrastive_ops/_store.pyi"} <= names
+    )
     assert {name.partition("/")[0] for name in names if "dist-info" not in name} == {
         "contrastive_ops",
         "train_ref",

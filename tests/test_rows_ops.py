@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from contrastive_ops import _ops
-from tests.cases import require, rows, sizes
+from contrastive_ops import _ops, reference
+from contrastive_ops._contract import SGDSettings
+from tests.cases import DTYPES, require, rows, sizes
 
 ROWS = 300
 
@@ -26,7 +27,7 @@ def permutation(seed: int, count: int, of: int = ROWS) -> torch.Tensor:
 def test_sgd_is_that_of_torch(
     backend: str, dtype: torch.dtype, nesterov: bool, count: int, dim: int, momentum: float, decay: float
 ) -> None:
-    require(backend, dtype)
+    require(backend, dtype, "sgd_")
     weight, buffer, grad = (rows(count, dim, seed, dtype) for seed in range(3))
     expected = torch.nn.Parameter(weight.clone())
     optimizer = torch.optim.SGD([expected], 0.3, momentum, weight_decay=decay, nesterov=nesterov)
@@ -60,6 +61,63 @@ def test_sgd_on_other_strides(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+LAYOUTS = {
+    "rows": lambda x: x.contiguous(),
+    "columns": lambda x: x.mT.contiguous().mT,
+    "every other number": lambda x: x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)[..., ::2].copy_(
+        x
+    ),
+    "reversed dimensions": lambda x: (
+        x.permute(*range(x.ndim)[::-1]).contiguous().permute(*range(x.ndim)[::-1])
+    ),
+}
+
+
+def spaced(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers in a storage of their own."""
+    return LAYOUTS[layout](x.clone())
+
+
+def assert_rounded_once(actual: torch.Tensor, exact: torch.Tensor) -> None:
+    """Half precision is computed in float32 and rounded, wider dtypes are a few roundings off."""
+    eps = torch.finfo(actual.dtype).eps * (1 if actual.dtype.itemsize == 2 else 4)
+    torch.testing.assert_close(actual.double(), exact, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grad_dtype", [None, torch.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sgd_in_every_dtype_and_layout(
+    backend: str, dtype: torch.dtype, grad_dtype: torch.dtype | None, layout: str
+) -> None:
+    if backend == "reference":
+        pytest.skip("it is what others are compared with")
+    require(backend, dtype, "sgd_")
+    weight, buffer, grad = (spaced(rows(37, 65, seed, dtype), layout) for seed in range(3))
+    grad = grad.to(grad_dtype or dtype)
+    exact_weight, exact_buffer = weight.double().contiguous(), buffer.double().contiguous()
+    reference.sgd_(exact_weight, exact_buffer, grad.double(), SGDSettings(0.1, 0.9, 0.01, True))
+    _ops.sgd_(weight, buffer, grad, 0.1, 0.9, 0.01, True, backend)
+    assert_rounded_once(buffer, exact_buffer)
+    assert_rounded_once(weight, exact_weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_exchange_in_every_dtype_and_layout(backend: str, dtype: torch.dtype, layout: str) -> None:
+    require(backend, dtype, "exchange_rows_")
+    weight, buffer = (spaced(rows(9, 1100, seed, dtype), layout) for seed in range(2))
+    incoming, outgoing = (spaced(rows(10, 1100, seed, dtype).view(5, 2, -1), layout) for seed in (2, 3))
+    slots, coming, going = permutation(0, 4, 9), permutation(1, 4, 5), permutation(2, 4, 5)
+    coefficients = rows(4, 4, 4, torch.float64).view(4, 2, 2)
+    wide = [x.double().contiguous() for x in (weight, buffer, incoming, outgoing)]
+    reference.exchange_rows_(*wide[:2], slots, wide[2], coming, coefficients, wide[3], going)
+    _ops.exchange_rows_(weight, buffer, slots, incoming, coming, coefficients, outgoing, going, backend)
+    for actual, exact in zip((weight, buffer), wide[:2], strict=True):
+        assert_rounded_once(actual, exact)
+    assert torch.equal(outgoing.double(), wide[3])  # which are as they were
+
+
 class TestExchange:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("one_storage", [False, True])
@@ -68,7 +126,7 @@ class TestExchange:
         self, backend: str, dtype: torch.dtype, one_storage: bool, count: int, dim: int, seed: int
     ) -> None:
         """Slots are written out as they were, and hold C [w; v] of the rows that come; nothing else moves."""
-        require(backend, dtype)
+        require(backend, dtype, "exchange_rows_")
         weight, buffer = rows(ROWS, dim, seed, dtype), rows(ROWS, dim, seed + 1, dtype)
         slots, order = permutation(seed, count), permutation(seed + 1, 2 * count)
         incoming = rows(2 * ROWS, dim, seed + 2, dtype).view(ROWS, 2, dim)

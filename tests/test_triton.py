@@ -38,11 +38,14 @@ from tests.oracles import (
 triton = pytest.importorskip("triton")
 
 # ruff: noqa: E402
-from contrastive_ops.kernels import _co2, _conic, _launch, _nt_xent, _tiles
-from contrastive_ops.kernels._launch import Chip, Products, steps_a_range
+from contrastive_ops.kernels import _launch, _tiles
+from contrastive_ops.kernels._launch import TRITON, Chip, Products, steps_a_range
 
 from bench import resources, tune
 from contrastive_ops import conic_loss, kernels, nt_xent_loss
+from contrastive_ops.gpu import co2 as _co2
+from contrastive_ops.gpu import conic as _conic
+from contrastive_ops.gpu import nt_xent as _nt_xent
 
 
 def version(module: ModuleType) -> tuple[int, int]:
@@ -61,7 +64,7 @@ SPILLED_BYTES = 0 if TUNED_FOR_THIS_COMPILER else 256
 def test_ranges_of_co2(slow_in_float64: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys in twelve ranges, as on a chip of many multiprocessors; the interpreter's own is of one. On some
     chips a kernel before them measures the rows."""
-    monkeypatch.setattr(_co2, "chip_of", lambda device: Chip((0, 0), 12))
+    monkeypatch.setattr(TRITON, "device_chip", lambda device: Chip((0, 0), 12))
     monkeypatch.setattr(Chip, "is_slow_in_float64", slow_in_float64)
     _launch.forget_plans()
     case = Case(batch=5, keys=1500)
@@ -76,7 +79,7 @@ def test_ranges_of_co2(slow_in_float64: bool, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("batch", "rows"), [(70, 1500), (200, 30)])
 def test_ranges_of_conic(monkeypatch: pytest.MonkeyPatch, batch: int, rows: int) -> None:
     """Many rows of the weight in ranges of several tiles; few of them, and ranges of views."""
-    monkeypatch.setattr(_conic, "chip_of", lambda device: Chip((0, 0), 3))
+    monkeypatch.setattr(TRITON, "device_chip", lambda device: Chip((0, 0), 3))
     case = ConICCase(batch=batch, rows=rows)
     actual = conic_loss_and_gradients(conic_loss, *case.tensors(), **case.settings(), backend="triton")
     for a, e in zip(actual, conic_oracle(*case.tensors(), **case.settings()), strict=True):
@@ -88,9 +91,11 @@ def test_ranges_of_conic(monkeypatch: pytest.MonkeyPatch, batch: int, rows: int)
 def test_ranges_of_nt_xent(monkeypatch: pytest.MonkeyPatch, consistency_weight: float) -> None:
     """Three blocks of instances, and their keys in four ranges of which the last is shorter."""
     chip = Chip((0, 0), 12)
-    monkeypatch.setattr(_nt_xent, "chip_of", lambda device: chip)
+    monkeypatch.setattr(TRITON, "device_chip", lambda device: chip)
     case = NTXentCase(batch=800, consistency_weight=consistency_weight)
-    plan = _nt_xent._plan(800, 800, bool(consistency_weight), Products(16, torch.float32, "tf32x3", chip))
+    plan = _nt_xent._plan(
+        800, 800, bool(consistency_weight), Products(TRITON, 16, torch.float32, "tf32x3", chip)
+    )
     assert plan.statistics.grid[:2] == plan.gradient.grid[:2] == (4, 3)
     actual = nt_xent_loss_and_gradients(nt_xent_loss, *case.tensors(), **case.settings(), backend="triton")
     for a, e in zip(actual, nt_xent_oracle(*case.tensors(), **case.settings()), strict=True):
@@ -377,7 +382,7 @@ def test_no_range_has_more_keys_than_float32_counts(
 ) -> None:
     """Ranks are counted in it, and exact up to 2²⁴."""
     keys = (1 << 30) + 1
-    products = Products(128, torch.bfloat16, "half", Chip(capability, multiprocessors))
+    products = Products(TRITON, 128, torch.bfloat16, "half", Chip(capability, multiprocessors))
     for launch in (
         _co2._plan(256, keys, products).statistics,
         _conic._plan(2, 512, keys, products).statistics,
@@ -390,7 +395,7 @@ def test_calls_are_recorded_and_not_launched() -> None:
     calls = resources.record("co2", (9, 0), "half", 128)
     assert list(calls) == ["co2.statistics", "co2.merge", "co2.gradient", "co2.finish"]
     assert all(set(call.launch.kernel.arg_names) <= set(call.arguments) for (call,) in calls.values())
-    assert _launch.chip_of(torch.device("cpu")) == Chip((0, 0), 1)
+    assert TRITON.chip_of(torch.device("cpu")) == Chip((0, 0), 1)
 
 
 def test_reports_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +429,7 @@ def test_refuses_what_it_does_not_serve(
 
 
 def bfloat16(dim: int, multiprocessors: int) -> Products:
-    return Products(dim, torch.bfloat16, "half", Chip((9, 0), multiprocessors))
+    return Products(TRITON, dim, torch.bfloat16, "half", Chip((9, 0), multiprocessors))
 
 
 @pytest.mark.parametrize("multiprocessors", [4, 108, 132])

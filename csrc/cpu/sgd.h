@@ -3,12 +3,12 @@
 
 #include <type_traits>
 
-#include "../records.h"
+#include "../sgd_math.h"
 #include "matrix.h"
 
 namespace contrastive_ops {
 
-// g = grad + lambda w;  v <- m v + g;  w <- w - eta v, or with nesterov w - eta (g + m v).
+// `SGDStep` on a row of a weight of any dtype and strides.
 class SGD {
  public:
   SGD(const at::Tensor& weight, const at::Tensor& momentum_buffer, const SGDSettings& settings)
@@ -25,17 +25,11 @@ class SGD {
                                 weight_.stride(1)};
       const Strided<weight_t> v{buffer_.mutable_data_ptr<weight_t>() + row * buffer_.stride(0),
                                 buffer_.stride(1)};
-      const T lr = static_cast<T>(settings_.lr), momentum = static_cast<T>(settings_.momentum);
-      const T weight_decay = static_cast<T>(settings_.weight_decay);
-      // The step is lr (along_gradient g + along_velocity v).
-      const T along_gradient = settings_.nesterov ? T(1) : T(0);
-      const T along_velocity = settings_.nesterov ? momentum : T(1);
+      const SGDStep<T> step(settings_);
       for (int64_t d = 0; d < dim; ++d) {
-        const T g = static_cast<T>(grad[d]) + weight_decay * static_cast<T>(w[d]);
-        const T moved = momentum * static_cast<T>(v[d]) + g;
-        v[d] = static_cast<weight_t>(moved);
-        w[d] =
-            static_cast<weight_t>(static_cast<T>(w[d]) - lr * (along_gradient * g + along_velocity * moved));
+        T weight = static_cast<T>(w[d]), velocity = static_cast<T>(v[d]);
+        step.take(static_cast<T>(grad[d]), weight, velocity);
+        v[d] = static_cast<weight_t>(velocity), w[d] = static_cast<weight_t>(weight);
       }
     });
   }

@@ -227,6 +227,22 @@ def _extract(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     return execute
 
 
+def _insert(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    """The lower bits of the first operand in the place of some of the second."""
+    kind = match["type"]
+    bits, into = decoder.read(operands[1], kind), decoder.read(operands[2], kind)
+    begin, length = (decoder.read(operand, "u32") for operand in operands[3:])
+    put = decoder.write(operands[0])
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        first = begin(b).astype(np.uint64)
+        ones = ((np.uint64(1) << length(b).astype(np.uint64)) - np.uint64(1)) << first
+        x = (into(b).astype(np.uint64) & ~ones) | ((bits(b).astype(np.uint64) << first) & ones)
+        put(b, mask, x.astype(NUMPY[kind]))
+
+    return execute
+
+
 def _permute(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     low, high, selector = (decoder.read(operand, "u32") for operand in operands[1:])
     put = decoder.write(operands[0])
@@ -269,6 +285,7 @@ TABLE += [
     (rf"max\.(?P<type>{_INT})", _apply(np.maximum)),
     (rf"sqrt\.rn\.(?P<type>{_FLOAT})", _apply(np.sqrt)),
     (r"rcp\.approx\.ftz\.(?P<type>f64|f32)", _apply(np.reciprocal)),
+    (r"rcp\.rn\.(?P<type>f64|f32)", _apply(np.reciprocal)),
     (r"ex2\.approx(\.ftz)?\.(?P<type>f32)", _apply(_exp2)),
     (r"lg2\.approx(\.ftz)?\.(?P<type>f32)", _apply(_log2)),
     (r"and\.(?P<type>b16|b32|b64|pred)", _apply(np.bitwise_and)),
@@ -288,5 +305,8 @@ TABLE += [
     (r"cvt\.rn\.(?P<to>bf16x2|f16x2)\.f32", _convert_two),
     (r"mov\.(?P<type>[bus](16|32|64)|f32|f64|pred)", _move),
     (r"bfe\.(?P<type>[us](32|64))", _extract),
+    (r"bfi\.(?P<type>b(32|64))", _insert),
     (r"prmt\.b32", _permute),
+    # Addresses of all spaces are those of their own here.
+    (r"cvta\.to\.(global|shared)\.(?P<type>u64)", _move),
 ]

@@ -1,4 +1,4 @@
-"""Puts the emulator in the place of a GPU: a driver library, an assembler, and Triton's choice of both."""
+"""Puts the emulator in the place of a GPU: a driver library, an assembler, and the answers of a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .machine import Program
 from .memory import GlobalMemory
-from .ptx import BYTES, parse
+from .ptx import parse
 
 REQUESTED = os.environ.get("GPU_EMULATOR")
-CAPABILITIES = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
+CAPABILITIES = {"sm_75": (7, 5), "sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
 MULTIPROCESSORS = 4  # few, so that small problems have few programs, and yet several
 # "Assembles" by a copy, so that what the driver is told to load is PTX. Its version is in the key of Triton's
 # cache.
@@ -31,7 +31,7 @@ for argument; do case "$argument" in *.ptx) source="$argument";; esac; done
 cp "$source" "$argument"
 """
 _PROTOTYPE = ctypes.CFUNCTYPE(
-    None, ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.POINTER(ctypes.c_void_p)
+    None, ctypes.c_char_p, *[ctypes.c_uint] * 5, ctypes.POINTER(ctypes.c_void_p)
 )  # fmt: skip
 _kept: list[Any] = []  # what C refers to
 _memory = GlobalMemory()
@@ -43,15 +43,15 @@ def _program(ptx: bytes) -> Program:
     return Program(parse(ptx.decode()))
 
 
-def _launch(ptx: bytes, x: int, y: int, z: int, shared: int, pointers: Any) -> None:
+def _launch(ptx: bytes, x: int, y: int, z: int, threads: int, shared: int, pointers: Any) -> None:
     """No exception passes through C: it is kept for the launcher."""
     try:
         program = _program(ptx)
         parameters = {
-            name: np.frombuffer(ctypes.string_at(pointers[i], BYTES[kind]), np.uint8)
-            for i, (name, kind) in enumerate(program.kernel.parameters.items())
+            name: np.frombuffer(ctypes.string_at(pointers[i], size), np.uint8)
+            for i, (name, size) in enumerate(program.kernel.parameters.items())
         }
-        program.run((x, y, z), _memory, parameters, shared)
+        program.run((x, y, z), _memory, parameters, shared, threads)
     except Exception as error:
         _failure.append(error)
 
@@ -63,7 +63,7 @@ def _tensors(argument: Any) -> list[Tensor]:
 
 
 def start(architecture: str) -> None:
-    """From now on the "triton" backend serves CPU tensors through the emulator of such a GPU."""
+    """From now on the backends for GPUs serve CPU tensors through the emulator, as of "sm_75"."""
     _serve_cpu_tensors(architecture, MULTIPROCESSORS, _PROTOTYPE(_launch))
 
 
@@ -73,9 +73,9 @@ def start_without_launches(architecture: str, multiprocessors: int) -> Callable[
     return _serve_cpu_tensors(architecture, multiprocessors, None).launch_count
 
 
-def _serve_cpu_tensors(architecture: str, multiprocessors: int, callback: Any) -> ctypes.CDLL:
-    """Puts the driver in its place. Launches are handed to the callback, if there is one."""
-    capability = CAPABILITIES[architecture]
+def load_driver(capability: tuple[int, int], multiprocessors: int, callback: Any) -> tuple[ctypes.CDLL, Path]:
+    """The driver library, in place of any other of this process, and the folder that it lies in. Launches are
+    handed to the callback, if there is one."""
     _kept.append(tempfile.TemporaryDirectory(prefix="gpu-emulator-"))
     folder = Path(_kept[-1].name)
     library = folder / "libcuda.so.1"
@@ -85,7 +85,37 @@ def _serve_cpu_tensors(architecture: str, multiprocessors: int, callback: Any) -
         [compiler, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True
     )
     (folder / "libcuda.so").symlink_to(library)
+    libcuda = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    libcuda.launch_count.restype = ctypes.c_long
+    _kept.extend([libcuda, callback])
+    libcuda.emulate(callback, *capability, multiprocessors)
+    return libcuda, folder
 
+
+def _serve_cpu_tensors(architecture: str, multiprocessors: int, callback: Any) -> ctypes.CDLL:
+    capability = CAPABILITIES[architecture]
+    libcuda, folder = load_driver(capability, multiprocessors, callback)
+    if capability >= (8, 0):
+        _serve_by_triton(folder, capability, multiprocessors, callback is not None)
+    _serve_by_cuda(capability, multiprocessors, callback is not None)
+    return libcuda
+
+
+def _begin_launch(tensors: Iterable[Tensor]) -> None:
+    """Tells the emulator which tensors a kernel may touch."""
+    global _memory
+    _memory = GlobalMemory()
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        _memory.add(storage.data_ptr(), storage.nbytes())
+
+
+def _end_launch() -> None:
+    if _failure:
+        raise _failure.pop()
+
+
+def _serve_by_triton(folder: Path, capability: tuple[int, int], multiprocessors: int, emulates: bool) -> None:
     import triton
     from contrastive_ops.kernels import _launch as host
     from triton.backends.nvidia import driver as nvidia
@@ -93,33 +123,22 @@ def _serve_cpu_tensors(architecture: str, multiprocessors: int, callback: Any) -
     from contrastive_ops import kernels
 
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    if callback is not None:
+    if emulates:
         assembler = folder / "ptxas"
         assembler.write_text(_ASSEMBLER.format(real=Path(nvidia.__file__).parent / "bin" / "ptxas"))
         assembler.chmod(0o755)
         os.environ["TRITON_PTXAS_PATH"] = str(assembler)
-    libcuda = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    libcuda.launch_count.restype = ctypes.c_long
-    _kept.extend([libcuda, callback])
-    libcuda.emulate(callback, *capability, multiprocessors)
 
     class Launcher(nvidia.CudaLauncher):  # type: ignore[misc]
-        """Tells the emulator which tensors a kernel may touch."""
-
         def __call__(self, *arguments: Any) -> None:
-            global _memory
-            _memory = GlobalMemory()
-            for tensor in _tensors(arguments):
-                storage = tensor.untyped_storage()
-                _memory.add(storage.data_ptr(), storage.nbytes())
+            _begin_launch(_tensors(arguments))
             super().__call__(*arguments)
-            if _failure:
-                raise _failure.pop()
+            _end_launch()
 
     class Driver(nvidia.CudaDriver):  # type: ignore[misc]
         def __init__(self) -> None:
             self.utils = nvidia.CudaUtils()
-            self.launcher_cls = nvidia.CudaLauncher if callback is None else Launcher
+            self.launcher_cls = Launcher if emulates else nvidia.CudaLauncher
             self.get_device_capability = lambda device=None: capability
             self.get_current_stream = lambda device=None: 0
             self.get_current_device = lambda: 0
@@ -139,8 +158,42 @@ def _serve_cpu_tensors(architecture: str, multiprocessors: int, callback: Any) -
 
     kernels.refuses = refuses_as_gpu
     chip = host.Chip(capability, multiprocessors)
-    setattr(host, "_device_chip", lambda device: chip)  # noqa: B010
-    return libcuda
+    setattr(host.TRITON, "device_chip", lambda device: chip)  # noqa: B010
+
+
+def _serve_by_cuda(capability: tuple[int, int], multiprocessors: int, emulates: bool) -> None:
+    """What is compiled is PTX where it is to be emulated, and machine code as for a GPU where it is not."""
+    from contrastive_ops import cuda
+    from contrastive_ops.cuda import _launch as host
+    from contrastive_ops.cuda._driver import Run
+    from contrastive_ops.gpu.launch import Chip
+
+    class EmulatedRun(Run):
+        def __call__(self, stream: int, *arguments: Any) -> None:
+            _begin_launch(_tensors(arguments))
+            super().__call__(stream, *arguments)
+            _end_launch()
+
+    class EmulatedKernels(host.CudaKernels):
+        device_type = "cpu"
+
+        def device_chip(self, device: torch.device) -> Chip:
+            return Chip(capability, multiprocessors)
+
+        def current_device(self) -> int:
+            return 0
+
+        def current_stream(self) -> int:
+            return 0
+
+        def target(self, device: int) -> str:
+            return f"{'compute' if emulates else 'sm'}_{capability[0]}{capability[1]}"
+
+        def run(self, *arguments: Any) -> Run:
+            return EmulatedRun(*arguments) if emulates else Run(*arguments)
+
+    host.KERNELS = EmulatedKernels()
+    setattr(cuda, "unavailable", lambda: None)  # noqa: B010
 
 
 def start_if_requested() -> None:

@@ -12,6 +12,7 @@ from .memory import Array, GlobalMemory, SharedMemory
 from .ptx import BYTES, Fault, Instruction, Kernel, UnknownInstruction
 
 THREADS_AT_ONCE = 2048
+PARAMETER = 20  # the bits of a parameter's address; those above are its number
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 NUMPY: dict[str, Any] = {
     "u8": np.uint8, "b8": np.uint8, "s8": np.int8, "u16": np.uint16, "b16": np.uint16, "s16": np.int16,
@@ -27,19 +28,22 @@ class Blocks:
     """The state of some blocks that run at once: a value a thread for each register."""
 
     def __init__(
-        self, kernel: Kernel, indices: Array, memory: GlobalMemory, parameters: dict[str, Array], shared: int
+        self, threads: int, indices: Array, memory: GlobalMemory, parameters: dict[str, Array], shared: int
     ) -> None:
         count = len(indices)
-        self.count, self.threads = count * kernel.threads, kernel.threads
-        self.block = np.repeat(np.arange(count), kernel.threads)
-        thread = np.tile(np.arange(kernel.threads), count)
+        self.count, self.threads = count * threads, threads
+        self.block = np.repeat(np.arange(count), threads)
+        thread = np.tile(np.arange(threads), count)
         self.warp = thread // 32  # within its block
-        self.special = {"%tid.x": thread.astype(np.uint32)}
+        self.special = {
+            "%tid.x": thread.astype(np.uint32),
+            "%ntid.x": np.full(self.count, threads, np.uint32),
+        }
         for axis, name in enumerate("xyz"):
-            self.special[f"%ctaid.{name}"] = np.repeat(indices[:, axis], kernel.threads).astype(np.uint32)
+            self.special[f"%ctaid.{name}"] = np.repeat(indices[:, axis], threads).astype(np.uint32)
         self.registers: dict[str, Array] = {}
         self.memory, self.parameters = memory, parameters
-        self.shared = SharedMemory(shared, count, kernel.threads // 32)
+        self.shared = SharedMemory(shared, count, threads // 32)
         # Not yet landed: group, threads, bytes, data.
         self.copies: list[tuple[Array, Array, Array, Array]] = []
         self.committed = np.zeros(self.count, np.int64)  # groups of copies, a thread
@@ -84,11 +88,15 @@ class Decoder:
         return typed
 
     def _raw(self, operand: str, kind: str) -> Read:
-        special = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z")
+        special = ("%tid.x", "%ntid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z")
         if operand in special:
             return lambda b: b.special[operand]
-        if operand == "global_smem":
-            return lambda b: np.zeros(b.count, np.uint64)
+        if operand in self.kernel.parameters:
+            return self._constant(
+                UNSIGNED[BYTES[kind]](list(self.kernel.parameters).index(operand) << PARAMETER)
+            )
+        if operand in self.kernel.variables:
+            return self._constant(UNSIGNED[BYTES[kind]](self.kernel.variables[operand]))
         if re.fullmatch(r"0[fd][0-9A-Fa-f]+", operand):
             wide = operand[1] == "d"
             value = int(operand[2:], 16)
@@ -179,14 +187,24 @@ class Program:
             self._steps.append((instruction, predicate, step))
 
     def run(
-        self, grid: tuple[int, int, int], memory: GlobalMemory, parameters: dict[str, Array], shared: int
+        self,
+        grid: tuple[int, int, int],
+        memory: GlobalMemory,
+        parameters: dict[str, Array],
+        shared: int,
+        threads: int | None = None,
     ) -> None:
+        """A launch with that many bytes of shared memory, and threads a block; None for as many as may be."""
+        threads = threads or self.kernel.threads
+        if threads > self.kernel.threads or threads % 32:
+            raise Fault(f"{threads} threads a block, where {self.kernel.threads} may be, and whole warps")
+        shared += self.kernel.static_shared
         indices = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 3)
-        at_once = max(1, THREADS_AT_ONCE // self.kernel.threads)
+        at_once = max(1, THREADS_AT_ONCE // threads)
         with np.errstate(all="ignore"):
             for first in range(0, len(indices), at_once):
                 some = indices[first : first + at_once]
-                self._run(Blocks(self.kernel, some, memory, parameters, shared))
+                self._run(Blocks(threads, some, memory, parameters, shared))
 
     def _run(self, b: Blocks) -> None:
         """Threads that are at different instructions execute the earliest first, so those that branched apart

@@ -48,9 +48,11 @@ def _fragment(registers: list[Array], kind: str, rows: int) -> Array:
 
 
 def _mma(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    """Of 16 rows and 8 columns; a depth of 32 bytes takes 4 and 2 registers, one of 16 half as many."""
     kind = match["kind"]
     names = [decoder.braced(operand) for operand in operands]
-    if [len(x) for x in names] != [4, 4, 2, 4]:
+    each = 1 if (kind, match["depth"]) == ("f16", "8") else 2
+    if [len(x) for x in names] != [4, 2 * each, each, 4]:
         raise UnknownInstruction("registers of a product")
     puts = [decoder.write(x) for x in names[0]]
     a, b_, c = ([decoder.read(x, "b32") for x in some] for some in names[1:])
@@ -62,6 +64,41 @@ def _mma(decoder: Decoder, match: Match, operands: Operands) -> Execute:
         product = left @ right.transpose(0, 2, 1)
         for i, (put, total) in enumerate(zip(puts, c, strict=True)):
             part = product[:, _GROUP + 8 * (i // 2), 2 * _IN_GROUP + i % 2].reshape(-1)
+            put(b, mask, (part + total(b).view(np.float32)).astype(np.float32))
+
+    return execute
+
+
+# Of the 8 threads of a quad pair, four and the four 16 further on, each has a row of A and a column of B.
+_PAIR, _OF_PAIR = _LANE >> 2 & 3, (_LANE & 3) + 4 * (_LANE >> 4)
+
+
+def _quad_pairs(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    """Four products of 8 rows, 8 columns and a depth of 4: one of each quad pair of a warp."""
+    names = [decoder.braced(operand) for operand in operands]
+    if [len(x) for x in names] != [8, 2, 2, 8]:
+        raise UnknownInstruction("registers of a product")
+    puts = [decoder.write(x) for x in names[0]]
+    a, b_, c = ([decoder.read(x, "b32") for x in some] for some in names[1:])
+
+    def four_halves(registers: list[Array]) -> Array:
+        """(warps, quad pairs, threads of each, 4)."""
+        bits = np.stack(registers, 1).view(np.float16).astype(np.float64).reshape(-1, 32, 4)
+        fragment = np.empty((bits.shape[0], 4, 8, 4))
+        fragment[:, _PAIR, _OF_PAIR] = bits
+        return fragment
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        b.active_warps(mask)
+        left, right = four_halves([x(b) for x in a]), four_halves([x(b) for x in b_])
+        if match["layout"] == "col":
+            right = right.transpose(0, 1, 3, 2)
+        else:  # a thread has four columns of a row: the first four threads the left half
+            right = right.reshape(-1, 4, 2, 4, 4).transpose(0, 1, 3, 2, 4).reshape(-1, 4, 4, 8)
+        product = left @ right
+        for i, (put, total) in enumerate(zip(puts, c, strict=True)):
+            row, column = (_LANE & 1) + (i & 2) + 4 * (_LANE >> 4), (i & 4) + (_LANE & 2) + (i & 1)
+            part = product[:, _PAIR, row, column].reshape(-1)
             put(b, mask, (part + total(b).view(np.float32)).astype(np.float32))
 
     return execute
@@ -168,8 +205,9 @@ def _wait_products(decoder: Decoder, match: Match, operands: Operands) -> Execut
 
 
 TABLE: list[tuple[str, Callable[[Decoder, Match, Operands], Execute]]] = [
-    (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(?P<kind>f16|bf16)\.(?P=kind)\.f32", _mma),
-    (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.(?P<kind>tf32)\.tf32\.f32", _mma),
+    (r"mma\.sync\.aligned\.m16n8k(?P<depth>16)\.row\.col\.f32\.(?P<kind>f16|bf16)\.(?P=kind)\.f32", _mma),
+    (r"mma\.sync\.aligned\.m16n8k(?P<depth>8)\.row\.col\.f32\.(?P<kind>tf32|f16)\.(?P=kind)\.f32", _mma),
+    (r"mma\.sync\.aligned\.m8n8k4\.row\.(?P<layout>row|col)\.f32\.f16\.f16\.f32", _quad_pairs),
     (r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k(?P<k>16|8)\.f32\.(?P<kind>f16|bf16|tf32)\.(?P=kind)",
      _wgmma),
     (r"wgmma\.fence\.sync\.aligned", nothing),

@@ -1,4 +1,4 @@
-"""Reads PTX: the kernel of a module, its instructions and its labels."""
+"""Reads PTX: a kernel of a module, its instructions, its labels, and its variables in shared memory."""
 
 from __future__ import annotations
 
@@ -33,17 +33,32 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """A kernel as it was parsed. `registers` maps prefixes to types, `labels` to indices of instructions."""
+    """A kernel as it was parsed.
+
+    Attributes:
+        parameters: how many bytes each has.
+        threads: of a block, or how many it may have at most.
+        variables: where those in shared memory begin. What a launch reserves comes after them.
+        static_shared: how many bytes they take.
+        registers: from prefixes of names to types.
+        labels: to indices of instructions.
+    """
 
     name: str
-    parameters: dict[str, str]
+    parameters: dict[str, int]
     threads: int
+    variables: dict[str, int] = field(default_factory=dict)
+    static_shared: int = 0
     registers: dict[str, str] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
 
 
 _ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)\s*((?:\.\w+ [\d, ]+\s*)*)\{", re.DOTALL)
+_PARAMETER = re.compile(
+    r"\.param(?: \.align \d+)? \.(\w+)(?: \.ptr \.global \.align \d+)? (\w+)(?:\[(\d+)\])?"
+)
+_SHARED = re.compile(r"(\.extern )?\.shared \.align (\d+) \.(\w+) ([\w$]+)\[(\d*)\]")
 _IGNORED = (".loc", ".file", ".pragma")
 
 
@@ -58,15 +73,17 @@ def parse(ptx: str) -> Kernel:
     entry = entries[0]
     parameters = {}
     for parameter in filter(str.strip, entry[2].split(",")):
-        words = parameter.split()
-        kind = words[1].removeprefix(".")
-        if words[0] != ".param" or kind not in BYTES:
+        match = _PARAMETER.fullmatch(" ".join(parameter.split()))
+        if not match or match[1] not in BYTES:
             raise UnknownInstruction(f"parameter {parameter.strip()}")
-        parameters[words[-1]] = kind
+        parameters[match[2]] = BYTES[match[1]] * int(match[3] or 1)
     threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", entry[3])
     if not threads:
         raise UnknownInstruction("the kernel does not tell how many threads a block has")
     kernel = Kernel(entry[1], parameters, int(threads[1]))
+    reserved = [_share(kernel, match) for match in _SHARED.finditer(text)]
+    for name in filter(None, reserved):
+        kernel.variables[name] = kernel.static_shared
     line = text.count("\n", 0, entry.end()) + 1
     depth, statement = 1, ""
     for row in text[entry.end() :].split("\n"):
@@ -95,7 +112,20 @@ def parse(ptx: str) -> Kernel:
     raise UnknownInstruction("the kernel does not end")
 
 
+def _share(kernel: Kernel, match: re.Match[str]) -> str | None:
+    """Gives a variable its place in shared memory; the name of one whose size a launch tells is returned."""
+    is_extern, alignment, kind, name, count = match.groups()
+    kernel.static_shared = -(-kernel.static_shared // int(alignment)) * int(alignment)
+    if is_extern:
+        return name
+    kernel.variables[name] = kernel.static_shared
+    kernel.static_shared += BYTES[kind] * int(count)
+    return None
+
+
 def _add(kernel: Kernel, statement: str, line: int) -> None:
+    if _SHARED.fullmatch(statement):
+        return
     if declared := re.fullmatch(r"\.reg \.(\w+)\s+(.*)", statement):
         for name in declared[2].split(","):
             kernel.registers[re.sub(r"<\d+>$", "", name.strip())] = declared[1]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .machine import NUMPY, Blocks, Decoder, Execute, Mask
+from .machine import NUMPY, PARAMETER, Blocks, Decoder, Execute, Mask
 from .memory import Array
 from .ptx import BYTES, Fault, UnknownInstruction
 
@@ -16,10 +16,26 @@ Operands = tuple[str, ...]
 
 
 def _load_parameter(decoder: Decoder, match: Match, operands: Operands) -> Execute:
-    name, put, kind = operands[1].strip("[] "), decoder.write(operands[0]), match["type"]
-    if name not in decoder.kernel.parameters or BYTES[decoder.kernel.parameters[name]] != BYTES[kind]:
-        raise UnknownInstruction(f"parameter {name}")
-    return lambda b, mask: put(b, mask, np.full(b.count, b.parameters[name].view(NUMPY[kind])[0]))
+    kind, address = match["type"], decoder.address(operands[1])
+    puts, names = (
+        [decoder.write(part) for part in decoder.braced(operands[0])],
+        list(decoder.kernel.parameters),
+    )
+    width = len(puts) * BYTES[kind]
+    if len(puts) != int(match["vector"] or 1):
+        raise UnknownInstruction(f"{len(puts)} registers")
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        """All threads read the same."""
+        at = np.unique(address(b)[b.all(mask)]).tolist()
+        parameter, first = at[0] >> PARAMETER, at[0] & ((1 << PARAMETER) - 1)
+        if len(at) > 1 or parameter >= len(names) or first + width > b.parameters[names[parameter]].size:
+            raise Fault("an access outside of the parameters, or by threads one by one")
+        numbers = b.parameters[names[parameter]][first : first + width].view(NUMPY[kind])
+        for put, number in zip(puts, numbers, strict=True):
+            put(b, mask, np.full(b.count, number))
+
+    return execute
 
 
 def _load(decoder: Decoder, match: Match, operands: Operands) -> Execute:
@@ -125,18 +141,35 @@ def _barrier(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     return execute
 
 
+def _vote_of_block(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    """A barrier that tells all threads of a block whether one, or each, of them says so."""
+    meet, put = _barrier(decoder, match, operands[1:2]), decoder.write(operands[0])
+    source, combine = decoder.read(operands[2], "pred"), {"or": np.any, "and": np.all}[match["by"]]
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        meet(b, mask)
+        put(b, mask, np.repeat(combine(source(b).reshape(-1, b.threads), axis=1), b.threads))
+
+    return execute
+
+
 def nothing(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     return lambda b, mask: None
 
 
 def _shuffle(decoder: Decoder, match: Match, operands: Operands) -> Execute:
-    if operands[3:] != ("31", "-1") or "|" in operands[0]:
-        raise UnknownInstruction("a shuffle within a part of a warp")
-    source, lane = decoder.read(operands[1], "b32"), decoder.read(operands[2], "u32")
-    put, butterfly = decoder.write(operands[0]), match["mode"] == "bfly"
+    """Of a whole warp, so that all of it is in bounds: that is what the second result tells."""
+    to, _, is_inside = operands[0].partition("|")
+    source, lane, *limits = (decoder.read(operand, "u32") for operand in operands[1:])
+    put, butterfly = decoder.write(to), match["mode"] == "bfly"
+    tell = decoder.write(is_inside or "_")
 
     def execute(b: Blocks, mask: Mask) -> None:
-        b.active_warps(mask)
+        warps = b.active_warps(mask)
+        for limit, whole in zip(limits, (31, 0xFFFFFFFF), strict=True):
+            if (limit(b).reshape(-1, 32)[warps] != whole).any():
+                raise UnknownInstruction("a shuffle within a part of a warp")
+        tell(b, mask, np.ones(b.count, bool))
         by = lane(b).reshape(-1, 32).astype(np.int64)
         other = (np.arange(32) ^ by) if butterfly else by
         put(b, mask, np.take_along_axis(source(b).reshape(-1, 32), other % 32, 1).reshape(-1))
@@ -204,15 +237,19 @@ def _store_matrices(decoder: Decoder, match: Match, operands: Operands) -> Execu
 
 
 _SPACE, _VECTOR = r"\.(?P<space>global|shared(::cta)?)", r"(\.v(?P<vector>[24]))?"
+_NUMBER = r"[bu](8|16|32|64)|[sf](32|64)"
 _MATRICES = r"\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.shared\.b16"
 TABLE: list[tuple[str, Callable[[Decoder, Match, Operands], Execute]]] = [
-    (r"ld\.param\.(?P<type>[busf](8|16|32|64))", _load_parameter),
-    (rf"ld{_SPACE}{_VECTOR}\.(?P<type>[bu](8|16|32|64))", _load),
-    (rf"st{_SPACE}{_VECTOR}\.(?P<type>[bu](8|16|32|64))", _store),
+    (rf"ld\.param{_VECTOR}\.(?P<type>[busf](8|16|32|64))", _load_parameter),
+    (rf"ld{_SPACE}{_VECTOR}\.(?P<type>{_NUMBER})", _load),
+    # What is read this way must not be written by the kernel, and is not looked for.
+    (rf"ld\.(?P<space>global)\.nc{_VECTOR}\.(?P<type>{_NUMBER})", _load),
+    (rf"st{_SPACE}{_VECTOR}\.(?P<type>{_NUMBER})", _store),
     (r"cp\.async\.(?P<cache>ca|cg)\.shared\.global", _copy),
     (r"cp\.async\.commit_group", _commit_copies),
     (r"cp\.async\.wait_group", _wait_copies),
     (r"bar\.sync", _barrier),
+    (r"bar\.red\.(?P<by>or|and)\.pred", _vote_of_block),
     # Threads of a warp are in step here, and accesses of all kinds reach memory in their order.
     (r"bar\.warp\.sync|fence\.proxy\.async\.shared::cta", nothing),
     (r"redux\.sync\.(?P<by>min|max|add)\.(?P<kind>[us]32)", _reduce),

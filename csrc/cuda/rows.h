@@ -1,0 +1,145 @@
+// What kernels compute of rows outside of the walk: norms, sums over parts, and the chain rule.
+#pragma once
+
+#include "numbers.h"
+
+namespace contrastive_ops {
+
+// Sum over `kLanes` neighbouring lanes, the same in all of them.
+template <int kLanes, typename T>
+__device__ T sum_of_lanes(T x) {
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffff, x, mask);
+  return x;
+}
+
+// Sum over a block's threads, the same in all of them.
+template <typename T>
+__device__ T sum_of_block(T x) {
+  __shared__ T sums[32];
+  x = sum_of_lanes<32>(x);
+  __syncthreads();  // the sum before this one has been read
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) x += sums[warp];
+  return x;
+}
+
+template <typename T>
+__device__ T max_of_block(T x) {
+  __shared__ T largest[32];
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, mask));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = x;
+  __syncthreads();
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) x = fmaxf(x, largest[warp]);
+  return x;
+}
+
+// The row of a warp, where each has one.
+__device__ inline int64 row_of_warp() {
+  return static_cast<int64>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+}
+
+// What `kLanes` neighbouring lanes find out of two rows, each of which has its part of the dimensions; the
+// same in all. float64 holds any square. A row outside is 0.
+struct Products {
+  double xx, yy, xy;
+};
+template <int kLanes, typename X, typename Y>
+__device__ Products products_of(const Rows<X>& x_rows, int64 x_row, const Rows<Y>& y_rows, int64 y_row) {
+  Products sums{};
+  const bool has_x = x_rows.has(x_row, 0), has_y = y_rows.has(y_row, 0);
+#pragma unroll 4
+  for (int64 column = threadIdx.x % kLanes; column < x_rows.dim; column += kLanes) {
+    const double x = has_x ? to_float(x_rows.matrix.at(x_row, column)) : 0;
+    const double y = has_y ? to_float(y_rows.matrix.at(y_row, column)) : 0;
+    sums.xx += x * x, sums.yy += y * y, sums.xy += x * y;
+  }
+  return {sum_of_lanes<kLanes>(sums.xx), sum_of_lanes<kLanes>(sums.yy), sum_of_lanes<kLanes>(sums.xy)};
+}
+
+__device__ inline double norm_of(double squares) {
+  return fmax(sqrt(squares), kNormEpsilon);
+}
+
+// A warp's part in writing x^ of a row: (padded) dimensions past its own are 0, as are rows outside.
+template <typename Unit, typename T>
+__device__ void store_unit(const Matrix<Unit>& unit, int64 unit_row, const Rows<T>& rows, int64 row,
+                           double norm) {
+  const double inverse = 1 / norm;
+  // What is rounded to half precision needs no more than float32, and many chips have few units for more.
+  const bool in_float = sizeof(Unit) == 2 && norm < 1e30;
+  for (int64 column = threadIdx.x % 32; column < unit.row; column += 32) {
+    const float x = rows.has(row, column) ? to_float(rows.matrix.at(row, column)) : 0;
+    unit.data[unit_row * unit.row + column] =
+        from_float<Unit>(in_float ? x * static_cast<float>(inverse) : static_cast<float>(x * inverse));
+  }
+}
+
+// A record that another lane has.
+template <typename Record>
+__device__ Record of_other_lane(const Record& x, int mask) {
+  Record other;
+  const double* from = reinterpret_cast<const double*>(&x);
+  double* to = reinterpret_cast<double*>(&other);
+#pragma unroll
+  for (int field = 0; field < static_cast<int>(sizeof(Record) / sizeof(double)); ++field)
+    to[field] = __shfl_xor_sync(0xffffffff, from[field], mask);
+  return other;
+}
+
+// The gradient of a row of up to 1024 dimensions, in float64, over the threads of a block of 128.
+struct RowGradient {
+  static constexpr int kThreads = 128, kEach = 8;
+  double grad[kEach];
+
+  __device__ static int64 column(int i) { return kThreads * i + static_cast<int64>(threadIdx.x); }
+
+  // What the ranges of keys added, added up in their order. `parts` has `padded_rows` rows for each.
+  __device__ void sum_parts(const Matrix<float>& parts, int64 row, int64 padded_rows, int64 ranges,
+                            int64 dim) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      float total = 0;
+      if (column(i) < dim) {
+        const float* from = &parts.at(row, column(i));
+#pragma unroll 8
+        for (int64 part = 0; part < ranges; ++part) total += from[part * padded_rows * parts.row];
+      }
+      grad[i] = total;
+    }
+  }
+  template <typename T>
+  __device__ static void load(double (&x)[kEach], const Rows<T>& rows, int64 row, double norm) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      x[i] = rows.has(row, column(i)) ? to_float(rows.matrix.at(row, column(i))) / norm : 0;
+  }
+  __device__ static double dot(const double (&x)[kEach], const double (&y)[kEach]) {
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) sum += x[i] * y[i];
+    return sum_of_block(sum);
+  }
+  __device__ void add(const double (&x)[kEach], double factor) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) grad[i] += factor * x[i];
+  }
+  // dx = (dx^ - x^ (x^.dx^)) / |x|; a row below the epsilon was only scaled, so it has no projection.
+  __device__ void through_norm(const double (&unit)[kEach], double norm) {
+    const double radial = norm > kNormEpsilon ? dot(unit, grad) : 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) grad[i] = (grad[i] - unit[i] * radial) / norm;
+  }
+  template <typename T>
+  __device__ void store(const Matrix<T>& to, int64 row, int64 dim) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (column(i) < dim) to.at(row, column(i)) = from_float<T>(static_cast<float>(grad[i]));
+  }
+};
+
+}  // namespace contrastive_ops

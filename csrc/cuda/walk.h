@@ -1,0 +1,283 @@
+// A program holds blocks of rows and walks a range of keys, a tile at a time: the loop of all kernels that
+// compute similarities.
+//
+// A warp holds 16 rows of one or two blocks (query and key of CO2, both views of NT-Xent, or twice as many
+// views of ConIC), so that a fragment of keys from shared memory is multiplied twice. It has all keys of a
+// tile to itself, so warps exchange nothing; a barrier a step tells that its tile is there for all, and that
+// the one before is no longer needed.
+#pragma once
+
+#include "products.h"
+
+namespace contrastive_ops {
+
+// How a kernel that walks cuts its work.
+//
+// Shape: the host's tile, with its fields in lower case
+//   rows, keys   that a program holds, and of a step
+//   depth        dimensions multiplied at once
+//   width        dimensions of the gradient that a program adds up; 0 where there is none
+//   chunked      whether rows have more dimensions than `depth`
+//   dtype        in which rows are multiplied
+// kBlocks, kRows: how many blocks of rows a program holds, and of how many rows. kGradients: of how many
+// blocks it adds up gradients. kStages: tiles in flight, the one that is multiplied included. kVectors:
+// whether all matrices are read 16 bytes at a time; see TileCopy.
+template <class Shape, int kBlocks_, int kRows_, int kGradients_, int kStages_, bool kVectors_>
+struct WalkTile {
+  using Operand = typename Shape::dtype;
+  static constexpr Precision kPrecision = Shape::precision;
+  static constexpr int kBlocks = kBlocks_, kGradients = kGradients_;
+  static constexpr int kRows = kRows_, kWarps = kRows_ / 16, kThreads = 32 * kWarps;
+  static constexpr int kKeys = Shape::keys, kDepth = Shape::depth, kWidth = Shape::width;
+  static constexpr bool kChunked = Shape::chunked;
+  static constexpr int kStages = kStages_ > 2 ? kStages_ : 2;
+  static constexpr bool kVectors = kVectors_;
+
+  static constexpr int kRowBytes = kDepth * static_cast<int>(sizeof(Operand)) + kChunk;
+  static constexpr int kSteps = kDepth * static_cast<int>(sizeof(Operand)) / 32;
+  using Product = typename Engine<Operand, kPrecision, kRowBytes>::type;
+  using Places = typename Product::Places;
+
+  // Rows that are not loaded again for every tile stay in registers, where these hold them beside the
+  // gradients.
+  static constexpr int kHeldRegisters = kBlocks * kDepth * static_cast<int>(sizeof(Operand)) / 8;
+  static constexpr bool kInRegisters =
+      !kChunked && Product::kFromRegisters && kHeldRegisters + kGradients * kWidth / 2 <= 128;
+  static constexpr int kNumbers = kKeys / 2;  // of a tile, a thread's share
+  static constexpr int kWidthChunks = kChunked ? kWidth / kDepth : 0;
+  static_assert(!kChunked || kWidth % kDepth == 0);
+  static_assert(kKeys % 16 == 0 && kDepth % 16 == 0);
+};
+
+extern __shared__ uint4 shared_memory[];
+
+// The host finds this constant in the compiled kernel, and reserves as much for a launch.
+template <int kBytes>
+struct SharedMemory {
+  static constexpr int contrastive_ops_shared_bytes = kBytes;
+};
+
+// The rows of a tile's steps, from global to shared memory and to registers.
+//
+// T1, T2, N: numbers of the blocks and of the keys as they are stored. kBytesAfter: what a program needs when
+// the walk is over.
+template <class Tile, typename T1, typename T2, typename N, int kBytesAfter = 0>
+class Walk {
+  static constexpr int kBlocks = Tile::kBlocks;
+  using Operand = typename Tile::Operand;
+  using Product = typename Tile::Product;
+  static constexpr int kBlockBytes = Tile::kRows * Tile::kRowBytes, kKeyBytes = Tile::kKeys * Tile::kRowBytes;
+  static constexpr bool kHeldInShared = !Tile::kChunked && !Tile::kInRegisters;
+  static constexpr int kHeldBytes = kHeldInShared ? kBlocks * kBlockBytes : 0;
+  static constexpr int kStageBytes = kKeyBytes + (Tile::kChunked ? kBlocks * kBlockBytes : 0);
+  static constexpr int kScratch = kHeldBytes + Tile::kStages * kStageBytes;
+  static constexpr int kBytes = kScratch + (Tile::kWidth ? Tile::kWarps * Product::kScratchBytes : 0);
+  static constexpr int kOtherBytes =
+      kBlockBytes > kBytesAfter ? kBlockBytes : kBytesAfter;  // before, or after
+  static_assert(SharedMemory<(kBytes > kOtherBytes ? kBytes : kOtherBytes)>::contrastive_ops_shared_bytes >
+                0);
+  template <typename T, int kRows>
+  using Copy = TileCopy<Operand, T, Tile::kVectors, kRows, Tile::kDepth, Tile::kThreads>;
+
+ public:
+  __device__ Walk(const Rows<T1>& rows1, const Rows<T2>& rows2, int64 first_row1, int64 first_row2,
+                  const Rows<N>& keys, int64 begin, int64 end, int64 first_out_column)
+      : rows1_(rows1),
+        rows2_(rows2),
+        keys_(keys),
+        first_row1_(first_row1),
+        first_row2_(first_row2),
+        end_(end),
+        first_out_column_(first_out_column),
+        chunks_(Tile::kChunked ? static_cast<int>((keys.dim + Tile::kDepth - 1) / Tile::kDepth) : 1) {
+    restart(begin);
+  }
+
+  // Before the first tile. Rows that stay are loaded once.
+  __device__ void hold() {
+    if constexpr (Tile::kInRegisters) {
+      hold_in_registers<0>(rows1_, first_row1_);
+      if constexpr (kBlocks == 2) hold_in_registers<1>(rows2_, first_row2_);
+    } else if constexpr (kHeldInShared) {
+      hold_in_shared(rows1_, first_row1_, 0);
+      if constexpr (kBlocks == 2) hold_in_shared(rows2_, first_row2_, 1);
+    }
+  }
+
+  // Begins to copy the first tiles of a range.
+  __device__ void restart(int64 begin) {
+    key_ = begin, chunk_ = 0;
+    stage_ = 0, fetch_stage_ = 0;
+  }
+  __device__ void prefetch() {
+    if constexpr (kAsync) {
+#pragma unroll
+      for (int i = 0; i < Tile::kStages - 1; ++i) fetch();
+    } else {
+      fetch();
+    }
+  }
+
+  // s = X N^T of a tile, for each block.
+  __device__ void similarities(float (&s)[kBlocks][Tile::kNumbers]) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+      for (int i = 0; i < Tile::kNumbers; ++i) s[block][i] = 0;
+    if constexpr (Tile::kChunked) {
+#pragma unroll 1
+      for (int chunk = 0; chunk < chunks_; ++chunk) {
+        const unsigned char* tile = next();
+        multiply(s, tile, tile + kKeyBytes);
+      }
+    } else {
+      tile_ = next();
+      multiply(s, tile_, shared());
+    }
+  }
+
+  // grad += g N of the tile whose similarities were computed last.
+  template <int kGradients, int kColumns>
+  __device__ void accumulate(float (&grad)[kGradients][kColumns],
+                             const float (&g)[kGradients][Tile::kNumbers]) {
+    static_assert(kGradients == Tile::kGradients && kColumns == Tile::kWidth / 2);
+    unsigned char* scratch = shared() + kScratch + warp_index() * Product::kScratchBytes;
+    if constexpr (Tile::kChunked) {
+#pragma unroll
+      for (int chunk = 0; chunk < Tile::kWidthChunks; ++chunk) {
+        const unsigned char* tile = next();
+        float part[kGradients][Tile::kDepth / 2];
+#pragma unroll
+        for (int block = 0; block < kGradients; ++block)
+#pragma unroll
+          for (int i = 0; i < Tile::kDepth / 2; ++i)
+            part[block][i] = grad[block][chunk * (Tile::kDepth / 2) + i];
+        Product::accumulate(part, g, tile, scratch);
+#pragma unroll
+        for (int block = 0; block < kGradients; ++block)
+#pragma unroll
+          for (int i = 0; i < Tile::kDepth / 2; ++i)
+            grad[block][chunk * (Tile::kDepth / 2) + i] = part[block][i];
+      }
+    } else {
+      if constexpr (kFetchesLate) fetch();
+      Product::accumulate(grad, g, tile_, scratch);
+    }
+  }
+
+  // Room for a warp's numbers, after the walk.
+  template <typename T, int kCount>
+  __device__ T* scratch_of_warp() const {
+    static_assert(Tile::kWarps * kCount * static_cast<int>(sizeof(T)) <= kBytesAfter);
+    return reinterpret_cast<T*>(shared()) + warp_index() * kCount;
+  }
+
+  // After the last tile: nothing may be in flight where a kernel ends, or a range begins anew.
+  __device__ void finish() {
+    wait_for_copies<0>();
+    __syncthreads();
+  }
+
+ private:
+  static constexpr bool kAsync = Copy<N, Tile::kKeys>::kAsync;
+  // A tile on its way through registers would take those that similarities need beside the gradients.
+  static constexpr bool kFetchesLate = !kAsync && !Tile::kChunked && Tile::kWidth > 0;
+
+  __device__ static unsigned char* shared() { return reinterpret_cast<unsigned char*>(shared_memory); }
+  __device__ static unsigned char* stage(int index) { return shared() + kHeldBytes + index * kStageBytes; }
+  // The rows of a warp in a block.
+  __device__ static const unsigned char* own_rows(const unsigned char* blocks, int block) {
+    return blocks + block * kBlockBytes + 16 * warp_index() * Tile::kRowBytes;
+  }
+
+  template <int kBlock, typename T>
+  __device__ void hold_in_registers(const Rows<T>& rows, int64 first_row) {
+    Copy<T, Tile::kRows> copy;
+    __syncthreads();  // what another warp still reads there
+    copy.begin(shared(), rows, first_row, 0);
+    commit_copies();
+    copy.land(shared());
+    wait_for_copies<0>();
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < Tile::kSteps; ++step)
+      held_[kBlock][step] = Product::load_rows(own_rows(shared(), 0), step);
+    __syncthreads();
+  }
+
+  template <typename T>
+  __device__ void hold_in_shared(const Rows<T>& rows, int64 first_row, int block) {
+    Copy<T, Tile::kRows> copy;
+    unsigned char* to = shared() + block * kBlockBytes;
+    copy.begin(to, rows, first_row, 0);
+    commit_copies();
+    copy.land(to);
+    wait_for_copies<0>();
+  }
+
+  // Begins to copy what the step after those in flight needs.
+  __device__ void fetch() {
+    if (key_ < end_) {
+      unsigned char* to = stage(fetch_stage_);
+      const bool multiplies = chunk_ < chunks_;
+      const int64 column = multiplies
+                               ? static_cast<int64>(chunk_) * Tile::kDepth
+                               : first_out_column_ + static_cast<int64>(chunk_ - chunks_) * Tile::kDepth;
+      key_copy_.begin(to, keys_, key_, column);
+      if constexpr (Tile::kChunked) {
+        if (multiplies) {
+          copy1_.begin(to + kKeyBytes, rows1_, first_row1_, column);
+          if constexpr (kBlocks == 2) copy2_.begin(to + kKeyBytes + kBlockBytes, rows2_, first_row2_, column);
+        }
+        is_in_flight_ = multiplies;
+      }
+      if (++chunk_ == chunks_ + Tile::kWidthChunks) chunk_ = 0, key_ += Tile::kKeys;
+      if (++fetch_stage_ == Tile::kStages) fetch_stage_ = 0;
+    }
+    commit_copies();  // of nothing, too: waits count groups
+  }
+
+  // The tile of the next step, which then is in shared memory.
+  __device__ const unsigned char* next() {
+    unsigned char* tile = stage(stage_);
+    key_copy_.land(tile);
+    if constexpr (Tile::kChunked && !kAsync) {
+      if (is_in_flight_) {
+        copy1_.land(tile + kKeyBytes);
+        if constexpr (kBlocks == 2) copy2_.land(tile + kKeyBytes + kBlockBytes);
+      }
+    }
+    if constexpr (kAsync) wait_for_copies<Tile::kStages - 2>();
+    __syncthreads();
+    if constexpr (!kFetchesLate) fetch();
+    if (++stage_ == Tile::kStages) stage_ = 0;
+    return tile;
+  }
+
+  __device__ void multiply(float (&s)[kBlocks][Tile::kNumbers], const unsigned char* tile,
+                           const unsigned char* blocks) const {
+    if constexpr (Tile::kInRegisters)
+      Product::template similarities<Tile::kSteps>(
+          s, [&](int block, int step) { return held_[block][step]; }, tile);
+    else
+      Product::template similarities<Tile::kSteps>(
+          s, [&](int block, int step) { return Product::load_rows(own_rows(blocks, block), step); }, tile);
+  }
+
+  const Rows<T1> rows1_;
+  const Rows<T2> rows2_;
+  const Rows<N> keys_;
+  const int64 first_row1_, first_row2_, end_, first_out_column_;
+  const int chunks_;
+
+  int64 key_;  // of the step that is to be copied next, as is `chunk_`
+  int chunk_, stage_, fetch_stage_;
+  bool is_in_flight_ = false;  // whether rows are, beside keys
+  const unsigned char* tile_ = nullptr;
+  Copy<N, Tile::kKeys> key_copy_;
+  Copy<T1, Tile::kRows> copy1_;
+  Copy<T2, Tile::kRows> copy2_;
+  RowFragment held_[Tile::kInRegisters ? kBlocks : 1][Tile::kInRegisters ? Tile::kSteps : 1];
+};
+
+}  // namespace contrastive_ops
