@@ -1,8 +1,5 @@
-"""The kernels of csrc/cuda as NVRTC compiles them, in the emulator, against the losses in float64.
-
-The host's side is that of the Triton kernels: it records what it would launch, and the kernels of the same names
-in CUDA C++ are run in its place (tests/cuda_kernels.py).
-"""
+"""The kernels of csrc/cuda as NVRTC compiles them, in the emulator, against the losses in float64; and what the
+compilers make of them."""
 
 from __future__ import annotations
 
@@ -17,14 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="the host's side is Triton's")
-
-from contrastive_ops import kernels, reference
+from contrastive_ops import reference
 from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentKeys, NTXentSettings, SGDSettings
 from contrastive_ops.cuda import tiles
+from contrastive_ops.gpu.launch import Call
 from tests import cuda_kernels
 from tests.cases import Case, ConICCase, NTXentCase, mostly_thorough
-from tests.cuda_kernels import Launch, nvrtc, record, serve
+from tests.cuda_kernels import nvrtc, record, serve
 from tests.oracles import (
     LAST_DIGIT,
     ORACLE_ERROR,
@@ -82,7 +78,7 @@ def co2_settings(case: Case) -> CO2Settings:
 
 
 def co2_on(on: On, case: Case) -> tuple[Tensor, Tensor]:
-    loss, *_, gradient = serve(on.architecture, kernels.co2, *case.tensors(), co2_settings(case), True)
+    loss, *_, gradient = serve(on.architecture, "co2", *case.tensors(), co2_settings(case), True)
     return loss.double(), gradient.double()
 
 
@@ -95,9 +91,9 @@ def conic_settings(case: ConICCase) -> ConICSettings:
 def conic_on(on: On, case: ConICCase) -> tuple[Tensor, Tensor, Tensor]:
     views, weight, target = case.tensors()
     settings, incoming = conic_settings(case), torch.linspace(0.5, 1.5, case.batch)
-    loss, *_, known = serve(on.architecture, kernels.conic, views, weight, target, settings)
+    loss, *_, known = serve(on.architecture, "conic", views, weight, target, settings)
     gradients = serve(
-        on.architecture, kernels.conic_gradient, incoming, views, weight, target, known, settings, True, True
+        on.architecture, "conic_gradient", incoming, views, weight, target, known, settings, True, True
     )
     return loss.double(), gradients[0].double(), gradients[1].double()
 
@@ -111,8 +107,8 @@ def nt_xent_settings(case: NTXentCase) -> NTXentSettings:
 def nt_xent_on(on: On, case: NTXentCase) -> tuple[Tensor, Tensor]:
     views, settings = torch.stack(case.tensors()), nt_xent_settings(case)
     incoming = torch.linspace(0.5, 1.5, 2 * case.batch)
-    loss, *_, known = serve(on.architecture, kernels.nt_xent, views, settings)
-    gradient = serve(on.architecture, kernels.nt_xent_gradient, incoming, views, known, settings)
+    loss, *_, known = serve(on.architecture, "nt_xent", views, settings)
+    gradient = serve(on.architecture, "nt_xent_gradient", incoming, views, known, settings)
     return loss.double(), gradient.double()
 
 
@@ -298,13 +294,13 @@ def test_co2_over_two_parts_of_the_queue(on: On) -> None:
     query, key, queue = case.tensors()
     settings = co2_settings(case)
     halves = queue[:50], queue[50:]
-    known = [serve(on.architecture, kernels.co2_statistics, query, key, half, settings) for half in halves]
+    known = [serve(on.architecture, "co2_statistics", query, key, half, settings) for half in halves]
     partial, rows = torch.cat([each[0] for each in known]), known[0][1]
-    losses = serve(on.architecture, kernels.co2_merge, partial, rows, settings)
+    losses = serve(on.architecture, "co2_merge", partial, rows, settings)
     first, second = losses.coefficients, losses.coefficients.clone()
     second[:, -1] = 0  # the positive counts once
     gradient = sum(
-        serve(on.architecture, kernels.co2_gradient, query, key, half, each, settings)
+        serve(on.architecture, "co2_gradient", query, key, half, each, settings)
         for half, each in zip(halves, (first, second), strict=True)
     )
     assert_accurate(
@@ -327,18 +323,18 @@ def test_conic_over_two_parts_of_the_weight(on: On) -> None:
         (weight[begin:end], torch.where((target >= begin) & (target < end), target - begin, -1))
         for begin, end in ((0, 50), (50, 130))
     ]
-    positives = [serve(on.architecture, kernels.conic_positives, views, *part) for part in parts]
+    positives = [serve(on.architecture, "conic_positives", views, *part) for part in parts]
     positive = torch.where(positives[0].isnan(), positives[1], positives[0])
     partial = [
-        serve(on.architecture, kernels.conic_statistics, views, *part, positive, settings) for part in parts
+        serve(on.architecture, "conic_statistics", views, *part, positive, settings) for part in parts
     ]
     loss, *_, known = serve(
-        on.architecture, kernels.conic_merge, torch.cat(partial), positive, views, settings
+        on.architecture, "conic_merge", torch.cat(partial), positive, views, settings
     )
     # The consistency of the views is no part's of the weight, and counts once.
     alone = settings._replace(consistency_weight=0.0)
     gradients = [
-        serve(on.architecture, kernels.conic_gradient, incoming, views, *part, known, each, True, True)
+        serve(on.architecture, "conic_gradient", incoming, views, *part, known, each, True, True)
         for part, each in zip(parts, (settings, alone), strict=True)
     ]
     results = (
@@ -369,7 +365,7 @@ def test_conic_takes_a_step_of_sgd(on: On) -> None:
     before = exact_weight - weight
     serve(
         on.architecture,
-        kernels.conic_gradient_sgd_,
+        "conic_gradient_sgd_",
         incoming,
         views,
         weight,
@@ -396,9 +392,9 @@ def test_nt_xent_against_instances_that_are_given(on: On) -> None:
     target[5:12] = torch.arange(3, 10)
     exact_keys = NTXentKeys(others.double(), target)
     partial, positive = serve(
-        on.architecture, kernels.nt_xent_statistics, views, settings, NTXentKeys(others, target)
+        on.architecture, "nt_xent_statistics", views, settings, NTXentKeys(others, target)
     )
-    losses = serve(on.architecture, kernels.nt_xent_merge, partial, positive, settings)
+    losses = serve(on.architecture, "nt_xent_merge", partial, positive, settings)
     expected = reference.nt_xent_merge(
         *reference.nt_xent_statistics(views.double(), settings, exact_keys), settings
     )
@@ -412,7 +408,7 @@ def test_nt_xent_against_instances_that_are_given(on: On) -> None:
     given = NTXentKeys(others, target, *of_keys)
     exact = NTXentKeys(others.double(), target, of_keys[0].double(), of_keys[1])
     known = expected.coefficients
-    gradient = serve(on.architecture, kernels.nt_xent_gradient, incoming, views, known, settings, given)
+    gradient = serve(on.architecture, "nt_xent_gradient", incoming, views, known, settings, given)
     assert_near(
         [gradient.double()],
         [reference.nt_xent_gradient(incoming.double(), views.double(), known, settings, exact)],
@@ -440,7 +436,7 @@ def test_not_a_number_comes_out_as_such() -> None:
     case = Case(21, 70, 40, HALF)
     query, key, queue = case.tensors()
     query[3, 7], settings = float("nan"), co2_settings(case)
-    loss, *_, gradient = serve(75, kernels.co2, query, key, queue, settings, True)
+    loss, *_, gradient = serve(75, "co2", query, key, queue, settings, True)
     assert loss[3].isnan()
     assert gradient[3].isnan().all()
     others = torch.arange(21) != 3
@@ -451,15 +447,15 @@ def test_not_a_number_comes_out_as_such() -> None:
 # ---- What the compilers make of them ----
 
 
-def walking(architecture: int, name: str, precision: str, dim: int) -> Launch:
-    """The launch of a line of the table of tiles, on a large problem."""
+def walking(architecture: int, name: str, precision: str, dim: int) -> Call:
+    """The call of a kernel of the table of tiles, for a large problem."""
     dtype = HALF if precision == "half" else FLOAT
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def launches(function: Any, *arguments: Any) -> tuple[Any, list[Launch]]:
-        return record(architecture, 108, function, *arguments)
+    def calls_of(operator: str, *arguments: Any) -> tuple[Any, list[Call]]:
+        return record(architecture, 108, operator, *arguments)
 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
@@ -467,24 +463,24 @@ def walking(architecture: int, name: str, precision: str, dim: int) -> Launch:
         loss = name.partition(".")[0]
         if loss == "co2":
             rows = empty(256, dim), empty(256, dim), empty(65536, dim)
-            found = launches(kernels.co2, *rows, CO2Settings(0.07, 0.04, 1.0, 10.0, False, True), True)[1]
+            found = calls_of("co2", *rows, CO2Settings(0.07, 0.04, 1.0, 10.0, False, True), True)[1]
         elif loss == "conic":
             weight, target = empty(65536, dim, dtype=FLOAT), empty(256, dtype=torch.int64)
             settings, incoming = ConICSettings(0.1, 2.5), empty(256, dtype=FLOAT)
             rows = empty(2, 256, dim), weight
-            (*_, known), found = launches(kernels.conic, *rows, target, settings)
-            found += launches(
-                kernels.conic_gradient_sgd_, incoming, *rows, empty(65536, dim, dtype=FLOAT), target, known,
+            (*_, known), found = calls_of("conic", *rows, target, settings)
+            found += calls_of(
+                "conic_gradient_sgd_", incoming, *rows, empty(65536, dim, dtype=FLOAT), target, known,
                 settings, SGDSettings(0.1, 0.9, 1e-4, False),
             )[1]  # fmt: skip
         else:
             views, incoming = empty(2, 2048, dim), empty(4096, dtype=FLOAT)
             pair = NTXentSettings(0.5, 0.05, float(name != "nt_xent.plain"), True)
-            (*_, known), found = launches(kernels.nt_xent, views, pair)
-            found += launches(kernels.nt_xent_gradient, incoming, views, known, pair)[1]
+            (*_, known), found = calls_of("nt_xent", views, pair)
+            found += calls_of("nt_xent_gradient", incoming, views, known, pair)[1]
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    return next(each for each in found if each.name == name)
+    return next(each for each in found if each.launch.name == name)
 
 
 LINES = [
@@ -502,9 +498,10 @@ def test_the_table_of_tiles(architecture: int, name: str, precision: str, dim: i
     """Every entry multiplies on tensor cores where there are such, spills no register, and lets a multiprocessor
     hold as many programs as the grid is made for."""
     On(architecture, HALF).require()
-    launch = walking(architecture, name, precision, dim)
-    ptx = cuda_kernels.compile_text(launch.text, architecture).code.decode()
-    log = cuda_kernels.compile_text(launch.text, architecture, machine_code=True).log
+    launch, arguments = walking(architecture, name, precision, dim)
+    text = launch.layout(arguments).text
+    ptx = cuda_kernels.compile_text(text, architecture).code.decode()
+    log = cuda_kernels.compile_text(text, architecture, machine_code=True).log
     assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log), log
     if precision == "half":
         assert NEEDED[architecture] in ptx
@@ -538,7 +535,8 @@ def test_nvcc_takes_them_too(architecture: int, tmp_path: Path) -> None:
     """All loops of all losses in one program each, with warnings as errors."""
     for name in ("co2.gradient", "conic.weight", "nt_xent.gradient"):
         source = tmp_path / f"{name}.cu"
-        source.write_text(walking(architecture, name, "half", 128).text)
+        launch, arguments = walking(architecture, name, "half", 128)
+        source.write_text(launch.layout(arguments).text)
         subprocess.run(
             [
                 "nvcc", f"-arch=sm_{architecture}", "-std=c++20", "-Werror=all-warnings",

@@ -207,6 +207,15 @@ struct IsSame<A, A> {
   static constexpr bool value = true;
 };
 
+template <bool kCondition, typename A, typename B>
+struct Choose {
+  using type = A;
+};
+template <typename A, typename B>
+struct Choose<false, A, B> {
+  using type = B;
+};
+
 // 2^x to the last digits but two, one instruction of a special-function unit; less than 2^-126 is 0.
 __device__ inline float exp2_fast(float x) {
   float y;

@@ -44,21 +44,47 @@ __device__ inline int64 row_of_warp() {
 }
 
 // What `kLanes` neighbouring lanes find out of two rows, each of which has its part of the dimensions; the
-// same in all. float64 holds any square. A row outside is 0.
+// same in all. float64 holds any square, but many chips have few units for it: float32 holds all of
+// float16's, and has the digits that its rows need. A row outside is 0.
 struct Products {
   double xx, yy, xy;
 };
 template <int kLanes, typename X, typename Y>
 __device__ Products products_of(const Rows<X>& x_rows, int64 x_row, const Rows<Y>& y_rows, int64 y_row) {
-  Products sums{};
+  constexpr bool kInFloat = IsSame<X, Half>::value && IsSame<Y, Half>::value;
+  using Sum = typename Choose<kInFloat, float, double>::type;
+  Sum xx = 0, yy = 0, xy = 0;
   const bool has_x = x_rows.has(x_row, 0), has_y = y_rows.has(y_row, 0);
 #pragma unroll 4
   for (int64 column = threadIdx.x % kLanes; column < x_rows.dim; column += kLanes) {
-    const double x = has_x ? to_float(x_rows.matrix.at(x_row, column)) : 0;
-    const double y = has_y ? to_float(y_rows.matrix.at(y_row, column)) : 0;
-    sums.xx += x * x, sums.yy += y * y, sums.xy += x * y;
+    const Sum x = has_x ? to_float(x_rows.matrix.at(x_row, column)) : 0;
+    const Sum y = has_y ? to_float(y_rows.matrix.at(y_row, column)) : 0;
+    xx += x * x, yy += y * y, xy += x * y;
   }
-  return {sum_of_lanes<kLanes>(sums.xx), sum_of_lanes<kLanes>(sums.yy), sum_of_lanes<kLanes>(sums.xy)};
+  return {sum_of_lanes<kLanes, double>(xx), sum_of_lanes<kLanes, double>(yy),
+          sum_of_lanes<kLanes, double>(xy)};
+}
+
+// The sum of a row's squares, by a warp, to more digits than float32 has: roundings are summed as well. Where
+// float32 does not hold the squares, it is computed again in float64.
+template <typename T>
+__device__ double squares_of(const Rows<T>& rows, int64 row) {
+  if (row >= rows.count) return 0;
+  float sum = 0, rest = 0;
+  for (int64 column = threadIdx.x % 32; column < rows.dim; column += 32) {
+    const float x = to_float(rows.matrix.at(row, column)), square = x * x, larger = sum + square;
+    const float added = larger - sum;
+    rest += (sum - (larger - added)) + (square - added) + fmaf(x, x, -square);
+    sum = larger;
+  }
+  const double total = sum_of_lanes<32, double>(static_cast<double>(sum) + rest);
+  if (total > 1e-24 && total < 1e36) return total;
+  double squares = 0;
+  for (int64 column = threadIdx.x % 32; column < rows.dim; column += 32) {
+    const double x = to_float(rows.matrix.at(row, column));
+    squares += x * x;
+  }
+  return sum_of_lanes<32>(squares);
 }
 
 __device__ inline double norm_of(double squares) {
