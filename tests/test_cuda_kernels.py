@@ -1,5 +1,5 @@
-"""The kernels of csrc/cuda as NVRTC compiles them, in the emulator, against the losses in float64; and what the
-compilers make of them."""
+"""The kernels of csrc/cuda as NVRTC compiles them, in the emulator, against the losses in float64; and what
+the compilers make of them."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def nt_xent_on(on: On, case: NTXentCase) -> tuple[Tensor, Tensor]:
 def assert_accurate(
     on: On, actual: Sequence[Tensor], exact: Sequence[Tensor], eager: Callable[[], Any], temperature: float
 ) -> None:
-    """Float32 within 1e-6 and 1e-5, or twice eager's error; half precision no worse than eager in the same dtype,
-    but for a rounding of the input and of the result."""
+    """Float32 within 1e-6 and 1e-5, or twice eager's error; half precision no worse than eager in the same
+    dtype, but for a rounding of the input and of the result."""
     gradients = len(exact) - 1
     if on.dtype == FLOAT:
         assert_no_worse_than_eager(
@@ -325,12 +325,8 @@ def test_conic_over_two_parts_of_the_weight(on: On) -> None:
     ]
     positives = [serve(on.architecture, "conic_positives", views, *part) for part in parts]
     positive = torch.where(positives[0].isnan(), positives[1], positives[0])
-    partial = [
-        serve(on.architecture, "conic_statistics", views, *part, positive, settings) for part in parts
-    ]
-    loss, *_, known = serve(
-        on.architecture, "conic_merge", torch.cat(partial), positive, views, settings
-    )
+    partial = [serve(on.architecture, "conic_statistics", views, *part, positive, settings) for part in parts]
+    loss, *_, known = serve(on.architecture, "conic_merge", torch.cat(partial), positive, views, settings)
     # The consistency of the views is no part's of the weight, and counts once.
     alone = settings._replace(consistency_weight=0.0)
     gradients = [
@@ -495,8 +491,8 @@ QUICK_LINES = [(75, "co2.gradient", "half", 128), (80, "conic.weight", "half", 1
     ("architecture", "name", "precision", "dim"), mostly_thorough(LINES, lambda line: line in QUICK_LINES)
 )
 def test_the_table_of_tiles(architecture: int, name: str, precision: str, dim: int) -> None:
-    """Every entry multiplies on tensor cores where there are such, spills no register, and lets a multiprocessor
-    hold as many programs as the grid is made for."""
+    """Every entry multiplies on tensor cores where there are such, spills no register, and lets a
+    multiprocessor hold as many programs as the grid is made for."""
     On(architecture, HALF).require()
     launch, arguments = walking(architecture, name, precision, dim)
     text = launch.layout(arguments).text

@@ -25,7 +25,13 @@ _OF_LOSSES = (
 )  # of query and views; queue and weight may have any
 _OF_ROWS = (*_OF_LOSSES, torch.float64)  # of the weight
 # Whose kernels there are, and the dtypes served; gpu.OPERATORS has the functions of each.
-SERVED = {"co2": _OF_LOSSES, "conic": _OF_LOSSES, "nt_xent": _OF_LOSSES, "sgd": _OF_ROWS, "exchange": _OF_ROWS}
+SERVED = {
+    "co2": _OF_LOSSES,
+    "conic": _OF_LOSSES,
+    "nt_xent": _OF_LOSSES,
+    "sgd": _OF_ROWS,
+    "exchange": _OF_ROWS,
+}
 
 
 def _too_old(capability: tuple[int, int]) -> str | None:
