@@ -102,7 +102,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("losses", nargs="*", choices=[[], *PROBLEMS], help="which; by default all")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--architecture", choices=("sm_80", "sm_90"), default="sm_90")
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
+    parser.add_argument("--architecture", choices=tuple(driver.CAPABILITIES), default="sm_90")
     parser.add_argument("--profile", action="store_true", help="where the time of each goes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -114,7 +115,7 @@ def main() -> int:
     tell("none", lambda x: _Same.apply(x).mean(), (torch.ones(BATCH, requires_grad=True),), launch_count)
     for name in arguments.losses or PROBLEMS:
         keys = 2 * BATCH if PROBLEMS[name].among_rows else KEYS
-        case = Case(name, "triton", arguments.dtype, 2 * BATCH if keys < KEYS else BATCH, keys)
+        case = Case(name, arguments.backend, arguments.dtype, 2 * BATCH if keys < KEYS else BATCH, keys)
         loss, tensors = implementation(case), inputs(case, "cpu")
         tell(name, loss, tensors, launch_count)
         if arguments.profile:

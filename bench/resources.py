@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,12 +37,28 @@ SHARED_KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  
 REGISTERS = 65536  # of a multiprocessor
 TENSOR_COLUMNS = 512  # of its tensor memory, where it has one
 # What a multiprocessor does in a clock, by the vendor's data sheets: instructions of a thread, exponentials,
-# and operations of tensor cores in half precision. TF32 goes at half that rate.
-ISSUED, EXPONENTIALS = 128, 16
+# bytes to and from shared memory, and operations of tensor cores in half precision. TF32 goes at half that
+# rate.
+ISSUED, EXPONENTIALS, SHARED_BYTES = 128, 16, 128
 OPERATIONS = {(8, 0): 2048, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
-UNITS = ("instructions", "exponentials", "products")
+UNITS = ("instructions", "exponentials", "products", "shared memory")
 SLOWER = {"half": 1, "tf32": 2, "tf32x3": 6}
-CHIPS = {(8, 0): ("A100", 108, 1.41), (9, 0): ("H200", 132, 1.98)}  # multiprocessors, highest clock in GHz
+
+
+class GPU(NamedTuple):
+    """A chip that bounds are told for."""
+
+    name: str
+    multiprocessors: int
+    gigahertz: float  # the highest clock
+
+
+CHIPS = {
+    (8, 0): GPU("A100", 108, 1.41),
+    (8, 9): GPU("RTX 4090", 128, 2.52),
+    (9, 0): GPU("H100", 132, 1.98),
+    (10, 0): GPU("B200", 148, 1.97),
+}
 
 # The kernels that walk: how many products of D operations a pair takes for similarities, and for a gradient.
 WALKING = {
@@ -56,7 +72,8 @@ WALKING = {
     "nt_xent.plain": (1, 1),
 }
 SMALL = (
-    "co2.round", "co2.merge", "co2.finish", "conic.prepare", "conic.merge", "conic.unit", "conic.finish",
+    "co2.round", "co2.prepare", "co2.merge", "co2.finish", "conic.prepare", "conic.merge", "conic.unit",
+    "conic.finish",
     "nt_xent.prepare", "nt_xent.merge", "nt_xent.finish",
 )  # fmt: skip
 PAIRS = {"co2": 256 << 16, "conic": 1024 << 16, "nt_xent": 8192**2}
@@ -67,7 +84,7 @@ MULTIPROCESSORS = 132  # of the chip that calls are planned for
 @dataclass(frozen=True)
 class Resources:
     """What a compiled kernel takes. `loop` counts the instructions of its loop over the keys, by name, per
-    pair of row and key."""
+    pair of row and key, and `shared_traffic` the bytes that it moves to and from shared memory."""
 
     registers: int
     spilled_bytes: int
@@ -75,6 +92,7 @@ class Resources:
     tensor_columns: int
     ptx: str
     loop: dict[str, float]
+    shared_traffic: float
 
     def programs(self, tiles: _tiles.Tiling, shared_kib: int) -> int:
         """How many fit on a multiprocessor, whose registers go out by eights a thread."""
@@ -98,6 +116,7 @@ def clocks(
     if dim <= tiles.depth:
         # Rows that go through in chunks have a loop within the loop, which the code holds once.
         taken["instructions"] = sum(made.loop.values()) / ISSUED
+        taken["shared memory"] = made.shared_traffic / SHARED_BYTES
     return taken
 
 
@@ -113,6 +132,7 @@ def record(
     queue_dtype: torch.dtype | None = None,
     keys: int = 65536,
     consistency: bool = True,
+    temperature: float = 0.2,
     relative: bool = False,
 ) -> dict[str, list[_launch.Call]]:
     """The calls of a loss's kernels, forward and backward, by name and in their order.
@@ -122,6 +142,7 @@ def record(
             then with a step of SGD; or "nt_xent", of 4096 instances.
         columns: whether the keys are in (D, K) order.
         consistency: without, CO2 is InfoNCE, and NT-Xent's gradient is "plain".
+        temperature: of CO2, whose other one is 0.05.
         relative: whether NT-Xent's rows are not normalised.
     """
     dtype = dtype or DTYPES[precision]
@@ -143,7 +164,7 @@ def record(
                     empty(256, dim),
                     empty(256, dim),
                     queue,
-                    CO2Settings(0.2, 0.05, 1.0, weight, True, True),
+                    CO2Settings(temperature, 0.05, 1.0, weight, True, True),
                     True,
                 )
             elif loss == "conic":
@@ -202,11 +223,12 @@ def compile_kernel(
     call = calls[-1 if step else 0]
     compiled = compile_call(call, capability)
     registers, spilled, code = assemble(compiled.asm["ptx"], capability[0])
-    loop = loop_instructions(code)
+    instructions = loop_instructions(code)
+    loop = Counter(instruction.split()[0].split(".")[0] for instruction in instructions)
     arguments = call.arguments
     tile = arguments.get("TILE")
     pairs = (tile.rows * tile.keys if tile else 1) / (32 * arguments.get("num_warps", 4))
-    exponentials = 3 if loss == "co2" else 1
+    exponentials = 3 - bool(arguments.get("POWER")) if loss == "co2" else 1
     if loss == "nt_xent":
         pairs *= 2  # of each instance's two views
         exponentials = (1 + arguments.get("CONSISTENCY", True)) * (1 + arguments.get("RELATIVE", False))
@@ -215,7 +237,11 @@ def compile_kernel(
     per_pair = {instruction: count / pairs for instruction, count in loop.items()}
     ptx = compiled.asm["ptx"]
     tensor_columns = sum(map(int, re.findall(r"^\s*(?:@\S+ )?tcgen05\.alloc.*, (\d+);", ptx, re.MULTILINE)))
-    return Resources(registers, spilled, compiled.metadata.shared, tensor_columns, ptx, per_pair)
+    shared_traffic = sum(map(bytes_of_a_warp, instructions)) / (32 * pairs)
+    if tile and tensor_columns:
+        shared_traffic += bytes_of_blackwell(name, tile)
+    shared = compiled.metadata.shared
+    return Resources(registers, spilled, shared, tensor_columns, ptx, per_pair, shared_traffic)
 
 
 def assemble(ptx: str, major: int) -> tuple[int, int, str]:
@@ -241,7 +267,7 @@ def assemble(ptx: str, major: int) -> tuple[int, int, str]:
     return int(registers[1]), int(spilled[1]), code
 
 
-def loop_instructions(code: str) -> Counter[str]:
+def loop_instructions(code: str) -> list[str]:
     """Instructions of the loop that walks, the innermost with the exponentials, without those that few of its
     passes take; none without machine code."""
     labels, instructions = {}, []
@@ -250,7 +276,9 @@ def loop_instructions(code: str) -> Counter[str]:
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             instructions.append(instruction[1])
-    names = [re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0] for instruction in instructions]
+    predicated = re.compile(r"^@!?U?P\w+\s+")
+    instructions = [predicated.sub("", instruction) for instruction in instructions]
+    names = [instruction.split()[0] for instruction in instructions]
     jumps = {
         index: labels.get(target[1], len(names))
         for index, instruction in enumerate(instructions)
@@ -264,13 +292,43 @@ def loop_instructions(code: str) -> Counter[str]:
     ]
     masked = set().union(*masks)
     loops = [
-        [names[i] for i in range(begin, end + 1) if i not in masked or end in masked]
+        [i for i in range(begin, end + 1) if i not in masked or end in masked]
         for end, begin in jumps.items()
         if begin <= end
     ]
-    most = max((loop.count("MUFU.EX2") for loop in loops), default=0)
-    walks = [loop for loop in loops if loop.count("MUFU.EX2") >= max(1, most / 2)]
-    return Counter(instruction.split(".")[0] for instruction in min(walks, key=len, default=[]))
+    exponentials = [sum(names[i] == "MUFU.EX2" for i in loop) for loop in loops]
+    most = max(exponentials, default=0)
+    walks = [loop for loop, count in zip(loops, exponentials, strict=True) if count >= max(1, most / 2)]
+    return [instructions[i] for i in min(walks, key=len, default=[])]
+
+
+def bytes_of_a_warp(instruction: str) -> float:
+    """Bytes to and from shared memory that an instruction of machine code moves for a warp, without what
+    banks in conflict would add."""
+    name, *_ = instruction.split()
+    kind, *modifiers = name.split(".")
+    width = next((int(m) // 8 for m in modifiers if m in ("64", "128")), 4)
+    if kind in ("LDSM", "STSM"):  # matrices of 8 × 8 numbers of two bytes
+        return 128 * int(modifiers[-1])
+    if kind in ("LDS", "STS", "LDGSTS"):
+        return 32 * width
+    if kind in (
+        "HGMMA",
+        "QGMMA",
+    ):  # of a group of four warps: 32 bytes of each column, and row if it is there
+        rows, columns, _ = map(int, modifiers[0].split("x"))
+        from_shared = instruction.count("gdesc") - 1
+        return 32 * (columns + rows * from_shared) / 4
+    return 0
+
+
+def bytes_of_blackwell(name: str, tile: Any) -> float:
+    """Bytes of shared memory that products of the fifth generation read a pair: both operands of each, once.
+    What is multiplied into a gradient comes from tensor memory."""
+    size = tile.dtype.primitive_bitwidth // 8
+    of_similarities, of_gradient = WALKING[name]
+    keys, rows = tile.keys * tile.depth * size, tile.rows * tile.depth * size
+    return (of_similarities * (rows + keys) + of_gradient * keys) / (tile.rows * tile.keys)
 
 
 def entries(name: str, capability: tuple[int, int]) -> list[tuple[str, int]]:
@@ -283,13 +341,12 @@ def entries(name: str, capability: tuple[int, int]) -> list[tuple[str, int]]:
 
 def report(capability: tuple[int, int]) -> str:
     shared = SHARED_KIB[capability]
-    chip, multiprocessors, gigahertz = CHIPS.get(capability, ("", 0, 0))
+    chip = CHIPS[capability]
     header = [
         "kernel", "precision", "D", "tile", "warps", "registers", "spilled", "shared KiB", "programs",
-        "instructions", "exponentials", *(f"clocks: {unit}" for unit in UNITS),
+        "instructions", "exponentials", *(f"clocks: {unit}" for unit in UNITS), f"µs at least, {chip.name}",
+        "bound by",
     ]  # fmt: skip
-    if chip:
-        header.append(f"µs at least, {chip}")
     rows = []
     for name in WALKING:
         for precision, dim in entries(name, capability):
@@ -303,10 +360,9 @@ def report(capability: tuple[int, int]) -> str:
                 f"{sum(made.loop.values()):.1f}" if unchunked else "–", f"{made.loop.get('MUFU', 0):.2f}",
                 *(f"{taken[unit]:.3f}" if unit in taken else "–" for unit in UNITS),
             ]  # fmt: skip
-            if chip:
-                clocks_in_all = max(taken.values()) * PAIRS[name.split(".")[0]] / multiprocessors
-                row.append(f"{clocks_in_all / gigahertz / 1e3:.1f}")
-            rows.append(row)
+            binding = max(taken, key=lambda unit: taken[unit])
+            clocks_in_all = taken[binding] * PAIRS[name.split(".")[0]] / chip.multiprocessors
+            rows.append([*row, f"{clocks_in_all / chip.gigahertz / 1e3:.1f}", binding])
     title = f"## Compute capability {capability[0]}.{capability[1]}"
     return f"{title}\n\n{table(header, rows)}"
 
@@ -319,9 +375,10 @@ def main() -> None:
     print(
         f"# The Triton kernels as Triton {triton.__version__} compiles them\n\n"
         "Instructions, exponentials and clocks of a multiprocessor are those of a pair of row and key. The\n"
-        "last column is for 65536 keys, and 256 rows of CO2 or 1024 of ConIC, or for 4096 instances of\n"
+        "times are for 65536 keys, and 256 rows of CO2 or 1024 of ConIC, or for 4096 instances of\n"
         "NT-Xent, at the highest clock, were the busiest unit never idle: a bound worked out from the\n"
-        "compiler's output and the vendor's rates, not a measurement."
+        "compiler's output and the vendor's rates, not a measurement. Instructions and shared memory of\n"
+        "rows that go through in chunks are not counted, nor are conflicts of shared memory's banks."
     )
     for text in parser.parse_args().capabilities:
         major, minor = map(int, text.split("."))

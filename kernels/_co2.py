@@ -4,6 +4,7 @@ Plan. The grid is (block of query rows) × (range of keys), so that a batch of 3
 does. A program walks its range a tile of keys at a time; nothing of size B×K leaves it.
 
 0. round        the queue in the query's half precision, where it has another dtype.
+   prepare      norms and s_+ of each row, in float64, on chips that are slow in it; else 1. does it.
 1. statistics   s = q Nᵀ and y = k Nᵀ of each tile; per row both maxima, three partition sums, both sums of
                 d, and the rank of the positive. Each range writes these eight numbers a row.
 2. merge        the ranges' numbers, in a fixed order: losses, rank, and what a row's gradient needs.
@@ -17,18 +18,22 @@ similarities, not rows. A pair of row and key has
 
     a_j = λ (s_j − max s)     b_j = λ (y_j − max y)     d_j = a_j − b_j     with λ = log2(e)/τc,
 
-so that e^{s/τc} ~ 2^a, e^{y/τc} ~ 2^b and e^{s/τ} ~ 2^{a τc/τ}. InfoNCE alone has τ in place of τc.
+so that e^{s/τc} ~ 2^a, e^{y/τc} ~ 2^b and e^{s/τ} ~ 2^{a τc/τ}. InfoNCE alone has τ in place of τc. Where τ
+is a small multiple of τc, one of the three is a power of another.
 
-Bounds. A pair costs 5 products of 2 D operations (2 in the statistics, 3 in the gradient) and 6 exponentials;
-the queue is read twice, the second time from the cache where it fits. At B = 256, K = 65536, D = 128 in
-bfloat16 that is 30 µs on an H100, by the rates measured there: of products, and as long of exponentials. As
-compiled (python -m bench.resources), with the clocks of a multiprocessor that a pair takes of its schedulers,
-special-function units and tensor cores, and as measured:
+Bounds. A pair costs 5 products of 2 D operations (2 in the statistics, 3 in the gradient) and 4 exponentials,
+6 where no temperature is a multiple of the other; the queue is read twice, the second time from the cache
+where it fits. At B = 256, K = 65536, D = 128 in bfloat16 that is 30 µs on an H100, by the rate of products
+measured there. As compiled (python -m bench.resources) a pair takes so many clocks of a multiprocessor's
+schedulers, special-function units, tensor cores and shared memory:
 
-    statistics   0.146   0.188   0.125   bound by exponentials: 12.0 µs at 1.98 GHz; 28.9 µs measured
-    gradient     0.136   0.188   0.188   bound by exponentials and products: 12.0 µs; 29.9 µs measured
+    sm_90  statistics   0.153   0.125   0.125   0.101   bound by instructions: 9.8 µs at 1.98 GHz
+           gradient     0.146   0.125   0.188   0.132   bound by products: 12.0 µs
+    sm_80  statistics   0.193   0.125   0.250   0.287   bound by shared memory: 31.6 µs at 1.41 GHz
+           gradient     0.192   0.125   0.375   0.331   bound by products: 41.3 µs
 
-7.6 and 5.9 µs of these do not depend on K. The rest is 1.8 and 2 times the bound, for eight warps on each
+Measured on an H100, with three exponentials a pair in each, whose bound was 12.0 µs: 28.9 and 29.9 µs, of
+which 7.6 and 5.9 do not depend on K. The rest was 1.8 and 2 times the bound, for eight warps on each
 multiprocessor do not hide a product's latency, and then an exponential's, from each other. Merge and finish
 move 0.5 MiB and 2 × 8 MiB, all in the cache, and take 4.6 and 5.4 µs.
 docs/performance.md tells what was tried.
@@ -58,8 +63,10 @@ from ._device import (
     rounded,
     similarities,
     split,
+    stacked,
     store,
     store_fields,
+    two_exponentials,
 )
 
 _LN_2 = tl.constexpr(math.log(2))
@@ -84,6 +91,30 @@ def _load_row(row_records, rows, batch):
 def _scales(scale, norm_q, norm_k):
     """λ/‖q‖ and λ/‖k‖, which make logits of products of stored rows; every kernel rounds them alike."""
     return (scale / norm_q).to(tl.float32), (scale / norm_k).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _prepare_kernel(
+    query, key, row_records, batch, dim,
+    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The first three fields of `CO2Row` (B, 11), of query and key, Matrix (B, D)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    query_rows, key_rows = Block(query, rows, batch), Block(key, rows, batch)
+    measured = measure_rows(query_rows, key_rows, dim, DEPTH, NORMALIZE, False)
+    store_fields(row_records + rows.to(tl.int64) * _ROW, measured, rows < batch)
+
+
+@triton.jit
+def _held(query_rows, key_rows, dim, CONSISTENCY: tl.constexpr, TILE: tl.constexpr):
+    """q and k as `similarities` takes them, of rows that are not chunked."""
+    columns = tl.arange(0, TILE.depth)
+    q = rounded(load(query_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
+    k = rounded(load(key_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
+    held = q, k
+    if TILE.stacked and CONSISTENCY:
+        held = stacked(q, k)
+    return held
 
 
 @triton.jit(do_not_specialize=["keys"])
@@ -112,15 +143,16 @@ def _relative(s, top, scale, valid, WHOLE_KEYS: tl.constexpr):
 @triton.jit
 def _sum_up(
     rows, queue, held, measured, part, keys, keys_a_range, dim, ratio,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, BOUNDED: tl.constexpr, LANES: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr = None,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, POWER: tl.constexpr, BOUNDED: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr = None,
 ):  # fmt: skip
     """What a range of keys adds to each lane of some rows: Σ 2^{a τc/τ}, Σ 2^a, Σ 2^b, Σ 2^a d, Σ 2^b d, both
     maxima that a and b are relative to, and how many similarities are above the positive's.
 
     Args:
-        rows: Blocks of query and key. queue: Matrix (K, D). held: q and k, rounded.
+        rows: Blocks of query and key. queue: Matrix (K, D). held: see `similarities`.
         measured: λ/‖q‖, λ/‖k‖ and the positive's similarity of each row.
+        POWER: see `two_exponentials`.
         BOUNDED: whether logits are relative to 0, so that no maximum is looked for.
     """
     ROWS: tl.constexpr = rows[0].rows.shape[0]
@@ -149,10 +181,11 @@ def _sum_up(
                     s = tl.where(valid, s, float("-inf"))
                     a, b = tl.where(valid, a, LOWEST), tl.where(valid, b, LOWEST)
             rank += tl.sum(tl.where(s > positive, 1.0, 0.0), axis=1)
+            e_instance, e_query = two_exponentials(a, ratio, POWER)
             if INSTANCE:
-                z_instance += tl.sum(tl.exp2(a * ratio), axis=1)
+                z_instance += tl.sum(e_instance, axis=1)
             if CONSISTENCY:
-                sums = add_tile(sums, a, b)
+                sums = add_tile(sums, a, b, e_query, tl.exp2(b))
         else:
             above = s > positive
             if not WHOLE_KEYS:
@@ -160,36 +193,38 @@ def _sum_up(
             rank += tl.sum(tl.where(above, 1.0, 0.0), axis=1)
             a, new_s = _relative(s, top_s, scale_q, valid, WHOLE_KEYS)
             moved_s = move(top_s, new_s, scale_q)  # what older sums are to be moved by
+            e_instance, e_query = two_exponentials(a, ratio, POWER)
             if INSTANCE:
-                z_instance = z_instance * tl.exp2(moved_s * ratio) + tl.sum(tl.exp2(a * ratio), axis=1)
+                z_instance = z_instance * tl.exp2(moved_s * ratio) + tl.sum(e_instance, axis=1)
             if CONSISTENCY:
                 b, new_y = _relative(y, top_y, scale_k, valid, WHOLE_KEYS)
-                sums = add_tile(move_sums(sums, moved_s, move(top_y, new_y, scale_k)), a, b)
-                top_y = new_y
+                moved = move_sums(sums, moved_s, move(top_y, new_y, scale_k))
+                sums, top_y = add_tile(moved, a, b, e_query, tl.exp2(b)), new_y
             top_s = new_s
     return z_instance, sums, top_s, top_y, rank
 
 
 @triton.jit
-def _all_held(z, d, inside):
+def _fits(z, d, inside):
     """Whether float32 holds all sums of exponentials, also times d, and too few are too small for it."""
-    held = (z > _LEAST_SUM) & (z < _LARGEST_SUM) & (tl.abs(d) < _LARGEST_SUM)
-    return tl.min((held | ~inside[:, None]).to(tl.int32)) == 1
+    fits = (z > _LEAST_SUM) & (z < _LARGEST_SUM) & (tl.abs(d) < _LARGEST_SUM)
+    return tl.min((fits | ~inside[:, None]).to(tl.int32)) == 1
 
 
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _statistics_kernel(
     query, key, queue, partial, row_records, batch, keys, dim, scale, ratio, keys_a_range,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr,
-    LANES: tl.constexpr, TILE: tl.constexpr,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, POWER: tl.constexpr, NORMALIZE: tl.constexpr,
+    BOUNDED: tl.constexpr, PREPARED: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a range of keys knows of a block of rows.
 
     Args:
         query, key: Matrix (B, D). queue: Matrix (K, D).
         partial: `CO2Partial` (ranges, B, 8) float32.
-        row_records: `CO2Row` (B, 11) float64, of which it writes the first three.
+        row_records: `CO2Row` (B, 11) float64, of which it writes the first three, or reads them if PREPARED.
         scale, ratio: λ and τc/τ.
+        POWER: see `two_exponentials`.
         BOUNDED: whether float32 holds the exponentials of all logits as they are, if no key is longer than 1.
             Where one is, the range is walked again.
     """
@@ -198,37 +233,39 @@ def _statistics_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     inside = rows < batch
-    columns = tl.arange(0, TILE.depth)
     query_rows, key_rows = Block(query, rows, batch), Block(key, rows, batch)
 
-    norm_q, norm_k, positive = measure_rows(
-        query_rows, key_rows, dim, NORM_DEPTH, NORMALIZE, TILE.whole_columns
-    )
-    if part == 0:
-        row = row_records + rows.to(tl.int64) * _ROW
-        store_fields(row, (norm_q, norm_k, positive), inside)
+    if PREPARED:
+        row = row_records + tl.minimum(rows, batch - 1).to(tl.int64) * _ROW
+        norm_q, norm_k, positive = load_fields(row, 3)
+    else:
+        norm_q, norm_k, positive = measure_rows(
+            query_rows, key_rows, dim, NORM_DEPTH, NORMALIZE, TILE.whole_columns
+        )
+        if part == 0:
+            row = row_records + rows.to(tl.int64) * _ROW
+            store_fields(row, (norm_q, norm_k, positive), inside)
     scale_q, scale_k = _scales(scale, norm_q[:, None], norm_k[:, None])
     measured = (scale_q, scale_k, positive.to(tl.float32)[:, None, None])
 
-    q, k = None, None
+    held = None, None
     if not TILE.chunked:
-        q = rounded(load(query_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
-        k = rounded(load(key_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
+        held = _held(query_rows, key_rows, dim, CONSISTENCY, TILE)
 
     z_instance, sums, top_s, top_y, rank = _sum_up(
-        (query_rows, key_rows), queue, (q, k), measured, part, keys, keys_a_range, dim, ratio,
-        INSTANCE, CONSISTENCY, BOUNDED, LANES, TILE,
+        (query_rows, key_rows), queue, held, measured, part, keys, keys_a_range, dim, ratio,
+        INSTANCE, CONSISTENCY, POWER, BOUNDED, LANES, TILE,
     )  # fmt: skip
     if BOUNDED:
-        held = True
+        fits = True
         if INSTANCE:
-            held = held & _all_held(z_instance, z_instance, inside)
+            fits = fits & _fits(z_instance, z_instance, inside)
         if CONSISTENCY:
-            held = held & _all_held(sums[0], sums[2], inside) & _all_held(sums[1], sums[3], inside)
-        if not held:
+            fits = fits & _fits(sums[0], sums[2], inside) & _fits(sums[1], sums[3], inside)
+        if not fits:
             z_instance, sums, top_s, top_y, rank = _sum_up(
-                (query_rows, key_rows), queue, (q, k), measured, part, keys, keys_a_range, dim, ratio,
-                INSTANCE, CONSISTENCY, False, LANES, TILE, 1,
+                (query_rows, key_rows), queue, held, measured, part, keys, keys_a_range, dim, ratio,
+                INSTANCE, CONSISTENCY, POWER, False, LANES, TILE, 1,
             )  # fmt: skip
 
     merged = merge(top_s, top_y, sums, scale_q, scale_k, 1)
@@ -397,7 +434,7 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["batch", "keys"])
 def _gradient_kernel(
     query, key, queue, row_records, grad_parts, batch, keys, dim, scale, ratio, keys_a_range,
-    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, TILE: tl.constexpr,
+    INSTANCE: tl.constexpr, CONSISTENCY: tl.constexpr, POWER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a range of keys adds to g N of a block of rows, for a chunk of dimensions.
 
@@ -406,6 +443,7 @@ def _gradient_kernel(
         row_records: `CO2Row` (B, 11) float64.
         grad_parts: (ranges, B, D) float32.
         scale, ratio: λ and τc/τ.
+        POWER: see `two_exponentials`.
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
@@ -413,7 +451,6 @@ def _gradient_kernel(
     EXACT: tl.constexpr = PRECISION == "tf32x3"
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
-    columns = tl.arange(0, TILE.depth)
     out_columns = tl.program_id(2) * TILE.width + tl.arange(0, TILE.width)
     query_rows, key_rows = Block(query, rows, batch), Block(key, rows, batch)
 
@@ -430,21 +467,21 @@ def _gradient_kernel(
     slope = weight_query * ln_2
     base = weight_query - slope * mean
 
-    q, k = None, None
+    held = None, None
     if not TILE.chunked:
-        q = rounded(load(query_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
-        k = rounded(load(key_rows, columns, dim, WHOLE_COLUMNS=TILE.whole_columns), TILE.dtype)
+        held = _held(query_rows, key_rows, dim, CONSISTENCY, TILE)
     shape: tl.constexpr = [ROWS, TILE.width]
     grad = tl.zeros(shape, tl.float32)
     begin = part * keys_a_range
     for start in range(begin, tl.minimum(begin + keys_a_range, keys), KEYS):
         tile_rows = start + tl.arange(0, KEYS)
         queue_rows = Block(queue, tile_rows, keys)
-        s, y, tile = similarities(query_rows, key_rows, queue_rows, (q, k), dim, CONSISTENCY, TILE)
+        s, y, tile = similarities(query_rows, key_rows, queue_rows, held, dim, CONSISTENCY, TILE)
         g = tl.zeros([ROWS, KEYS], tl.float32)
         a, b = (s - top_s) * scale_q, (y - top_y) * scale_k
+        e_instance, e_query = two_exponentials(a, ratio, POWER)
         if CONSISTENCY:
-            e_query, e_key = tl.exp2(a), tl.exp2(b)
+            e_key = tl.exp2(b)
             if EXACT:
                 Q = e_query * weight_query
                 # Where Q and P nearly cancel, what their weights lost would be left.
@@ -453,7 +490,7 @@ def _gradient_kernel(
             else:
                 g = e_query * (base + slope * (a - b)) - e_key * weight_key
         if INSTANCE:
-            g += tl.exp2(a * ratio) * weight_instance
+            g += e_instance * weight_instance
         if not TILE.whole_keys:  # noqa: SIM102
             if start + KEYS > keys:
                 g = tl.where((tile_rows < keys)[None, :], g, 0.0)
@@ -508,6 +545,7 @@ def _finish_kernel(
 
 
 KERNELS = {
+    "co2.prepare": _prepare_kernel,
     "co2.round": _round_kernel,
     "co2.statistics": _statistics_kernel,
     "co2.merge": _merge_kernel,

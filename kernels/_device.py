@@ -140,11 +140,24 @@ def measure_rows(query, key, dim, DEPTH: tl.constexpr, NORMALIZE: tl.constexpr, 
 
 
 @triton.jit
+def stacked(x, y):
+    """Two tiles as one: the rows of x, then those of y."""
+    return tl.reshape(tl.permute(tl.join(x, y), [2, 0, 1]), [2 * x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def unstacked(both):
+    """The reverse of `stacked`. Where a warp multiplies rows of both, no number moves."""
+    ROWS: tl.constexpr = both.shape[0] // 2
+    return tl.split(tl.permute(tl.reshape(both, [2, ROWS, both.shape[1]]), [1, 2, 0]))
+
+
+@triton.jit
 def similarities(query, key, keys, held, dim, CONSISTENCY: tl.constexpr, TILE: tl.constexpr):
     """q Nᵀ and k Nᵀ of a tile of keys, and the tile.
 
-    `held` are q and k, rounded. Of chunked rows these are loaded here, `TILE.depth` dimensions at a time, and
-    no tile is returned.
+    `held` are q and k, rounded, or both of them `stacked` where the tile says so and there is a consistency
+    term. Of chunked rows these are loaded here, `TILE.depth` dimensions at a time, and no tile is returned.
     """
     ROWS: tl.constexpr = TILE.rows
     KEYS: tl.constexpr = TILE.keys
@@ -165,9 +178,13 @@ def similarities(query, key, keys, held, dim, CONSISTENCY: tl.constexpr, TILE: t
     else:
         tile = load(keys, columns, dim, WHOLE_ROWS=TILE.whole_keys, WHOLE_COLUMNS=TILE.whole_columns)
         tile = rounded(tile, TILE.dtype)
-        s = product(held[0], tl.trans(tile), s, PRECISION)
-        if CONSISTENCY:
-            y = product(held[1], tl.trans(tile), y, PRECISION)
+        if TILE.stacked and CONSISTENCY:
+            both = product(held, tl.trans(tile), tl.zeros([2 * ROWS, KEYS], tl.float32), PRECISION)
+            s, y = unstacked(both)
+        else:
+            s = product(held[0], tl.trans(tile), s, PRECISION)
+            if CONSISTENCY:
+                y = product(held[1], tl.trans(tile), y, PRECISION)
     return s, y, tile
 
 
@@ -181,10 +198,28 @@ def move_sums(sums, moved_s, moved_y):
 
 
 @triton.jit
-def add_tile(sums, a, b):
-    """What a tile's logits a and b add to the sums of 2^a, 2^b, 2^a d and 2^b d with d = a − b."""
+def two_exponentials(a, ratio, POWER: tl.constexpr):
+    """2^{a ratio} and 2^a. Where the ratio is 1/POWER, one is a power of the other, and special-function
+    units have but one exponential to do; POWER is 0 elsewhere."""
+    lower = tl.exp2(a * ratio)
+    higher = None
+    if POWER == 0:
+        higher = tl.exp2(a)
+    else:
+        square = lower
+        for bit in tl.static_range(4):
+            if (POWER >> bit) % 2 == 1:
+                higher = square if higher is None else higher * square
+            square *= square
+    return lower, higher
+
+
+@triton.jit
+def add_tile(sums, a, b, e_query, e_key):
+    """What a tile's logits a and b add to the sums of 2^a, 2^b, 2^a d and 2^b d with d = a − b; e are 2^a and
+    2^b."""
     z_query, z_key, d_query, d_key = sums
-    e_query, e_key, d = tl.exp2(a), tl.exp2(b), a - b
+    d = a - b
     d_query, d_key = d_query + tl.sum(e_query * d, axis=1), d_key + tl.sum(e_key * d, axis=1)
     return z_query + tl.sum(e_query, axis=1), z_key + tl.sum(e_key, axis=1), d_query, d_key
 

@@ -80,6 +80,7 @@ from ._device import (
     softplus,
     split,
     split_four,
+    stacked,
     store,
     store_fields,
     store_unit,
@@ -176,6 +177,18 @@ def _prepare_kernel(
 
 
 @triton.jit
+def _held(view1, view2, TILE: tl.constexpr):
+    """Both views of a block's instances as `similarities` takes them, of rows that are not chunked."""
+    columns = tl.arange(0, TILE.depth)
+    z1 = tl.load(at(view1.matrix, view1.rows, columns))
+    z2 = tl.load(at(view2.matrix, view2.rows, columns))
+    held = z1, z2
+    if TILE.stacked:
+        held = stacked(z1, z2)
+    return held
+
+
+@triton.jit
 def _own_keys(target, first, batch, ROWS: tl.constexpr):
     """The key instance that each instance of a block owns, −1 for none, and from where to where they are.
 
@@ -223,7 +236,7 @@ def _statistics_kernel(
     first = tl.program_id(0) * ROWS
     instance = first + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
-    columns, index = tl.arange(0, TILE.depth), tl.arange(0, KEYS)
+    index = tl.arange(0, KEYS)
     view1 = Block(Matrix(unit.data, 2 * unit.row, unit.column), instance, padded_rows)
     view2 = Block(Matrix(unit.data + unit.row, 2 * unit.row, unit.column), instance, padded_rows)
     threshold = tl.load(positive + tl.minimum(instance, batch - 1)).to(tl.float32)[:, None, None]
@@ -231,10 +244,9 @@ def _statistics_kernel(
     if target.data is None:  # One register less: there is none to spare.
         key_unit, keys = unit, batch
 
-    z1, z2 = None, None
+    held = None, None
     if not TILE.chunked:
-        z1 = tl.load(at(view1.matrix, instance, columns))
-        z2 = tl.load(at(view2.matrix, instance, columns))
+        held = _held(view1, view2, TILE)
     shape: tl.constexpr = [ROWS, LANES]
     tile_shape: tl.constexpr = [ROWS, KEYS // LANES, LANES]
     start_at: tl.constexpr = 0.0 if BOUNDED else LOWEST
@@ -246,7 +258,7 @@ def _statistics_kernel(
     begin = part * keys_a_range
     for start in range(begin, tl.minimum(begin + keys_a_range, 2 * keys), KEYS):
         tile = Matrix(key_unit.data + start * key_unit.row, key_unit.row, key_unit.column)
-        s, y, _ = similarities(view1, view2, Block(tile, index, 0), (z1, z2), unit.row, True, TILE)
+        s, y, _ = similarities(view1, view2, Block(tile, index, 0), held, unit.row, True, TILE)
         if _has_excluded(start, first_own, last_own, keys, KEYS):
             excluded = _excluded(own, start + index, keys)
             s, y = tl.where(excluded, _EXCLUDED, s), tl.where(excluded, _EXCLUDED, y)
@@ -266,7 +278,7 @@ def _statistics_kernel(
         sum_s += tl.sum(tl.exp2(a * ratio if CONSISTENCY else a), axis=1)
         sum_y += tl.sum(tl.exp2(b * ratio if CONSISTENCY else b), axis=1)
         if CONSISTENCY:
-            sums = add_tile(sums, a, b)
+            sums = add_tile(sums, a, b, tl.exp2(a), tl.exp2(b))
 
     merged = merge(top_s, top_y, sums, scale, scale, 1)
     known1 = NTXentPartial(
@@ -428,7 +440,7 @@ def _add_pull(
 @triton.jit(do_not_specialize=["batch", "keys", "padded_rows", "padded_keys"])
 def _gradient_kernel(
     rows, key_rows, target, grad_parts, batch, keys, padded_rows, padded_keys, scale, scale_c, keys_a_range,
-    CONSISTENCY: tl.constexpr, RELATIVE: tl.constexpr, STACKED: tl.constexpr, TILE: tl.constexpr,
+    CONSISTENCY: tl.constexpr, RELATIVE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What a range of keys adds to dz of both views of a block of instances.
 
@@ -449,7 +461,7 @@ def _gradient_kernel(
     first = tl.program_id(0) * ROWS
     instance = first + tl.arange(0, ROWS)
     part = tl.program_id(1).to(tl.int64)
-    columns, index = tl.arange(0, TILE.depth), tl.arange(0, KEYS)
+    index = tl.arange(0, KEYS)
     out_columns = tl.program_id(2) * TILE.width + tl.arange(0, TILE.width)
     view1 = Block(Matrix(unit.data, 2 * unit.row, unit.column), instance, padded_rows)
     view2 = Block(Matrix(unit.data + unit.row, 2 * unit.row, unit.column), instance, padded_rows)
@@ -463,14 +475,9 @@ def _gradient_kernel(
         shift = _LOG2_UNIT - tl.ceil(tl.maximum(tl.log2(largest), _LEAST_LOG2_SIZE))
     row1 = _pull_of_rows(rows.pull, instance, 0, CONSISTENCY, RELATIVE, LOW)
     row2 = _pull_of_rows(rows.pull, instance, 1, CONSISTENCY, RELATIVE, LOW)
-    stacked = tl.arange(0, 2 * ROWS)
-    stacked = 2 * (first + stacked % ROWS) + stacked // ROWS
-    z, z1, z2 = None, None, None
-    if STACKED:
-        z = tl.load(at(unit, stacked, columns))
-    elif not TILE.chunked:
-        z1 = tl.load(at(view1.matrix, instance, columns))
-        z2 = tl.load(at(view2.matrix, instance, columns))
+    held = None, None
+    if not TILE.chunked:
+        held = _held(view1, view2, TILE)
     shape: tl.constexpr = [ROWS, TILE.width]
     stacked_shape: tl.constexpr = [2 * ROWS, TILE.width]
     grad = tl.zeros(stacked_shape, tl.float32)
@@ -479,14 +486,7 @@ def _gradient_kernel(
     begin = part * keys_a_range
     for start in range(begin, tl.minimum(begin + keys_a_range, 2 * keys), KEYS):
         tile_rows = Matrix(key_unit.data + start * key_unit.row, key_unit.row, key_unit.column)
-        if STACKED:
-            tile = tl.load(at(tile_rows, index, columns))
-            s = product(z, tl.trans(tile), tl.zeros([2 * ROWS, KEYS], tl.float32), PRECISION)
-            s, y = tl.split(tl.permute(tl.reshape(s, [2, ROWS, KEYS]), [1, 2, 0]))
-        else:
-            s, y, tile = similarities(
-                view1, view2, Block(tile_rows, index, 0), (z1, z2), unit.row, True, TILE
-            )
+        s, y, tile = similarities(view1, view2, Block(tile_rows, index, 0), held, unit.row, True, TILE)
         key1, key2 = _pull_of_keys(key_rows.pull, start, KEYS, RELATIVE)
         # A key and its partner are neighbours, which one thread holds, as it does a row and its partner.
         s1, s2 = tl.split(tl.reshape(s, [ROWS, KEYS // 2, 2]))
@@ -513,17 +513,17 @@ def _gradient_kernel(
         g1, g2 = g1.to(TILE.dtype), g2.to(TILE.dtype)
         if TILE.chunked:
             tile = tl.load(at(tile_rows, index, out_columns))
-        if STACKED:
-            both = tl.reshape(tl.permute(tl.join(g1, g2), [2, 0, 1]), [2 * ROWS, KEYS])
-            grad = product(both, tile, grad, PRECISION)
+        if TILE.stacked:
+            grad = product(stacked(g1, g2), tile, grad, PRECISION)
         else:
             grad1 = product(g1, tile, grad1, PRECISION)
             grad2 = product(g2, tile, grad2, PRECISION)
-    row = part * padded_rows + (stacked if STACKED else 2 * instance)
-    to = at(grad_parts, row, out_columns)
-    if STACKED:
-        tl.store(to, grad * tl.exp2(-shift))
+    if TILE.stacked:
+        both = tl.arange(0, 2 * ROWS)
+        row = part * padded_rows + 2 * (first + both % ROWS) + both // ROWS
+        tl.store(at(grad_parts, row, out_columns), grad * tl.exp2(-shift))
     else:
+        to = at(grad_parts, part * padded_rows + 2 * instance, out_columns)
         tl.store(to, grad1 * tl.exp2(-shift))
         tl.store(to + grad_parts.row, grad2 * tl.exp2(-shift))
 

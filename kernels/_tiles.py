@@ -12,46 +12,47 @@ from ..gpu.tiles import table as _table
 # Precisions are those of `precision_of`. Without the consistency term NT-Xent's gradient is "plain", and has
 # registers left for longer tiles.
 
-# A100: 163 KiB of shared memory a program.
+# A100: 163 KiB of shared memory a program. What binds it is how often warps read keys from there: a warp that
+# multiplies rows of both kinds reads them once for the two.
 AMPERE = _table("""
 kernel              precision   D  held walked depth width warps stages programs
-co2.statistics      half      128    64     32   128     0     4      3        2
-co2.statistics      half      256   128     32   256     0     8      2        1
+co2.statistics      half      128    64     32   128     0     4      3        3  stacked
+co2.statistics      half      256   128     32   256     0     8      2        1  stacked
 co2.statistics      half     1024    64     64    32     0     4      3        2
 co2.statistics      tf32     1024    64     32    32     0     4      2        2
 co2.statistics      tf32x3   1024    64     32    16     0     4      2        2
-co2.gradient        half      128    64     64   128   128     4      2        2
-co2.gradient        half      256    64     64   256   256     8      2        1
+co2.gradient        half      128    64     64   128   128     4      2        2  stacked
+co2.gradient        half      256    64     64   256   256     8      2        1  stacked
 co2.gradient        half     1024    32     64    64   256     4      2        2
 co2.gradient        tf32     1024    64     32    32   128     8      2        1
 co2.gradient        tf32x3   1024    64     32    16   256     8      2        1
-conic.statistics    half      128   128     64   128     0     4      2        2
+conic.statistics    half      128   128     32   128     0     4      3        3
 conic.statistics    half      256   128     64   256     0     8      2        1
 conic.statistics    half     1024    64     64    32     0     4      3        2
 conic.statistics    tf32     1024    64     32    32     0     4      2        2
 conic.statistics    tf32x3   1024    64     32    16     0     4      2        2
-conic.weight        half      128    64     32   128   128     4      2        2
-conic.weight        half      256    32     64   256   256     8      2        1
+conic.weight        half      128    64     64   128   128     4      2        2
+conic.weight        half      256    64     64   256   256     8      2        1
 conic.weight        half     1024    32     64    64   256     4      2        2
 conic.weight        tf32     1024    64     32    32   128     8      2        1
 conic.weight        tf32x3   1024    64     32    16   128     8      2        1
-conic.views         half      128    64     64   128   128     8      2        1
+conic.views         half      128    64     64   128   128     4      2        2
 conic.views         half      256    64     64   256   256     8      2        1
 conic.views         half     1024    32     32    64   256     4      2        2
 conic.views         tf32     1024    64     32    32   128     8      2        1
 conic.views         tf32x3   1024    64     32    16   128     8      2        1
-nt_xent.statistics  half      128    64     64   128     0     4      2        2
-nt_xent.statistics  half      256    64     64   256     0     8      2        1
+nt_xent.statistics  half      128    64     32   128     0     4      3        3  stacked
+nt_xent.statistics  half      256   128     32   256     0     8      2        1  stacked
 nt_xent.statistics  half     1024    64     64    32     0     4      3        2
 nt_xent.statistics  tf32     1024    64     32    32     0     4      2        2
 nt_xent.statistics  tf32x3   1024    64     32    16     0     4      2        2
-nt_xent.gradient    half      128    32     64   128   128     4      2        2
-nt_xent.gradient    half      256    32     64   256   256     8      2        1
+nt_xent.gradient    half      128    32     64   128   128     4      2        2  stacked
+nt_xent.gradient    half      256    32     64   256   256     8      2        1  stacked
 nt_xent.gradient    half     1024    32     64    64   256     8      2        1
 nt_xent.gradient    tf32     1024    32     64    32   128     8      2        1
 nt_xent.gradient    tf32x3   1024    32     64    16    64     8      2        1
-nt_xent.plain       half      128    32     64   128   128     4      2        2
-nt_xent.plain       half      256    32     64   256   256     8      2        1
+nt_xent.plain       half      128    64     64   128   128     8      2        1  stacked
+nt_xent.plain       half      256    32     64   256   256     8      2        1  stacked
 nt_xent.plain       half     1024    32     64    64   256     8      2        1
 nt_xent.plain       tf32     1024    32     64    32   128     8      2        1
 nt_xent.plain       tf32x3   1024    32     64    16    64     8      2        1

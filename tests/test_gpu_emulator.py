@@ -490,11 +490,23 @@ def compare(results: Any, expected: Any, dtype: torch.dtype) -> None:
             assert error <= TOLERANCE[dtype]
 
 
+# MoCo's, and MoCo v2's, of whose temperatures one is a multiple of the other; and InfoNCE alone.
+MOCO = CO2Settings(0.07, 0.04, 1.0, 10.0, False, True)
+MOCO_V2 = CO2Settings(0.2, 0.05, 1.0, 0.3, True, True)
+INFO_NCE = CO2Settings(0.07, 1.0, 1.0, 0.0, False, True)
+
+
 @emulated
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_emulated_co2(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        *((dtype, MOCO) for dtype in DTYPES),
+        *((dtype, MOCO_V2) for dtype in (torch.bfloat16, torch.float16)),
+        (torch.bfloat16, INFO_NCE),
+    ],
+)
+def test_emulated_co2(dtype: torch.dtype, settings: CO2Settings) -> None:
     query, key, queue = Case(5, 130, 40, dtype, layout="strided", queue_layout="columns").tensors()
-    settings = CO2Settings(0.07, 0.04, 1.0, 10.0, False, True)
     expected = reference.co2(query.double(), key.double(), queue.double(), settings, True)
     compare(kernels.co2(query, key, queue, settings, True), expected, dtype)
 
@@ -545,3 +557,9 @@ def test_the_kernels_as_they_are_compiled(architecture: str) -> None:
     """All losses and operators, in three dtypes; `make emulate` runs the whole harness."""
     tests = [__file__, "tests/test_rows_ops.py"]
     pass_elsewhere(tests, "emulated or triton", {"GPU_EMULATOR": architecture})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REQUESTED is not None, reason="this is such a process")
+def test_rows_are_measured_first_where_float64_is_slow() -> None:
+    pass_elsewhere([__file__], "emulated_co2 and bfloat16", {"GPU_EMULATOR": "sm_89"})

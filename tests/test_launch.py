@@ -7,6 +7,8 @@ The tests run on a GPU, or in the emulator of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,7 +27,8 @@ import triton.language as tl
 from contrastive_ops.kernels import _launch
 from contrastive_ops.kernels._launch import Launch, Replay, TritonLaunch, vector
 
-from contrastive_ops import kernels, reference
+from contrastive_ops import available_backends, reference
+from contrastive_ops._backends import BACKENDS
 from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentSettings
 
 launched = pytest.mark.skipif(
@@ -33,13 +36,18 @@ launched = pytest.mark.skipif(
     reason="runs on a GPU, or in a process with GPU_EMULATOR=sm_80 or sm_90",
 )
 DEVICE = "cpu" if REQUESTED else "cuda"
+by_triton = pytest.mark.skipif(REQUESTED == "sm_75", reason="Triton serves GPUs from sm_80 on")
+
+
+def multiplies_tf32() -> bool:
+    return REQUESTED != "sm_75" if REQUESTED else torch.cuda.get_device_capability() >= (8, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(REQUESTED) or INTERPRETED, reason="is what runs them in another process")
 def test_launches_in_the_emulator() -> None:
-    """The tests below."""
-    pass_elsewhere(["tests/test_launch.py"], "launched", {"GPU_EMULATOR": "sm_90"})
+    """The tests below, of Triton; tests/test_cuda.py runs those of CUDA C++."""
+    pass_elsewhere(["tests/test_launch.py"], "launched and not cuda", {"GPU_EMULATOR": "sm_90"})
 
 
 BLOCK = 1024  # several numbers for each thread, which loads them at once where they are aligned
@@ -100,6 +108,7 @@ def add(
 
 
 @launched
+@by_triton
 def test_launched_for_arguments_of_every_kind_one_after_the_other() -> None:
     launch = TritonLaunch("add", _add_kernel, (1,), {"BLOCK": BLOCK})
     for _ in range(3):
@@ -126,6 +135,7 @@ COARSER = {
 }
 
 
+@by_triton
 @pytest.mark.skipif(not REQUESTED, reason="on a GPU, a wrong address would end the process")
 @pytest.mark.parametrize("part", COARSER)
 def test_launched_with_a_coarser_key_the_test_above_would_fail(
@@ -137,6 +147,7 @@ def test_launched_with_a_coarser_key_the_test_above_would_fail(
 
 
 @launched
+@by_triton
 def test_launched_under_a_hook_that_is_told_of_each_launch() -> None:
     launch = TritonLaunch("add", _add_kernel, (1,), {"BLOCK": BLOCK})
     source, told = sources()["plain"], []
@@ -153,6 +164,7 @@ def test_launched_under_a_hook_that_is_told_of_each_launch() -> None:
 
 
 @launched
+@by_triton
 def test_launched_by_an_unknown_version_as_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_launch, "_KNOWN_TRITON", False)
     launch = TritonLaunch("add", _add_kernel, (1,), {"BLOCK": BLOCK})
@@ -207,15 +219,23 @@ def outputs(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def assert_right(call: Callable[..., Any], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    actual = outputs(call(kernels, *tensors))
+@pytest.fixture(params=["triton", "cuda"])
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    """A backend for GPUs, in a process where it serves."""
+    if not available_backends()[request.param]:
+        pytest.skip(f"{request.param} does not serve here")
+    return import_module(BACKENDS[request.param])
+
+
+def assert_right(module: ModuleType, call: Callable[..., Any], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    actual = outputs(call(module, *tensors))
     for a, e in zip(actual, outputs(call(reference, *tensors)), strict=True):
         torch.testing.assert_close(a, e.to(a.dtype), atol=2e-4, rtol=2e-4)
     return actual
 
 
-def _replays(function: str) -> list[Replay]:
-    known = getattr(kernels, function).func.replays
+def _replays(module: ModuleType, function: str) -> list[Replay]:
+    known = getattr(module, function).func.replays
     return [each for each in known.values() if isinstance(each, Replay)]
 
 
@@ -235,14 +255,14 @@ def _variants(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
 
 @launched
 @pytest.mark.parametrize("name", CALLS)
-def test_launched_again_a_call_is_replayed_on_its_own_tensors(name: str) -> None:
+def test_launched_again_a_call_is_replayed_on_its_own_tensors(module: ModuleType, name: str) -> None:
     function, call, inputs = CALLS[name]
     _launch.forget_plans()
     kept = []
     for seed in range(4):
-        results = assert_right(call, inputs(seed))
+        results = assert_right(module, call, inputs(seed))
         kept.append((results, [x.clone() for x in results]))
-    assert len(_replays(function)) == 1
+    assert len(_replays(module, function)) == 1
     for results, copies in kept:  # a replay writes to tensors of its own
         assert all(
             torch.equal(
@@ -253,35 +273,37 @@ def test_launched_again_a_call_is_replayed_on_its_own_tensors(name: str) -> None
         )
     for _ in range(3):
         for tensors in _variants(inputs(5)):
-            assert_right(call, tensors)
-    assert_right(call, inputs(6))
+            assert_right(module, call, tensors)
+    assert_right(module, call, inputs(6))
 
 
 @launched
-def test_launched_again_with_one_tensor_in_two_places() -> None:
+def test_launched_again_with_one_tensor_in_two_places(module: ModuleType) -> None:
     """What is recorded with it would be replayed on the first place alone."""
     _launch.forget_plans()
     call = CALLS["co2"][1]
     for seed in range(3):
         query, _, queue = _co2_inputs(seed)
-        assert_right(call, (query, query, queue))
-    assert not _replays("co2")
+        assert_right(module, call, (query, query, queue))
+    assert not _replays(module, "co2")
     for seed in range(3):
-        assert_right(call, _co2_inputs(seed))
+        assert_right(module, call, _co2_inputs(seed))
 
 
 @launched
-def test_launched_again_in_another_precision() -> None:
+def test_launched_again_in_another_precision(module: ModuleType) -> None:
     """Which PyTorch's global setting says."""
+    if not multiplies_tf32():
+        pytest.skip("this GPU has no TF32")
     _launch.forget_plans()
     call, inputs, matmul = CALLS["co2"][1], _co2_inputs(0), torch.backends.cuda.matmul
-    exact = [assert_right(call, inputs) for _ in range(3)]
+    exact = [assert_right(module, call, inputs) for _ in range(3)]
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
     try:
-        rounded = [outputs(call(kernels, *inputs)) for _ in range(3)]
+        rounded = [outputs(call(module, *inputs)) for _ in range(3)]
     finally:
         matmul.fp32_precision = before
     assert all(torch.equal(each[-1], rounded[0][-1]) for each in rounded)
     assert not torch.equal(exact[-1][-1], rounded[-1][-1])
-    assert torch.equal(assert_right(call, inputs)[-1], exact[0][-1])
+    assert torch.equal(assert_right(module, call, inputs)[-1], exact[0][-1])

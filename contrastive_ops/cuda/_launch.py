@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -127,29 +127,21 @@ def layout(name: str, threads: int, programs: int, arguments: dict[str, Any]) ->
     return Layout(text, len(writer.tensors), tuple(ctype for _, ctype in writer.numbers))
 
 
-def kinds(values: Iterable[Any]) -> Iterator[Any]:
-    """What a program depends on of arguments that are not in capitals: the types of numbers, and dtypes."""
+def take(values: Iterable[Any], kinds: list[Any], tensors: list[Tensor], numbers: list[Any]) -> None:
+    """Appends what a program depends on of arguments that are not in capitals, which are the types of numbers
+    and dtypes, and the arguments in the order of a layout's parameters."""
     for value in values:
         kind = type(value)
         if kind in TENSORS or isinstance(value, Tensor):
-            yield value.dtype
-        elif issubclass(kind, tuple):
-            yield kind
-            yield from kinds(value)
-        else:
-            yield kind
-
-
-def flat(values: Iterable[Any], tensors: list[Tensor], numbers: list[Any]) -> None:
-    """Appends the tensors and the numbers of arguments in the order of a layout's parameters."""
-    for value in values:
-        kind = type(value)
-        if kind in TENSORS or isinstance(value, Tensor):
+            kinds.append(value.dtype)
             tensors.append(value)
-        elif issubclass(kind, tuple):
-            flat(value, tensors, numbers)
-        elif value is not None:
+        elif kind in _NUMBERS:
+            kinds.append(kind)
             numbers.append(value)
+        else:
+            kinds.append(kind)
+            if value is not None:
+                take(value, kinds, tensors, numbers)
 
 
 def header_of(name: str) -> str:
@@ -169,6 +161,12 @@ def _has_vectors(rows: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _sorted(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The names of constants, which are in capitals, and the others."""
+    return [each for each in names if each.isupper()], [each for each in names if not each.isupper()]
+
+
 class CudaLaunch(Launch):
     """A kernel in CUDA C++. What a program needs besides the arguments is looked up by their kinds."""
 
@@ -183,35 +181,39 @@ class CudaLaunch(Launch):
     ) -> None:
         super().__init__(name, grid, arguments)
         self._kernels, self.threads, self.programs = kernels, 32 * warps, programs
+        self._own_numbers: list[Any] = []
+        take((value for each, value in arguments.items() if not each.isupper()), [], [], self._own_numbers)
         self._runs: dict[Any, Run] = {}
 
-    def layout(self, arguments: dict[str, Any]) -> Layout:
-        """Of its arguments, with or without those of the launch itself."""
+    def asked_for(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What device code wants of the arguments, to which those of the launch itself belong."""
         given = {name: value for name, value in arguments.items() if name not in self.arguments}
-        every = given | self.arguments
-        asked_for = constants_in(header_of(self.name))
-        asked = {name: value for name, value in every.items() if not name.isupper() or name in asked_for}
-        return layout(self.name, self.threads, self.programs, asked)
+        constants = constants_in(header_of(self.name))
+        every = (given | self.arguments).items()
+        return {name: value for name, value in every if not name.isupper() or name in constants}
+
+    def layout(self, arguments: dict[str, Any]) -> Layout:
+        return layout(self.name, self.threads, self.programs, self.asked_for(arguments))
 
     def program(self, arguments: dict[str, Any], target: str) -> Program:
         """What is compiled for arguments of these kinds."""
         return Program(self.name, self.layout(arguments).text, target)
 
     def run(self, arguments: dict[str, Any]) -> None:
-        device = self._kernels.current_device()
-        constants = tuple(value for name, value in arguments.items() if name.isupper())
-        varying = [value for name, value in arguments.items() if not name.isupper()]
-        key = (device, *arguments, *constants, *kinds(varying))
-        run = self._runs.get(key)
-        if run is None:
-            self._runs[key] = run = self._load(device, arguments)
+        device, names = self._kernels.current_device(), tuple(arguments)
+        constant, varying = _sorted(names)
+        key: list[Any] = [device, names, *map(arguments.__getitem__, constant)]
         tensors: list[Tensor] = []
         numbers: list[Any] = []
-        flat(varying, tensors, numbers)
-        flat((value for name, value in self.arguments.items() if not name.isupper()), tensors, numbers)
+        take(map(arguments.__getitem__, varying), key, tensors, numbers)
+        exact = tuple(key)
+        run = self._runs.get(exact)
+        if run is None:
+            self._runs[exact] = run = self._load(device, arguments)
+        parameters = (*tensors, *numbers, *self._own_numbers)
         if (tape := current_tape()) is not None:
-            tape.launches(self, run, run, (), (), (*tensors, *numbers))
-        run(self._kernels.current_stream(), *tensors, *numbers)
+            tape.launches(self, run, run, (), (), parameters)
+        run(self._kernels.current_stream(), *parameters)
 
     def _load(self, device: int, arguments: dict[str, Any]) -> Run:
         text, tensors, numbers = self.layout(arguments)
@@ -242,6 +244,9 @@ class CudaKernels(Kernels):
         if chip.capability < (8, 0) and dtype != torch.float16:
             return torch.float32, "tf32x3"
         return super().operands_of(dtype, chip)
+
+    def measure_rows_first(self, chip: Chip) -> bool:
+        return False  # they are measured in pairs of float32
 
     def reading(self, dtype: torch.dtype, matrices: Sequence[Tensor]) -> dict[str, Any]:
         return {"VECTORS": all(_has_vectors(each, dtype) for each in matrices)}

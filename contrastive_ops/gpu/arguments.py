@@ -54,6 +54,7 @@ class Tile(NamedTuple):
     chunked: bool  # whether rows have more dimensions than `depth`
     whole_keys: bool  # whether no tile ends past the last key
     whole_columns: bool  # whether no chunk ends past the last dimension
+    stacked: bool  # whether both rows that meet the same keys are multiplied as one block
     dtype: Any  # in which rows are multiplied: one of torch's on the host
     precision: str  # "half", "tf32" or "tf32x3"; see `precision_of`
 

@@ -1,6 +1,7 @@
 """CO2 and InfoNCE on GPUs: how a call is planned and its kernels are launched.
 
-0. round        the queue in the query's half precision, where it has another dtype.
+0. round        the queue in the query's half precision, where it has another dtype. Where float64 is slow,
+                `prepare` measures the rows.
 1. statistics   what each range of keys knows of a row: `CO2Partial`.
 2. merge        the ranges' numbers, in a fixed order: losses, rank, and what a row's gradient needs. `join`
                 makes one part of them instead.
@@ -12,6 +13,7 @@ The kernels say what bounds them: kernels/_co2.py, csrc/cuda/co2.h.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,7 @@ from .launch import (
 
 @dataclass(frozen=True)
 class _Plan:
+    prepare: Launch
     statistics: Launch
     gradient: Launch
     finish: Launch
@@ -46,13 +49,23 @@ class _Plan:
 
 @plan
 def _plan(batch: int, keys: int, products: Products) -> _Plan:
-    statistics = products.walk("co2.statistics", batch, keys, LANES=lanes(products.chip.capability))
+    prepared, depth = 4, min(64, max(16, next_power_of_2(products.dim)))
+    grid, arguments = (ceil_div(batch, prepared),), {"ROWS": prepared, "DEPTH": depth}
+    prepare = products.kernels.launch("co2.prepare", grid, arguments)
+    chip = products.chip
+    statistics = products.walk(
+        "co2.statistics",
+        batch,
+        keys,
+        LANES=lanes(chip.capability),
+        PREPARED=products.kernels.measure_rows_first(chip),
+    )
     gradient = products.walk("co2.gradient", batch, keys)
     columns = next_power_of_2(products.dim)
     ranges = min(next_power_of_2(gradient.grid[1]), max(1, 8192 // columns))
     arguments = {"RANGES": ranges, "COLUMNS": columns}
     finish = products.kernels.launch("co2.finish", (batch,), arguments)
-    return _Plan(statistics, gradient, finish)
+    return _Plan(prepare, statistics, gradient, finish)
 
 
 @plan
@@ -83,6 +96,18 @@ def _bounded(settings: CO2Settings, precision: str) -> bool:
         and precision != "tf32x3"
         and terms["scale"] * max(1.0, terms["ratio"]) <= LARGEST_SCALE
     )
+
+
+def _power(settings: CO2Settings, precision: str) -> int:
+    """n where τ = n τc, as 4 in MoCo v2: e^{s/τc} is a power of e^{s/τ}.
+
+    Its relative error is n times as large, which half precision does not notice, and more than four products
+    would take longer than an exponential.
+    """
+    ratio = settings.temperature / settings.consistency_temperature
+    both = settings.instance_weight != 0 and settings.consistency_weight != 0
+    is_power = 2 <= round(ratio) <= 10 and math.isclose(ratio, round(ratio), rel_tol=1e-9)
+    return round(ratio) if precision == "half" and both and is_power else 0
 
 
 @plan
@@ -126,6 +151,7 @@ class _Call:
             "queue": matrix(queue),
             "keys": keys,
             **_terms(settings),
+            "POWER": _power(settings, products.precision),
             **products.reading(query, key, queue),
         }
         self.bounded = _bounded(settings, products.precision)
@@ -134,6 +160,8 @@ class _Call:
         launch = self.plan.statistics
         partial = empty((launch.grid[1], self.batch, len(CO2Partial._fields)), torch.float32, self.device)
         rows = empty((self.batch, len(CO2Row._fields)), torch.float64, self.device)
+        if launch.arguments["PREPARED"]:
+            self.plan.prepare(row_records=rows, NORMALIZE=self.settings.normalize, **self.rows)
         launch(
             partial=partial,
             row_records=rows,

@@ -55,6 +55,12 @@ class Chip(NamedTuple):
         """Whether this is Triton's interpreter, where every program costs the same, however large."""
         return self.capability == INTERPRETER
 
+    @property
+    def is_slow_in_float64(self) -> bool:
+        """Whether float64 goes at 1/64 of float32's rate: on all but the large chips of data centers. There
+        every program would spend more on the lengths of its rows than on some hundred keys."""
+        return not self.interpreted and self.capability not in ((7, 0), (8, 0), (9, 0), (10, 0))
+
 
 class Call(NamedTuple):
     """A call of a kernel as it was recorded: the launch, and its arguments by name."""
@@ -160,6 +166,10 @@ class Kernels(ABC):
         """How rows are multiplied on a device."""
         chip = self.chip_of(device)
         return Products(self, dim, *self.operands_of(dtype, chip), chip)
+
+    def measure_rows_first(self, chip: Chip) -> bool:
+        """Whether a kernel before the statistics of `co2` measures the rows, in place of every range's."""
+        return chip.is_slow_in_float64
 
     def reading(self, dtype: torch.dtype, matrices: Sequence[Tensor]) -> dict[str, Any]:
         """What kernels that multiply the rows of these in some dtype are compiled for, by their layout."""
@@ -451,6 +461,7 @@ class Products(NamedTuple):
             chunked=chunked,
             whole_keys=padded or all_keys % tiling.walked == 0,
             whole_columns=padded or (self.dim % depth == 0 and (not width or self.dim % width == 0)),
+            stacked=tiling.stacked and not chunked,
             dtype=self.dtype,
             precision=self.precision,
         )

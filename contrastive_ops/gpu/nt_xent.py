@@ -78,13 +78,9 @@ def _plan(batch: int, keys: int, consistency: bool, products: Products) -> _Plan
     dim, chip, kernels = products.dim, products.chip, products.kernels
     larger = 16 if chip.interpreted else 1
     gradient_name = "nt_xent.gradient" if consistency else "nt_xent.plain"
-    statistics, gradient = (
-        products.walk(name, batch, 2 * keys, padded=True, CONSISTENCY=consistency, **others)
-        for name, others in (
-            ("nt_xent.statistics", {"LANES": lanes(chip.capability)}),
-            (gradient_name, {"STACKED": products.tiling(gradient_name).stacked}),
-        )
-    )
+    sizes: dict[str, Any] = {"rows": batch, "keys": 2 * keys, "padded": True, "CONSISTENCY": consistency}
+    statistics = products.walk("nt_xent.statistics", LANES=lanes(chip.capability), **sizes)
+    gradient = products.walk(gradient_name, **sizes)
     tiles = [launch.arguments["TILE"] for launch in (statistics, gradient)]
     widest = max(tile.width or tile.depth for tile in tiles)
 

@@ -19,8 +19,9 @@ class Tiling(NamedTuple):
         warps: threads of a program, divided by 32.
         stages: tiles of what is walked in flight.
         programs: programs that a multiprocessor holds at a time.
-        stacked: whether NT-Xent's gradient multiplies the rows of both views as one block; where a product
-            takes two groups of warps, each then has the rows of a view, and not half of every row.
+        stacked: whether the rows of query and key, or of both views, are multiplied as one block: a warp
+            reads keys once for both; where a product takes two groups of warps, each has the rows of one
+            kind, and not half of every row.
     """
 
     held: int

@@ -167,19 +167,32 @@ class LibraryProduct {
         rows_(buffer),
         columns_(rows_ + kTile * depth_),
         weights_(columns_ + kTile * depth_) {}
+
   // Whether this chip multiplies T in hardware and the library lets us at it (it does not where oneDNN is
-  // switched off or held back to an older instruction set: then brgemm throws).
+  // switched off or held back to an older instruction set: then brgemm throws), and takes pairs of rows as we
+  // give them: float16 it does on AMX alone, and elsewhere reads the same memory as whole rows.
   static bool available() {
     static const bool answer = [] {
 #if defined(__x86_64__)
       // Below this the library emulates bfloat16, slower than float.
       if (std::is_same_v<T, at::BFloat16> && !__builtin_cpu_supports("avx512bf16")) return false;
       try {
-        T a[2] = {T(1), T(1)}, b[2] = {T(1), T(1)};
-        float c = 0;
-        at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, a, b, &c);
+        constexpr int64_t kDepth = 4;
+        float rows[kDepth * kColumns], out[kColumns];
+        T left[kDepth], right[kDepth * kColumns];
+        for (int64_t d = 0; d < kDepth; ++d) {
+          left[d] = T(float(1 << d));
+          for (int64_t r = 0; r < kColumns; ++r) rows[r * kDepth + d] = float((d + r) % 3);
+        }
+        pack(rows, kDepth, right);
+        at::native::cpublas::brgemm(1, kColumns, kDepth, kDepth, kColumns, kColumns, false, left, right, out);
         at::native::cpublas::brgemm_release();
-        return c == 2;
+        for (int64_t r = 0; r < kColumns; ++r) {
+          float sum = 0;
+          for (int64_t d = 0; d < kDepth; ++d) sum += float(left[d]) * rows[r * kDepth + d];
+          if (out[r] != sum) return false;
+        }
+        return true;
       } catch (const c10::Error&) {
       }
 #endif

@@ -21,6 +21,7 @@ from .memory import GlobalMemory
 from .ptx import parse
 
 REQUESTED = os.environ.get("GPU_EMULATOR")
+CAPABILITIES = {"sm_75": (7, 5), "sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
 MULTIPROCESSORS = 4  # few, so that small problems have few programs, and yet several
 # "Assembles" by a copy, so that what the driver is told to load is PTX. Its version is in the key of Triton's
 # cache.
@@ -70,9 +71,6 @@ def start_without_launches(architecture: str, multiprocessors: int) -> Callable[
     """The same for a driver whose launches do nothing, to measure what the host does for them. Kernels are
     compiled as for a GPU. Returns a function that tells how many launches there were."""
     return _serve_cpu_tensors(architecture, multiprocessors, None).launch_count
-
-
-CAPABILITIES = {"sm_75": (7, 5), "sm_80": (8, 0), "sm_90": (9, 0)}
 
 
 def load_driver(capability: tuple[int, int], multiprocessors: int, callback: Any) -> tuple[ctypes.CDLL, Path]:

@@ -28,7 +28,12 @@ void set_driver_version(int version) { driver_version = version; }
 /* What a real driver refuses: launches in a thread without a context, loading while a stream is captured unless
    the thread's mode is relaxed (2), and more shared memory than was allowed. */
 static __thread int without_context, capture_mode;
-static int is_capturing, allowed_shared = 49152;
+static int is_capturing;
+
+typedef struct {
+  int allowed_shared;
+  char image[];
+} Kernel; /* which is its module, too */
 
 void forget_context(void) { without_context = 1; }
 void set_capturing(int capturing) { is_capturing = capturing; }
@@ -78,7 +83,10 @@ CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
 CUresult cuModuleLoadData(void **module, const void *image) {
   if (without_context) return 201;
   if (is_capturing && capture_mode != 2) return 900;
-  return *module = strdup(image), 0;
+  Kernel *kernel = malloc(sizeof(Kernel) + strlen(image) + 1);
+  kernel->allowed_shared = 49152;
+  strcpy(kernel->image, image);
+  return *module = kernel, 0;
 }
 CUresult cuModuleUnload(void *module) { return free(module), 0; }
 CUresult cuModuleGetFunction(void **function, void *module, const char *name) { return *function = module, 0; }
@@ -86,7 +94,7 @@ CUresult cuFuncGetAttribute(int *value, int attribute, void *function) {
   return *value = attribute == 0 ? 1024 : 0, 0; /* threads of a block */
 }
 CUresult cuFuncSetAttribute(void *function, int attribute, int value) {
-  if (attribute == 8) allowed_shared = value; /* of the only kernel that asks, as tests go */
+  if (attribute == 8) ((Kernel *)function)->allowed_shared = value;
   return 0;
 }
 CUresult cuFuncLoad(void *function) { return 0; }
@@ -105,7 +113,7 @@ CUresult cuPointerGetAttribute(void *value, int attribute, uint64_t pointer) {
 CUresult cuLaunchKernelEx(const LaunchConfig *config, void *function, void **parameters, void **extra) {
   launches++;
   if (launcher)
-    launcher(function, config->grid_x, config->grid_y, config->grid_z,
+    launcher(((Kernel *)function)->image, config->grid_x, config->grid_y, config->grid_z,
              config->block_x * config->block_y * config->block_z, config->shared_bytes, parameters);
   return 0;
 }
@@ -114,9 +122,9 @@ CUresult cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsign
                         unsigned block_y, unsigned block_z, unsigned shared_bytes, void *stream,
                         void **parameters, void **extra) {
   if (without_context) return 201;
-  if (shared_bytes > allowed_shared) return 1;
+  if (shared_bytes > ((Kernel *)function)->allowed_shared) return 1;
   launches++;
   if (launcher)
-    launcher(function, grid_x, grid_y, grid_z, block_x * block_y * block_z, shared_bytes, parameters);
+    launcher(((Kernel *)function)->image, grid_x, grid_y, grid_z, block_x * block_y * block_z, shared_bytes, parameters);
   return 0;
 }

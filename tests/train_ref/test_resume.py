@@ -105,7 +105,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("method", "number"),
     [
-        ("fork", signal.SIGTERM),
+        pytest.param("fork", signal.SIGTERM, marks=pytest.mark.thorough),
         ("spawn", signal.SIGINT),
         pytest.param("forkserver", signal.SIGTERM, marks=pytest.mark.thorough),
     ],
