@@ -245,9 +245,6 @@ class CudaKernels(Kernels):
             return torch.float32, "tf32x3"
         return super().operands_of(dtype, chip)
 
-    def measure_rows_first(self, chip: Chip) -> bool:
-        return False  # they are measured in pairs of float32
-
     def reading(self, dtype: torch.dtype, matrices: Sequence[Tensor]) -> dict[str, Any]:
         return {"VECTORS": all(_has_vectors(each, dtype) for each in matrices)}
 
