@@ -573,7 +573,7 @@ def test_a_call_finds_what_the_command_compiled(kept: Path) -> None:
     }
     wanted = [program for program, _ in kernels.loaded]
     assert [program.name for program in wanted] == [
-        "sgd", "sgd", "exchange", "co2.statistics", "co2.merge", "co2.gradient", "co2.finish",
+        "sgd", "sgd", "exchange", "co2.prepare", "co2.statistics", "co2.merge", "co2.gradient", "co2.finish",
     ]  # fmt: skip
     assert {
         program for program in wanted if program.name != "co2.merge"
