@@ -309,7 +309,7 @@ def bytes_of_a_warp(instruction: str) -> float:
     kind, *modifiers = name.split(".")
     width = next((int(m) // 8 for m in modifiers if m in ("64", "128")), 4)
     if kind in ("LDSM", "STSM"):  # matrices of 8 × 8 numbers of two bytes
-        return 128 * int(modifiers[-1])
+        return 128 * (int(modifiers[-1]) if modifiers[-1].isdigit() else 1)
     if kind in ("LDS", "STS", "LDGSTS"):
         return 32 * width
     if kind in (
