@@ -67,7 +67,6 @@ asan: $(VENV)/.installed
 # the emulator of tests/gpu_emulator.
 EMULATED := tests/test_co2.py tests/test_conic.py tests/test_nt_xent.py tests/test_ops.py tests/test_rows_ops.py \
 	tests/test_seam.py
-EMULATED_CUDA := tests/test_rows_ops.py
 OLDER_TRITON := build/triton-3.6
 emulate: $(VENV)/.installed $(OLDER_TRITON)
 	for triton in "" $(abspath $(OLDER_TRITON)); do for gpu in sm_80 sm_90; do \
@@ -75,7 +74,7 @@ emulate: $(VENV)/.installed $(OLDER_TRITON)
 		PYTHONPATH=$$triton GPU_EMULATOR=$$gpu $(PYTEST) -k emulated tests/test_gpu_emulator.py || exit 1; \
 	done; done
 	for gpu in sm_75 sm_80; do \
-		GPU_EMULATOR=$$gpu HYPOTHESIS_PROFILE=interpreted $(PYTEST) -k cuda $(EMULATED_CUDA) || exit 1; \
+		GPU_EMULATOR=$$gpu HYPOTHESIS_PROFILE=interpreted $(PYTEST) -k cuda $(EMULATED) || exit 1; \
 	done
 
 $(OLDER_TRITON): $(VENV)/.dependencies

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops.cuda._compiler import SHARED_BYTES
-from contrastive_ops.cuda._launch import CudaKernels, CudaLaunch, flat
+from contrastive_ops.cuda._launch import CudaKernels, CudaLaunch, take
 from contrastive_ops.gpu import served_by
 from contrastive_ops.gpu.launch import Call, Chip, Launch, recording
 from contrastive_ops.gpu.tiles import Tiling
@@ -105,7 +105,7 @@ class EmulatedLaunch(CudaLaunch):
         tensors: list[Tensor] = []
         numbers: list[Any] = []
         for some in (arguments, self.arguments):
-            flat((value for name, value in some.items() if not name.isupper()), tensors, numbers)
+            take((value for name, value in some.items() if not name.isupper()), [], tensors, numbers)
         memory = GlobalMemory()
         for tensor in tensors:
             memory.add(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())

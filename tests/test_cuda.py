@@ -232,7 +232,7 @@ def text_of(**arguments: Any) -> str:
 
 def test_arguments_come_under_their_names() -> None:
     half = torch.empty(2, 3, dtype=torch.float16)
-    tile = Tile(64, 32, 128, 0, False, True, True, torch.bfloat16, "half")
+    tile = Tile(64, 32, 128, 0, False, True, True, False, torch.bfloat16, "half")
     layout = _launch.layout(
         "co2.merge",
         64,
@@ -473,7 +473,7 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(kept: Path) ->
 
 @compiles
 def test_the_command_compiles_ahead(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--arch", "sm_75", "sm_80", "--dtype", "float32"]
+    arguments = ["--arch", "sm_75", "sm_80", "--dtype", "float32", "--operator", "sgd_", "exchange_rows_"]
     assert command.main(arguments) == 0
     *lines, total = capsys.readouterr().out.splitlines()
     assert len(lines) == len(list(kept.iterdir()))
@@ -481,6 +481,18 @@ def test_the_command_compiles_ahead(kept: Path, capsys: pytest.CaptureFixture[st
     assert {line.split("  ")[-1].split()[0] for line in lines} == {"sgd", "exchange"}
     assert f"{len(lines)} kernels in " in total
     assert str(kept) in total
+
+
+@compiles
+def test_the_command_compiles_what_is_served(
+    kept: Path, compiled: list[Program], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--arch", "sm_75"]) == 0
+    names = {program.name for program in compiled}
+    assert {name.partition(".")[0] for name in names} == set(cuda.SERVED)
+    assert {"co2.statistics", "co2.gradient", "conic.weight", "nt_xent.plain", "nt_xent.gradient"} <= names
+    assert len(compiled) == len(set(compiled)) == len(list(kept.iterdir()))
+    assert "float16" in capsys.readouterr().out
 
 
 @compiles
@@ -515,7 +527,7 @@ def test_a_call_finds_what_the_command_compiled(kept: Path, monkeypatch: pytest.
     ahead = {
         program
         for operator in ("sgd_", "exchange_rows_")
-        for _, program in command.programs("sm_75", operator, torch.float32)
+        for _, program in command.programs("sm_75", operator, command.Wanted(torch.float32, 128))
     }
     assert len(wanted) == 3
     assert set(wanted) <= ahead
@@ -534,6 +546,7 @@ def test_the_command_says_what_it_cannot_do(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--arch sm_75" in _refused(capsys)
+    assert "invalid choice" in _refused(capsys, "--operator", "cross_entropy")
     assert "does not compile for sm_71, but for sm_" in _refused(capsys, "--arch", "sm_71")
     assert "does not compile for turing" in _refused(capsys, "--arch", "turing")
     assert "invalid choice" in _refused(capsys, "--dtype", "int8")

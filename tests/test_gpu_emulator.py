@@ -127,7 +127,8 @@ def test_reductions_of_a_warp(by: str, expected: Callable[[NDArray[np.int32]], n
 def test_reciprocals_and_doubles() -> None:
     x, out = numbers(0).astype(np.float64), np.zeros(32)
     execute(
-        """shl.b64 %rd3, %rd0, 1; add.s64 %rd4, %rd1, %rd3; add.s64 %rd5, %rd2, %rd3; cvta.to.global.u64 %rd6, %rd4;
+        """shl.b64 %rd3, %rd0, 1; add.s64 %rd4, %rd1, %rd3; add.s64 %rd5, %rd2, %rd3;
+        cvta.to.global.u64 %rd6, %rd4;
         ld.global.f64 %rd7, [%rd6]; rcp.rn.f64 %rd8, %rd7; st.global.f64 [%rd5], %rd8;""",
         x, out,
     )  # fmt: skip
@@ -206,7 +207,8 @@ def test_mma_of_a_depth_of_eight() -> None:
     right = np.stack([b[row, pair + j] for j in range(2)], 1)
     total, out = rng.standard_normal((32, 4)).astype(np.float32), np.zeros((32, 4), np.float32)
     execute(
-        """mul.wide.u32 %rd5, %r0, 8; mul.wide.u32 %rd6, %r0, 16; add.s64 %rd7, %rd1, %rd5; add.s64 %rd8, %rd2, %rd0;
+        """mul.wide.u32 %rd5, %r0, 8; mul.wide.u32 %rd6, %r0, 16; add.s64 %rd7, %rd1, %rd5;
+        add.s64 %rd8, %rd2, %rd0;
         add.s64 %rd9, %rd3, %rd6; add.s64 %rd10, %rd4, %rd6; ld.global.v2.u32 {%r1, %r2}, [%rd7];
         ld.global.nc.u32 %r3, [%rd8]; ld.global.nc.v4.f32 {%r4, %r5, %r6, %r7}, [%rd9];
         mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32
@@ -242,11 +244,13 @@ def test_mma_of_quad_pairs(layout: str) -> None:
     out = np.zeros((32, 8), np.float32)
     sums = ", ".join(f"%r{i}" for i in range(10, 18))
     execute(
-        f"""mul.wide.u32 %rd5, %r0, 8; mul.wide.u32 %rd6, %r0, 32; add.s64 %rd7, %rd1, %rd5; add.s64 %rd8, %rd2, %rd5;
+        f"""mul.wide.u32 %rd5, %r0, 8; mul.wide.u32 %rd6, %r0, 32; add.s64 %rd7, %rd1, %rd5;
+        add.s64 %rd8, %rd2, %rd5;
         add.s64 %rd9, %rd3, %rd6; add.s64 %rd10, %rd4, %rd6; ld.global.v2.u32 {{%r1, %r2}}, [%rd7];
         ld.global.v2.u32 {{%r3, %r4}}, [%rd8]; ld.global.v4.u32 {{%r10, %r11, %r12, %r13}}, [%rd9];
         ld.global.v4.u32 {{%r14, %r15, %r16, %r17}}, [%rd9+16];
-        mma.sync.aligned.m8n8k4.row.{layout}.f32.f16.f16.f32 {{{sums}}}, {{%r1, %r2}}, {{%r3, %r4}}, {{{sums}}};
+        mma.sync.aligned.m8n8k4.row.{layout}.f32.f16.f16.f32
+            {{{sums}}}, {{%r1, %r2}}, {{%r3, %r4}}, {{{sums}}};
         st.global.v4.u32 [%rd10], {{%r10, %r11, %r12, %r13}};
         st.global.v4.u32 [%rd10+16], {{%r14, %r15, %r16, %r17}};""",
         words(left), words(right), total, out,
@@ -321,7 +325,8 @@ def test_a_vote_is_a_barrier(by: str, expected: list[int]) -> None:
     out = np.zeros((2, 64, 2), np.int32)
     body = f"""mov.u32 %r5, %ctaid.x; shl.b32 %r6, %r5, 6; add.s32 %r6, %r6, %r0; setp.eq.s32 %p1, %r6, 37;
         shl.b32 %r1, %r0, 2; st.shared.b32 [%r1], %r0; bar.red.{by}.pred %p2, 0, %p1; xor.b32 %r2, %r1, 128;
-        ld.shared.b32 %r3, [%r2]; selp.b32 %r4, 1, 0, %p2; mul.wide.u32 %rd2, %r6, 8; add.s64 %rd3, %rd1, %rd2;
+        ld.shared.b32 %r3, [%r2]; selp.b32 %r4, 1, 0, %p2; mul.wide.u32 %rd2, %r6, 8;
+        add.s64 %rd3, %rd1, %rd2;
         st.global.v2.b32 [%rd3], {{%r4, %r3}};"""
     execute(body, out, threads=64, shared=256, grid=2)
     np.testing.assert_array_equal(out[:, :, 0], np.repeat([expected], 64, 0).T)
@@ -337,7 +342,8 @@ def test_threads_that_miss_a_vote() -> None:
 def test_a_shuffle_tells_that_its_lane_is_in_the_warp(limits: str) -> None:
     out = np.zeros((32, 2), np.int32)
     execute(
-        f"""mov.b32 %r2, 31; mov.b32 %r3, -1; shfl.sync.bfly.b32 %r4|%p1, %r0, 2, {limits}; selp.b32 %r5, 1, 0, %p1;
+        f"""mov.b32 %r2, 31; mov.b32 %r3, -1; shfl.sync.bfly.b32 %r4|%p1, %r0, 2, {limits};
+        selp.b32 %r5, 1, 0, %p1;
         shl.b64 %rd2, %rd0, 1; add.s64 %rd3, %rd1, %rd2; st.global.v2.b32 [%rd3], {{%r4, %r5}};""",
         out,
     )
@@ -418,6 +424,22 @@ def test_a_mask_off_by_one_is_out_of_bounds(compare: str, load: str) -> None:
     else:
         with pytest.raises(Fault, match="out of bounds"):
             execute(body, x)
+
+
+@pytest.mark.parametrize("is_constant", [False, True])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_write_of_what_is_read_as_constant(is_first: bool, is_constant: bool) -> None:
+    """Before it is read, or after; threads have eight bytes each."""
+    x = np.zeros(64, np.float32)
+    load = f"ld.global{'.nc' if is_constant else ''}.f32 %r1, [%rd3+4];"
+    store = "st.global.f32 [%rd3+4], %r0;"
+    body = f"shl.b64 %rd2, %rd0, 1; add.s64 %rd3, %rd1, %rd2; {load if is_first else store}"
+    execute(body + " st.global.f32 [%rd3], %r0;", x)
+    if is_constant:
+        with pytest.raises(Fault, match="a write of what is read as constant"):
+            execute(body + (store if is_first else load), x)
+    else:
+        execute(body + (store if is_first else load), x)
 
 
 @pytest.mark.parametrize("left", [0, 1])

@@ -185,13 +185,15 @@ class CudaLaunch(Launch):
         take((value for each, value in arguments.items() if not each.isupper()), [], [], self._own_numbers)
         self._runs: dict[Any, Run] = {}
 
-    def layout(self, arguments: dict[str, Any]) -> Layout:
-        """Of its arguments, with or without those of the launch itself."""
+    def asked_for(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What device code wants of the arguments, to which those of the launch itself belong."""
         given = {name: value for name, value in arguments.items() if name not in self.arguments}
-        every = given | self.arguments
-        asked_for = constants_in(header_of(self.name))
-        asked = {name: value for name, value in every.items() if not name.isupper() or name in asked_for}
-        return layout(self.name, self.threads, self.programs, asked)
+        constants = constants_in(header_of(self.name))
+        every = (given | self.arguments).items()
+        return {name: value for name, value in every if not name.isupper() or name in constants}
+
+    def layout(self, arguments: dict[str, Any]) -> Layout:
+        return layout(self.name, self.threads, self.programs, self.asked_for(arguments))
 
     def program(self, arguments: dict[str, Any], target: str) -> Program:
         """What is compiled for arguments of these kinds."""

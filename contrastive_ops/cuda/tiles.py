@@ -19,6 +19,7 @@ co2.statistics      half     1024    64     64    32     0     4      3        2
 co2.statistics      tf32     1024    64     32    32     0     4      3        2
 co2.statistics      tf32x3   1024    64     32    32     0     4      2        2
 co2.gradient        half      128    64     32   128   128     4      3        2
+co2.gradient        half      256    64     32   256   256     4      2        1
 co2.gradient        half     1024    64     32    64   256     4      2        2
 co2.gradient        tf32     1024    64     32    32   128     4      2        2
 co2.gradient        tf32x3   1024    64     32    16   128     4      2        2

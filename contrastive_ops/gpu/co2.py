@@ -54,7 +54,11 @@ def _plan(batch: int, keys: int, products: Products) -> _Plan:
     prepare = products.kernels.launch("co2.prepare", grid, arguments)
     chip = products.chip
     statistics = products.walk(
-        "co2.statistics", batch, keys, LANES=lanes(chip.capability), PREPARED=chip.is_slow_in_float64
+        "co2.statistics",
+        batch,
+        keys,
+        LANES=lanes(chip.capability),
+        PREPARED=products.kernels.measure_rows_first(chip),
     )
     gradient = products.walk("co2.gradient", batch, keys)
     columns = next_power_of_2(products.dim)

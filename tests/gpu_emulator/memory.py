@@ -20,11 +20,15 @@ def _rows(data: Array, width: int) -> Array:
 
 
 class GlobalMemory:
-    """The storages of tensors. An access elsewhere is a fault."""
+    """The storages of tensors, in a launch. An access elsewhere is a fault, and so is a write of what is read
+    as constant: from a cache that does not know of it."""
 
     def __init__(self) -> None:
         self._bases: list[int] = []
         self._buffers: list[Array] = []
+        # Bytes of a buffer that were read so, and that were written; by its number.
+        self._constant: dict[int, Array] = {}
+        self._written: dict[int, Array] = {}
 
     def add(self, pointer: int, size: int) -> None:
         if size == 0:
@@ -32,11 +36,13 @@ class GlobalMemory:
         i = bisect.bisect_left(self._bases, pointer)
         if i < len(self._bases) and self._bases[i] == pointer:
             return
+        if self._constant or self._written:
+            raise ValueError("the tensors of a launch are added before it begins")
         self._bases.insert(i, pointer)
         self._buffers.insert(i, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer)))
 
-    def _locate(self, address: Array, width: int, unit: int) -> list[tuple[Array, Any, Array]]:
-        """Buffer, which of the addresses lie in it, and their offsets."""
+    def _locate(self, address: Array, width: int) -> list[tuple[int, Any, Array]]:
+        """The number of a buffer, which of the addresses lie in it, and the bytes of each."""
         if (address % np.uint64(width)).any():
             raise Fault(f"an access of {width} bytes is not aligned")
         which = np.searchsorted(np.array(self._bases, np.uint64), address, "right") - 1
@@ -55,19 +61,29 @@ class GlobalMemory:
                     f"global memory out of bounds: byte {int(offset.max())} and {width} more "
                     f"of a tensor's {buffer.size}"
                 )
-            parts.append((buffer, chosen, offset))
+            parts.append((int(i), chosen, offset[:, None] + np.arange(width)))
         return parts
 
-    def load(self, address: Array, width: int) -> Array:
+    def _note(self, notes: dict[int, Array], others: dict[int, Array], buffer: int, index: Array) -> None:
+        if buffer in others and others[buffer][index].any():
+            raise Fault("a write of what is read as constant")
+        if buffer not in notes:
+            notes[buffer] = np.zeros(self._buffers[buffer].size, bool)
+        notes[buffer][index] = True
+
+    def load(self, address: Array, width: int, is_constant: bool = False) -> Array:
         """(addresses, width) bytes."""
         data = np.empty((address.size, width), np.uint8)
-        for buffer, chosen, offset in self._locate(address, width, width):
-            data[chosen] = buffer[offset[:, None] + np.arange(width)]
+        for buffer, chosen, index in self._locate(address, width):
+            if is_constant:
+                self._note(self._constant, self._written, buffer, index)
+            data[chosen] = self._buffers[buffer][index]
         return data
 
     def store(self, address: Array, data: Array) -> None:
-        for buffer, chosen, offset in self._locate(address, data.shape[1], data.shape[1]):
-            buffer[offset[:, None] + np.arange(data.shape[1])] = data[chosen]
+        for buffer, chosen, index in self._locate(address, data.shape[1]):
+            self._note(self._written, self._constant, buffer, index)
+            self._buffers[buffer][index] = data[chosen]
 
 
 class SharedMemory:

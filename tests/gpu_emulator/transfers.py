@@ -41,7 +41,7 @@ def _load_parameter(decoder: Decoder, match: Match, operands: Operands) -> Execu
 def _load(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     vector, kind, shared = int(match["vector"] or 1), match["type"], match["space"] != "global"
     puts = [decoder.write(name) for name in decoder.braced(operands[0])]
-    address, width = decoder.address(operands[1]), vector * BYTES[kind]
+    address, width, is_constant = decoder.address(operands[1]), vector * BYTES[kind], ".nc" in match[0]
     if len(puts) != vector:
         raise UnknownInstruction(f"{len(puts)} registers")
 
@@ -52,7 +52,7 @@ def _load(decoder: Decoder, match: Match, operands: Operands) -> Execute:
         if shared:
             data = b.shared.load(b.shared.bytes_of(at, block, width), block, warp)
         else:
-            data = b.memory.load(at, width)
+            data = b.memory.load(at, width, is_constant)
         if mask is not None:
             every = np.zeros((b.count, width), np.uint8)
             every[mask] = data
@@ -242,7 +242,6 @@ _MATRICES = r"\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.share
 TABLE: list[tuple[str, Callable[[Decoder, Match, Operands], Execute]]] = [
     (rf"ld\.param{_VECTOR}\.(?P<type>[busf](8|16|32|64))", _load_parameter),
     (rf"ld{_SPACE}{_VECTOR}\.(?P<type>{_NUMBER})", _load),
-    # What is read this way must not be written by the kernel, and is not looked for.
     (rf"ld\.(?P<space>global)\.nc{_VECTOR}\.(?P<type>{_NUMBER})", _load),
     (rf"st{_SPACE}{_VECTOR}\.(?P<type>{_NUMBER})", _store),
     (r"cp\.async\.(?P<cache>ca|cg)\.shared\.global", _copy),
