@@ -185,8 +185,8 @@ def _stacked_rows(first, ROWS: tl.constexpr):
 
 @triton.jit
 def _held(unit, first, TILE: tl.constexpr):
-    """Both views of a block's instances as `similarities` takes them, of rows that are not chunked. A block of
-    both is loaded as one: tiles that were put together would be moved once more."""
+    """Both views of a block's instances as `similarities` takes them, of rows that are not chunked. A block
+    of both is loaded as one: tiles that were put together would be moved once more."""
     columns, instance = tl.arange(0, TILE.depth), first + tl.arange(0, TILE.rows)
     if TILE.stacked:
         held = tl.load(at(unit, _stacked_rows(first, TILE.rows), columns))
