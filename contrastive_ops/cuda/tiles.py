@@ -55,14 +55,14 @@ nt_xent.plain       tf32x3   1024    64     32    16    64     4      2        1
 TURING = _table("""
 kernel              precision   D  held walked depth width warps stages programs
 co2.statistics      half      128    64     32   128     0     4      2        3
-co2.statistics      half     1024    64     32    64     0     4      2        2
-co2.statistics      tf32x3   1024    64     32    32     0     4      2        2
+co2.statistics      half     1024    64     32    32     0     4      2        2
+co2.statistics      tf32x3   1024    64     32    16     0     4      2        2
 co2.gradient        half      128    64     32   128   128     4      2        2
-co2.gradient        half     1024    64     32    64   128     4      2        2
-co2.gradient        tf32x3   1024    64     32    32   128     4      2        2
+co2.gradient        half     1024    64     32    32   128     4      2        2
+co2.gradient        tf32x3   1024    64     32    16   128     4      2        2
 conic.statistics    half      128   128     32   128     0     4      2        2
-conic.statistics    half     1024   128     32    64     0     4      2        2
-conic.statistics    tf32x3   1024   128     32    32     0     4      2        2
+conic.statistics    half     1024   128     32    32     0     4      2        2
+conic.statistics    tf32x3   1024   128     32    16     0     4      2        2
 conic.weight        half      128   128     32   128   128     4      2        1
 conic.weight        half     1024   128     32    64    64     4      2        1
 conic.weight        tf32x3   1024   128     32    32    64     4      2        1
@@ -70,8 +70,8 @@ conic.views         half      128   128     32   128   128     4      2        1
 conic.views         half     1024   128     32    64    64     4      2        1
 conic.views         tf32x3   1024   128     32    32    64     4      2        1
 nt_xent.statistics  half      128    64     32   128     0     4      2        3
-nt_xent.statistics  half     1024    64     32    64     0     4      2        2
-nt_xent.statistics  tf32x3   1024    64     32    32     0     4      2        2
+nt_xent.statistics  half     1024    64     32    32     0     4      2        2
+nt_xent.statistics  tf32x3   1024    64     32    16     0     4      2        2
 nt_xent.gradient    half      128    64     32   128   128     4      2        1
 nt_xent.gradient    half     1024    64     32    64    64     4      2        1
 nt_xent.gradient    tf32x3   1024    64     32    32    64     4      2        1
@@ -80,7 +80,18 @@ nt_xent.plain       half     1024    64     32    64    64     4      2        1
 nt_xent.plain       tf32x3   1024    64     32    32    64     4      2        1
 """)
 
-VOLTA = TURING
+# Its tensor cores take rows from shared memory alone, where those of a program leave room for no other.
+VOLTA = TURING | _table("""
+kernel              precision   D  held walked depth width warps stages programs
+co2.statistics      half      128   128     32   128     0     8      2        1
+co2.gradient        half      128   128     32   128   128     8      2        1
+conic.statistics    half      128   256     32   128     0     8      2        1
+conic.weight        half      128   256     32   128   128     8      2        1
+conic.views         half      128   256     32   128   128     8      2        1
+nt_xent.statistics  half      128   128     32   128     0     8      2        1
+nt_xent.gradient    half      128   128     32   128   128     8      2        1
+nt_xent.plain       half      128   128     32   128   128     8      2        1
+""")
 
 
 def table_of(capability: tuple[int, int]) -> Table:

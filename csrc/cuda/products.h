@@ -461,33 +461,35 @@ class QuadPairProduct {
   __device__ static void accumulate(float (&grad)[kBlocks][kColumns], const float (&g)[kBlocks][kNumbers],
                                     const unsigned char* keys, unsigned char* scratch) {
     constexpr int kScratchRow = 2 * 32 + kChunk;
+    constexpr int kEach = kNumbers < 16 ? kNumbers : 16;  // of a thread's share, for 16 or 32 keys
+    constexpr int kSteps = kEach / 2;                     // of 4 keys
+    static_assert(kNumbers % kEach == 0);
     const int lane = lane_index(), own = (lane & 3) + 4 * (lane >> 4);
 #pragma unroll
-    for (int first = 0; first < kNumbers / 16; ++first) {  // of 32 keys
-      uint2 a[kBlocks][8];
+    for (int first = 0; first < kNumbers; first += kEach) {
+      uint2 a[kBlocks][kSteps];
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
         __syncwarp();
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot)
 #pragma unroll
-          for (int i = 0; i < 8; i += 2)
+          for (int i = 0; i < kEach / 2; i += 2)
             *reinterpret_cast<unsigned*>(scratch + Places::row(slot) * kScratchRow +
                                          2 * Places::column(number_of(slot, i))) =
-                pack<Half>(g[block][16 * first + number_of(slot, i)],
-                           g[block][16 * first + number_of(slot, i + 1)]);
+                pack<Half>(g[block][first + number_of(slot, i)], g[block][first + number_of(slot, i + 1)]);
         __syncwarp();
 #pragma unroll
-        for (int step = 0; step < 8; ++step)  // of 4 keys
+        for (int step = 0; step < kSteps; ++step)
           a[block][step] = *reinterpret_cast<const uint2*>(
               scratch + (8 * Places::pair_row() + own) * kScratchRow + 8 * step);
       }
 #pragma unroll
       for (int column = 0; column < kColumns / 8; ++column)  // of 16 dimensions
 #pragma unroll
-        for (int step = 0; step < 8; ++step) {
+        for (int step = 0; step < kSteps; ++step) {
           const uint2 n = *reinterpret_cast<const uint2*>(
-              keys + (32 * first + 4 * step + (lane & 3)) * kRowBytes + 32 * column +
+              keys + (2 * first + 4 * step + (lane & 3)) * kRowBytes + 32 * column +
               2 * (8 * Places::pair_column() + 4 * (lane >> 4)));
 #pragma unroll
           for (int block = 0; block < kBlocks; ++block)
