@@ -20,13 +20,9 @@ test: $(VENV)/.installed
 # With the tests that are much like another, every place that is interrupted, every fault of the disk, 300 power cuts,
 # 10,000 calls of the operators, more kills, longer trainings, and more examples in Triton's interpreter; one after the
 # other, on all threads.
-test-all: $(VENV)/.installed build/nvrtc-12
+test-all: $(VENV)/.installed
 	INTERRUPTS_EVERY=1 DISK_POWER_CUTS=300 DISK_FAULTS=1 CONTRASTIVE_OPS_FUZZ_CALLS=10000 KILLS=8 LONG_STEPS=1 \
 		INTERPRETED_PROFILE=few $(BIN)/python -m pytest $(PYTEST_ARGS)
-
-# The last compiler of CUDA C++ that knows Volta. Where it is missing, the tests of Volta's kernels are skipped.
-build/nvrtc-12: | $(VENV)/.installed
-	$(PIP) --no-deps --target $@ nvidia-cuda-nvrtc-cu12
 
 # What takes seconds, with few examples each.
 quick: $(VENV)/.installed
