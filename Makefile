@@ -64,11 +64,12 @@ asan: $(VENV)/.installed
 		tests/classifier/test_store.py
 
 # The kernels as they are compiled for two generations of GPUs, by the present Triton and by an older one, and by NVRTC, in
-# the emulator of tests/gpu_emulator.
+# the emulator of tests/gpu_emulator. Volta's need NVRTC 12.
 EMULATED := tests/test_co2.py tests/test_conic.py tests/test_nt_xent.py tests/test_ops.py tests/test_rows_ops.py \
 	tests/test_seam.py
 OLDER_TRITON := build/triton-3.6
-emulate: $(VENV)/.installed $(OLDER_TRITON)
+NVRTC_12 := build/nvrtc-12
+emulate: $(VENV)/.installed $(OLDER_TRITON) $(NVRTC_12)
 	for triton in "" $(abspath $(OLDER_TRITON)); do for gpu in sm_80 sm_90; do \
 		PYTHONPATH=$$triton GPU_EMULATOR=$$gpu HYPOTHESIS_PROFILE=interpreted $(PYTEST) -k triton $(EMULATED) || exit 1; \
 		PYTHONPATH=$$triton GPU_EMULATOR=$$gpu $(PYTEST) -k emulated tests/test_gpu_emulator.py || exit 1; \
@@ -76,9 +77,13 @@ emulate: $(VENV)/.installed $(OLDER_TRITON)
 	for gpu in sm_75 sm_80; do \
 		GPU_EMULATOR=$$gpu HYPOTHESIS_PROFILE=interpreted $(PYTEST) -k cuda $(EMULATED) || exit 1; \
 	done
+	$(PYTEST) tests/test_cuda_kernels.py
 
 $(OLDER_TRITON): $(VENV)/.dependencies
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
+
+$(NVRTC_12): $(VENV)/.dependencies
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ nvidia-cuda-nvrtc-cu12
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench

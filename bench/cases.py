@@ -115,7 +115,7 @@ GRIDS = {
             "conic": _with_keys((1024, 128), (65536, 16384, 1 << 20)),
         },
         dims={"bfloat16": (128, 256), "float32": (128,)},
-        fused=("triton",),
+        fused=("triton", "cuda"),
         peers={
             "co2": ("eager", "compile", "max-autotune"),
             "info_nce": (

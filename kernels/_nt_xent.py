@@ -177,14 +177,21 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _held(view1, view2, TILE: tl.constexpr):
-    """Both views of a block's instances as `similarities` takes them, of rows that are not chunked."""
-    columns = tl.arange(0, TILE.depth)
-    z1 = tl.load(at(view1.matrix, view1.rows, columns))
-    z2 = tl.load(at(view2.matrix, view2.rows, columns))
-    held = z1, z2
+def _stacked_rows(first, ROWS: tl.constexpr):
+    """Rows of the first views of a block's instances, then of the second ones."""
+    both = tl.arange(0, 2 * ROWS)
+    return 2 * (first + both % ROWS) + both // ROWS
+
+
+@triton.jit
+def _held(unit, first, TILE: tl.constexpr):
+    """Both views of a block's instances as `similarities` takes them, of rows that are not chunked. A block
+    of both is loaded as one: tiles that were put together would be moved once more."""
+    columns, instance = tl.arange(0, TILE.depth), first + tl.arange(0, TILE.rows)
     if TILE.stacked:
-        held = stacked(z1, z2)
+        held = tl.load(at(unit, _stacked_rows(first, TILE.rows), columns))
+    else:
+        held = tl.load(at(unit, 2 * instance, columns)), tl.load(at(unit, 2 * instance + 1, columns))
     return held
 
 
@@ -246,7 +253,7 @@ def _statistics_kernel(
 
     held = None, None
     if not TILE.chunked:
-        held = _held(view1, view2, TILE)
+        held = _held(unit, first, TILE)
     shape: tl.constexpr = [ROWS, LANES]
     tile_shape: tl.constexpr = [ROWS, KEYS // LANES, LANES]
     start_at: tl.constexpr = 0.0 if BOUNDED else LOWEST
@@ -477,7 +484,7 @@ def _gradient_kernel(
     row2 = _pull_of_rows(rows.pull, instance, 1, CONSISTENCY, RELATIVE, LOW)
     held = None, None
     if not TILE.chunked:
-        held = _held(view1, view2, TILE)
+        held = _held(unit, first, TILE)
     shape: tl.constexpr = [ROWS, TILE.width]
     stacked_shape: tl.constexpr = [2 * ROWS, TILE.width]
     grad = tl.zeros(stacked_shape, tl.float32)
@@ -519,8 +526,7 @@ def _gradient_kernel(
             grad1 = product(g1, tile, grad1, PRECISION)
             grad2 = product(g2, tile, grad2, PRECISION)
     if TILE.stacked:
-        both = tl.arange(0, 2 * ROWS)
-        row = part * padded_rows + 2 * (first + both % ROWS) + both // ROWS
+        row = part * padded_rows + _stacked_rows(first, ROWS)
         tl.store(at(grad_parts, row, out_columns), grad * tl.exp2(-shift))
     else:
         to = at(grad_parts, part * padded_rows + 2 * instance, out_columns)

@@ -12,8 +12,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +26,15 @@ from torch import Tensor
 
 from contrastive_ops import compile as command
 from contrastive_ops import cuda, reference
-from contrastive_ops._contract import SGDSettings
+from contrastive_ops._contract import CO2Settings, SGDSettings
 from contrastive_ops.cuda import _cache, _compiler, _driver, _launch
 from contrastive_ops.cuda._compiler import Image, Program, Unsupported
 from contrastive_ops.gpu.arguments import NO_VECTOR, Tile, matrix, vector
-from contrastive_ops.gpu.launch import forget_plans
+from contrastive_ops.gpu.co2 import co2
+from contrastive_ops.gpu.exchange import exchange_rows_
+from contrastive_ops.gpu.launch import Chip, forget_plans
+from contrastive_ops.gpu.sgd import sgd_
+from tests.cuda_kernels import NVRTC_12
 from tests.elsewhere import pass_elsewhere
 from tests.gpu_emulator import driver as gpu_emulator
 
@@ -58,7 +64,7 @@ def forgetful() -> Iterator[None]:
 
 
 REMEMBERED = (
-    _compiler.nvrtc, _compiler.supported, _compiler.source_folder, _compiler.source_digest,
+    _compiler.nvrtc, _compiler.supported, _compiler.source_folder, _compiler.constants_in,
     cuda._not_compiled_for, _cache._warn_once,
 )  # fmt: skip
 
@@ -356,10 +362,31 @@ def test_another_kernel_is_never_taken_for_it(
         with (changed / "cuda" / "numbers.h").open("a") as file:
             file.write("\n")
         monkeypatch.setattr(_compiler, "source_folder", lambda: changed)
-        _compiler.source_digest.cache_clear()
     _compiler.compile_program(program)
     assert len(compiled) == 2
     assert len(list(kept.iterdir())) == 2
+
+
+def test_sources_that_change_meanwhile_leave_nothing(
+    kept: Path, compiled: list[Program], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether the old or the new ones were compiled, nobody knows."""
+    sources = tmp_path / "csrc"
+    shutil.copytree(_compiler.source_folder(), sources)
+    monkeypatch.setattr(_compiler, "source_folder", lambda: sources)
+    pretend = _compiler._compile
+
+    def edited(program: Program) -> Image:
+        (sources / "cuda" / "numbers.h").write_text("// another\n")
+        return pretend(program)
+
+    monkeypatch.setattr(_compiler, "_compile", edited)
+    program = a_program()
+    _compiler.compile_program(program)
+    assert not kept.exists()
+    _compiler.compile_program(program)
+    assert len(list(kept.iterdir())) == 1
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("damage", ["a byte", "the end", "all", "the head"])
@@ -495,28 +522,34 @@ def test_the_command_compiles_what_is_served(
     assert "float16" in capsys.readouterr().out
 
 
+class Kernels(_launch.CudaKernels):
+    """Launches that are noted: the program, the device, the stream, and the numbers."""
+
+    def __init__(self, capability: tuple[int, int] = (7, 5)) -> None:
+        self.chip, self.device = Chip(capability, 4), 0
+        self.loaded: list[tuple[Program, int]] = []
+        self.launched: list[tuple[int, tuple[Any, ...]]] = []
+
+    def device_chip(self, device: torch.device) -> Chip:
+        return self.chip
+
+    def current_device(self) -> int:
+        return self.device
+
+    def current_stream(self) -> int:
+        return 100 + self.device
+
+    def target(self, device: int) -> str:
+        return "sm_{}{}".format(*self.chip.capability)
+
+    def run(self, program: Program, device: int, *_: Any) -> Any:
+        self.loaded.append((program, device))
+        return lambda stream, *arguments: self.launched.append((stream, arguments))
+
+
 @compiles
-def test_a_call_finds_what_the_command_compiled(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_finds_what_the_command_compiled(kept: Path) -> None:
     """The texts of both are the same."""
-    wanted: list[Program] = []
-
-    class Kernels(_launch.CudaKernels):
-        def current_device(self) -> int:
-            return 0
-
-        def current_stream(self) -> int:
-            return 0
-
-        def target(self, device: int) -> str:
-            return "sm_75"
-
-        def run(self, program: Program, *_: Any) -> Any:
-            wanted.append(program)
-            return lambda *_: None
-
-    from contrastive_ops.gpu.exchange import exchange_rows_
-    from contrastive_ops.gpu.sgd import sgd_
-
     kernels = Kernels()
     for nesterov in (False, True):
         sgd_(kernels, *(torch.ones(3, 5) for _ in range(3)), SGDSettings(0.1, 0.9, 0.0, nesterov))  # type: ignore[misc]
@@ -524,13 +557,140 @@ def test_a_call_finds_what_the_command_compiled(kept: Path, monkeypatch: pytest.
     weight, buffer = torch.ones(4, 128), torch.ones(4, 128)
     unit = torch.eye(2, dtype=torch.float64).repeat(2, 1, 1)
     exchange_rows_(kernels, weight, buffer, rows, records, rows, unit, records.clone(), rows)
+    keys = torch.empty(4096, 128)
+    co2(
+        kernels,
+        torch.ones(64, 128),
+        torch.ones(64, 128),
+        keys,
+        CO2Settings(0.2, 0.05, 1.0, 0.3, False, True),
+        True,
+    )
     ahead = {
         program
-        for operator in ("sgd_", "exchange_rows_")
+        for operator in ("co2", "sgd_", "exchange_rows_")
         for _, program in command.programs("sm_75", operator, command.Wanted(torch.float32, 128))
     }
-    assert len(wanted) == 3
-    assert set(wanted) <= ahead
+    wanted = [program for program, _ in kernels.loaded]
+    assert [program.name for program in wanted] == [
+        "sgd", "sgd", "exchange", "co2.prepare", "co2.statistics", "co2.merge", "co2.gradient", "co2.finish",
+    ]  # fmt: skip
+    assert {
+        program for program in wanted if program.name != "co2.merge"
+    } <= ahead  # by how many parts there are
+
+
+def test_a_device_loads_its_own_and_launches_on_its_stream() -> None:
+    kernels = Kernels()
+    tensors = [torch.ones(3, 5) for _ in range(3)]
+    for device in (0, 1, 0, 1):
+        kernels.device = device
+        sgd_(kernels, *tensors, STEP)  # type: ignore[call-arg]
+    assert [device for _, device in kernels.loaded] == [0, 1]
+    assert [stream for stream, _ in kernels.launched] == [100, 101, 100, 101]
+    strides = [5, 1, 5, 1, 5, 1]
+    for _, (weight, buffer, grad, *numbers) in kernels.launched:
+        assert all(x is y for x, y in zip((weight, buffer, grad), tensors, strict=True))
+        assert numbers == [*strides, 15, 5, STEP.lr, STEP.momentum, STEP.weight_decay]
+
+
+def test_another_kind_of_arguments_is_another_program() -> None:
+    kernels = Kernels()
+
+    def step(*dtypes: torch.dtype, transposed: bool = False) -> None:
+        tensors = [torch.ones(3, 5, dtype=dtype) for dtype in dtypes]
+        if transposed:
+            tensors = [x.T.contiguous().T for x in tensors]
+        sgd_(kernels, *tensors, STEP)  # type: ignore[call-arg]
+
+    half, full = torch.float16, torch.float32
+    for _ in range(2):
+        step(full, full, full)
+        step(half, half, half)
+        step(half, half, full)
+        step(full, full, full, transposed=True)
+    assert len({program for program, _ in kernels.loaded}) == len(kernels.loaded) == 4
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_are_multiplied_in_what_a_chip_has(capability: tuple[int, int], dtype: torch.dtype) -> None:
+    products = Kernels(capability).products(128, dtype, torch.device("cpu"))
+    if dtype == torch.float16 or capability == (8, 0):
+        assert products.dtype == dtype
+    else:
+        assert products.dtype == torch.float32  # Turing has no bfloat16 to multiply
+    assert products.precision == ("half" if products.dtype != torch.float32 else "tf32x3")
+
+
+def test_rows_are_read_16_bytes_at_a_time_where_they_may_be() -> None:
+    kernels, rows = Kernels(), torch.zeros(4, 40, dtype=torch.float16)
+    for matrix_, vectors in (
+        (rows, True),
+        (rows[:, :32], True),
+        (rows[:, 1:33], False),  # begins elsewhere
+        (rows[:, :36], False),  # ends elsewhere
+        (rows[:, ::2], False),
+        (rows.T.contiguous().T, False),
+        (rows.float(), False),
+        (torch.zeros(4, 36, dtype=torch.float16)[:, :32], False),  # the second row begins elsewhere
+    ):
+        assert kernels.reading(torch.float16, (rows, matrix_)) == {"VECTORS": vectors}
+
+
+def test_threads_that_need_a_kernel_compile_it_once(
+    kept: Path, compiled: list[Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend = _compiler._compile
+
+    def slowly(program: Program) -> Image:
+        time.sleep(0.05)
+        return pretend(program)
+
+    monkeypatch.setattr(_compiler, "_compile", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(lambda _: _compiler.compile_program(a_program()), range(8)))
+    assert len(compiled) == 1
+    assert len(set(images)) == 1
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from contrastive_ops import compile, kernels
+assert "triton cannot be imported" in kernels.unavailable()
+for operator in ("co2", "conic", "nt_xent", "sgd_", "exchange_rows_"):
+    assert list(compile.programs("sm_75", operator, compile.Wanted(torch.float16, 64)))
+"""
+
+
+def test_the_host_code_needs_no_triton() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+VOLTA = """
+import ctypes, sys
+from pathlib import Path
+import torch
+from tests.cuda_kernels import NVRTC_12
+for name in ("libnvrtc-builtins.so.12.*", "libnvrtc.so.12"):
+    (library,) = NVRTC_12.rglob(name)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+from contrastive_ops import compile
+from contrastive_ops.cuda import _compiler
+assert _compiler.nvrtc_version()[0] == 12
+assert _compiler.target_for((7, 0)) == "sm_70"
+assert compile.main(["--arch", "sm_70", "--dtype", "float16", "--operator", "sgd_", "exchange_rows_"]) == 0
+"""
+
+
+@pytest.mark.skipif(not NVRTC_12.is_dir(), reason="NVRTC 12 is not in build/nvrtc-12")
+def test_volta_is_compiled_for_by_nvrtc_12(kept: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", VOLTA], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sm_70" in done.stdout
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -18,12 +18,9 @@ from . import _compiler, _driver, _launch
 PREFERRED_ON = ("cuda",)  # after Triton, which is tried first
 MAX_DIM = 1024  # of a loss's rows
 
-_OF_LOSSES = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-)  # of query and views; queue and weight may have any
-_OF_ROWS = (*_OF_LOSSES, torch.float64)  # of the weight
+# Of query and views, whatever queue and weight have; and of a weight whose rows are changed.
+_OF_LOSSES = (torch.float16, torch.bfloat16, torch.float32)
+_OF_ROWS = (*_OF_LOSSES, torch.float64)
 # Whose kernels there are, and the dtypes served; gpu.OPERATORS has the functions of each.
 SERVED = {
     "co2": _OF_LOSSES,
@@ -50,7 +47,8 @@ def _not_compiled_for(capability: tuple[int, int]) -> str | None:
         _compiler.target_for(capability)
     except _compiler.Unsupported as reason:
         return str(reason)
-    return _compiler.driver_too_old(_driver.driver_version() or 0)
+    version = _driver.driver_version()
+    return _compiler.driver_too_old(version) if version else None
 
 
 def unavailable() -> str | None:

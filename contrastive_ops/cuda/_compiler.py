@@ -77,9 +77,8 @@ def source_folder() -> Path:
     raise Unsupported(f"its device code is not installed: there is no csrc/cuda in {looked}")
 
 
-@functools.cache
 def source_digest() -> str:
-    """Of all device code, for a kernel may include any of it."""
+    """Of all device code as it is now, for a kernel may include any of it."""
     folder, digest = source_folder(), hashlib.sha256()
     for file in sorted([*folder.glob("*.h"), *folder.glob("cuda/*.h")]):
         digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
@@ -189,6 +188,8 @@ def compile_program(program: Program) -> Image:
         entry = _cache.load(key)
         if entry is None:
             image = _compile(program)
+            if _key(program) != key:
+                return image  # somebody has changed the sources meanwhile: of which ones this is, is unknown
             _cache.store(key, {"kernel": program.name, "shared_bytes": image.shared_bytes}, image.code)
             return image
         about, code = entry

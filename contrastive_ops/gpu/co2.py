@@ -58,7 +58,7 @@ def _plan(batch: int, keys: int, products: Products) -> _Plan:
         batch,
         keys,
         LANES=lanes(chip.capability),
-        PREPARED=products.kernels.measure_rows_first(chip),
+        PREPARED=chip.is_slow_in_float64,
     )
     gradient = products.walk("co2.gradient", batch, keys)
     columns = next_power_of_2(products.dim)

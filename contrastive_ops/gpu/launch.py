@@ -167,10 +167,6 @@ class Kernels(ABC):
         chip = self.chip_of(device)
         return Products(self, dim, *self.operands_of(dtype, chip), chip)
 
-    def measure_rows_first(self, chip: Chip) -> bool:
-        """Whether a kernel before the statistics of `co2` measures the rows, in place of every range's."""
-        return chip.is_slow_in_float64
-
     def reading(self, dtype: torch.dtype, matrices: Sequence[Tensor]) -> dict[str, Any]:
         """What kernels that multiply the rows of these in some dtype are compiled for, by their layout."""
         return {}

@@ -4,6 +4,7 @@
 // 4096 does. A program walks its range a tile of keys at a time (walk.h); nothing of size B x K leaves it.
 //
 //   0. round        the queue in the query's half precision, where it has another dtype.
+//      prepare      norms and s_+ of each row, in float64, on chips that are slow in it; else 1. does it.
 //   1. statistics   s = q N^T and y = k N^T of each tile; per row both maxima, three partition sums, both
 //                   sums of d, and the rank of the positive. Each range writes these eight numbers a row.
 //   2. merge        the ranges' numbers, in a fixed order and in float64: losses, rank, and what a row's
@@ -75,6 +76,31 @@ __device__ void co2_round(const Arguments& x) {
        row += blockDim.x / 32)
     for (int64 column = threadIdx.x % 32; column < x.dim; column += 32)
       x.rounded_queue.at(row, column) = to_operand<Rounded>(x.queue.at(row, column));
+}
+
+// The first three fields of a row's record, by `kLanes` neighbouring lanes.
+template <int kLanes, bool kNormalize, typename Query, typename Key>
+__device__ CO2Row measured_row(const Rows<Query>& query, const Rows<Key>& key, int64 row) {
+  const Products sums = products_of<kLanes>(query, row, key, row);
+  const double norm_query = kNormalize ? norm_of(sums.xx) : 1, norm_key = kNormalize ? norm_of(sums.yy) : 1;
+  return {.norm_query = norm_query, .norm_key = norm_key, .positive = sums.xy / norm_key};
+}
+
+// co2.prepare: what the statistics need to know of the rows, where every range of keys would take long to
+// find it out; a warp for each.
+//
+// Arguments: query, key: Matrix (B, D). row_records: CO2Row (B, 11) float64, of which it writes the first
+//            three. batch, dim. NORMALIZE. ROWS of a program.
+template <typename Arguments>
+__device__ void co2_prepare(const Arguments& x) {
+  const Rows<typename decltype(x.query)::Element> query{x.query, x.batch, x.dim};
+  const Rows<typename decltype(x.key)::Element> key{x.key, x.batch, x.dim};
+  const int64 first = static_cast<int64>(blockIdx.x) * Arguments::ROWS;
+  for (int64 row = first + threadIdx.x / 32; row < smaller(first + Arguments::ROWS, x.batch);
+       row += blockDim.x / 32) {
+    const CO2Row measured = measured_row<32, Arguments::NORMALIZE>(query, key, row);
+    if (threadIdx.x % 32 == 0) reinterpret_cast<CO2Row*>(x.row_records)[row] = measured;
+  }
 }
 
 // What a lane knows of a row: the sums over its keys, relative to its own maxima.
@@ -206,45 +232,12 @@ __device__ void sum_up(Keys& walk, RowSums (&sums)[2], const Measured& measured,
     for (int i = 0; i < 2; ++i) sums[slot].merge_lane(Tile::Places::mask(i), measured.scales[slot], ratio);
 }
 
-// What is known of a row without the queue: max(|q|, eps), max(|k|, eps) (1 unless normalised) and q k^.
-struct Lengths {
-  double norm_query, norm_key, positive;
-
-  __device__ void write(CO2Row& record) const {
-    record.norm_query = norm_query, record.norm_key = norm_key, record.positive = positive;
-  }
-};
-__device__ inline Lengths lengths_in(const CO2Row& record) {
-  return {record.norm_query, record.norm_key, record.positive};
-}
-template <int kLanes, bool kNormalize, typename Query, typename Key>
-__device__ Lengths lengths_of(const Rows<Query>& query, const Rows<Key>& key, int64 row) {
-  const Products sums = products_of<kLanes>(query, row, key, row);
-  const double norm_key = kNormalize ? norm_of(sums.yy) : 1;
-  return {kNormalize ? norm_of(sums.xx) : 1, norm_key, sums.xy / norm_key};
-}
-
-// co2.prepare: the first three fields of CO2Row (B, 11), of a warp for each of ROWS rows. Chips that are slow
-// in double measure rows here, and not once in every range of keys.
-//
-// Arguments: query, key: Matrix (B, D). row_records: CO2Row (B, 11) float64. batch, dim. NORMALIZE, ROWS.
-template <typename Arguments>
-__device__ void co2_prepare(const Arguments& x) {
-  const Rows<typename decltype(x.query)::Element> query{x.query, x.batch, x.dim};
-  const Rows<typename decltype(x.key)::Element> key{x.key, x.batch, x.dim};
-  const int64 first = static_cast<int64>(blockIdx.x) * Arguments::ROWS;
-  for (int64 row = first + threadIdx.x / 32; row < first + Arguments::ROWS; row += blockDim.x / 32) {
-    const Lengths lengths = lengths_of<32, Arguments::NORMALIZE>(query, key, row);
-    if (threadIdx.x % 32 == 0 && row < x.batch) lengths.write(reinterpret_cast<CO2Row*>(x.row_records)[row]);
-  }
-}
-
 // co2.statistics: what a range of keys knows of a block of rows.
 //
 // Arguments: query, key: Matrix (B, D). queue: Matrix (K, D).
 //            partial: CO2Partial (ranges, B, 8) float32, in the units above.
-//            row_records: CO2Row (B, 11) float64, of which it writes the first three, or reads them where
-//            they are PREPARED.
+//            row_records: CO2Row (B, 11) float64; it writes the first three fields, or reads them if
+//            PREPARED.
 //            batch, keys, dim. scale, ratio: lambda and tau_c/tau. keys_a_range.
 //            INSTANCE, CONSISTENCY, NORMALIZE, TILE, STAGES. VECTORS: see TileCopy.
 //            BOUNDED: whether float32 holds the exponentials of all logits as they are, if no key is longer
@@ -262,18 +255,19 @@ __device__ void co2_statistics(const Arguments& x) {
   const Rows<Key> key{x.key, x.batch, x.dim};
 
   __shared__ float scale_query[Tile::kRows], scale_key[Tile::kRows], positive[Tile::kRows];
-  const auto records = reinterpret_cast<CO2Row*>(x.row_records);
+  CO2Row* const records = reinterpret_cast<CO2Row*>(x.row_records);
   for (int i = threadIdx.x / 8; i < Tile::kRows; i += Tile::kThreads / 8) {
-    Lengths row;
-    if constexpr (Arguments::PREPARED)
-      row = lengths_in(records[smaller(first + i, x.batch - 1)]);
-    else
-      row = lengths_of<8, Arguments::NORMALIZE>(query, key, first + i);
+    CO2Row row;
+    if constexpr (Arguments::PREPARED) {
+      row = records[smaller(first + i, x.batch - 1)];
+    } else {
+      row = measured_row<8, Arguments::NORMALIZE>(query, key, first + i);
+      if (part == 0 && threadIdx.x % 8 == 0 && first + i < x.batch) records[first + i] = row;
+    }
     if (threadIdx.x % 8 == 0) {
       const Scales scales = scales_of(x.scale, row.norm_query, row.norm_key);
       scale_query[i] = scales.query, scale_key[i] = scales.key;
       positive[i] = static_cast<float>(row.positive);
-      if (!Arguments::PREPARED && part == 0 && first + i < x.batch) row.write(records[first + i]);
     }
   }
   __syncthreads();
