@@ -20,6 +20,7 @@ from . import cuda
 from ._contract import CO2Settings, ConICSettings, NTXentSettings, SGDSettings
 from .cuda import _cache, _compiler
 from .cuda._compiler import Program, Unsupported
+from .gpu import module_of
 from .gpu.launch import Call, Chip, recording
 
 EXAMPLES = """examples:
@@ -156,6 +157,12 @@ def _targets(requested: list[str] | None) -> list[str]:
     return sorted({_compiler.target_for(torch.cuda.get_device_capability(each)) for each in devices})
 
 
+def _dimensions(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= cuda.MAX_DIM:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {cuda.MAX_DIM}, got {text}")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m contrastive_ops.compile",
@@ -169,7 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=DTYPES[:3], help="by default all but float64"
     )
-    parser.add_argument("--dim", nargs="+", type=int, default=[128], help="dimensions of rows (default: 128)")
+    parser.add_argument(
+        "--dim", nargs="+", type=_dimensions, default=[128], help="dimensions of rows (default: 128)"
+    )
     parser.add_argument("--operator", nargs="+", choices=_CALLS, default=tuple(_CALLS), help="by default all")
     options = parser.parse_args(arguments)
     try:
@@ -181,8 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.simplefilter("error", _cache.NotKept)
         asked = itertools.product(targets, options.operator, options.dtype, options.dim)
         for target, operator, dtype, dim in asked:
-            if dtype == "float64" and operator not in ("sgd_", "exchange_rows_"):
-                continue  # losses in float64 are the reference's
+            if getattr(torch, dtype) not in cuda.SERVED[str(module_of(operator))]:
+                continue
             for words, program in programs(target, operator, Wanted(getattr(torch, dtype), dim)):
                 before = time.perf_counter()
                 try:

@@ -707,6 +707,8 @@ def test_the_command_says_what_it_cannot_do(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--arch sm_75" in _refused(capsys)
     assert "invalid choice" in _refused(capsys, "--operator", "cross_entropy")
+    for dim in ("0", "1025", "many"):
+        assert f"must be from 1 to 1024, got {dim}" in _refused(capsys, "--dim", dim)
     assert "does not compile for sm_71, but for sm_" in _refused(capsys, "--arch", "sm_71")
     assert "does not compile for turing" in _refused(capsys, "--arch", "turing")
     assert "invalid choice" in _refused(capsys, "--dtype", "int8")
