@@ -515,8 +515,25 @@ def test_the_table_of_tiles(architecture: int, name: str, precision: str, dim: i
     assert launch.programs * launch.threads * int(registers[1]) <= 65536
 
 
-@pytest.mark.parametrize("dim", [16, 128])
-def test_warps_of_the_tables(dim: int) -> None:
+@pytest.mark.thorough
+@pytest.mark.parametrize("queue_dtype", [HALF, FLOAT], ids=str)
+@pytest.mark.parametrize("architecture", [75, 80, 70])
+def test_mocos_order_of_keys_spills_nothing(architecture: int, queue_dtype: torch.dtype) -> None:
+    """Their numbers are loaded one by one, beside the same sums and gradients."""
+    On(architecture, HALF).require()
+    rows = torch.empty(256, 128, dtype=queue_dtype, device="meta")
+    queue = torch.empty(128, 65536, dtype=queue_dtype, device="meta").T
+    settings = CO2Settings(0.07, 0.04, 1.0, 10.0, False, True)
+    calls = record(architecture, 108, "co2", rows, rows, queue, settings, True)[1]
+    for name in ("co2.statistics", "co2.gradient"):
+        launch, arguments = next(each for each in calls if each.launch.name == name)
+        text = launch.layout(arguments).text
+        assert "VECTORS = false" in text
+        log = cuda_kernels.compile_text(text, architecture, machine_code=True).log
+        assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log), log
+
+
+def test_warps_of_the_tables() -> None:
     """A warp has 16 rows of each block."""
     for capability in ((7, 0), (7, 5), (8, 0)):
         for (name, _, _), tiling in tiles.table_of(capability).items():

@@ -51,9 +51,9 @@ __device__ void wait_for_copies() {
 //
 // kVectors says that rows are stored as they are multiplied, 16 bytes at a time: in the same dtype, their
 // numbers lie together, and every row begins at a multiple of 16 bytes and ends at one. These need no
-// register from compute capability 8.0 on. All others are loaded number by number: a thread has 16 bytes of a
-// row, and its neighbours those of the next rows, so that the order of MoCo's (D, K) queue is read as fast as
-// another.
+// register from compute capability 8.0 on. All others are loaded number by number, and only where they land,
+// for one that is in flight takes a register: other programs compute meanwhile. A thread has 16 bytes of a
+// row, and its neighbours those of the next rows, as they lie together in the order of MoCo's (D, K) queue.
 template <typename Operand, typename T, bool kVectors, int kRows, int kDepth, int kThreads>
 class TileCopy {
   static constexpr int kNumbers = kChunk / sizeof(Operand);  // of a chunk
@@ -100,17 +100,17 @@ class TileCopy {
         }
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int chunk = i * kThreads + thread;
-        if (!kIsWhole && chunk >= kChunks) break;
-        held_[i] = gather(from, first_row + row_of(chunk), first_column + column_of(chunk));
-      }
+      first_row_ = first_row, first_column_ = first_column;
     }
   }
 
-  __device__ void land(unsigned char* to) const {
-    if constexpr (!kAsync) {
+  __device__ void land(unsigned char* to, const Rows<T>& from) const {
+    if constexpr (!kVectors) {
+#pragma unroll 2
+      for (int chunk = static_cast<int>(threadIdx.x); chunk < kChunks; chunk += kThreads)
+        *reinterpret_cast<uint4*>(to + offset_of(chunk)) =
+            gather(from, first_row_ + row_of(chunk), first_column_ + column_of(chunk));
+    } else if constexpr (!kAsync) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const int chunk = i * kThreads + static_cast<int>(threadIdx.x);
@@ -144,7 +144,8 @@ class TileCopy {
                         pack(numbers[4].bits, numbers[5].bits), pack(numbers[6].bits, numbers[7].bits));
   }
 
-  uint4 held_[kAsync ? 1 : kEach];
+  uint4 held_[kVectors && !kAsync ? kEach : 1];
+  int64 first_row_, first_column_;
 };
 
 }  // namespace contrastive_ops

@@ -196,7 +196,7 @@ class Walk {
     __syncthreads();  // what another warp still reads there
     copy.begin(shared(), rows, first_row, 0);
     commit_copies();
-    copy.land(shared());
+    copy.land(shared(), rows);
     wait_for_copies<0>();
     __syncthreads();
 #pragma unroll
@@ -211,7 +211,7 @@ class Walk {
     unsigned char* to = shared() + block * kBlockBytes;
     copy.begin(to, rows, first_row, 0);
     commit_copies();
-    copy.land(to);
+    copy.land(to, rows);
     wait_for_copies<0>();
   }
 
@@ -240,11 +240,11 @@ class Walk {
   // The tile of the next step, which then is in shared memory.
   __device__ const unsigned char* next() {
     unsigned char* tile = stage(stage_);
-    key_copy_.land(tile);
+    key_copy_.land(tile, keys_);
     if constexpr (Tile::kChunked && !kAsync) {
       if (is_in_flight_) {
-        copy1_.land(tile + kKeyBytes);
-        if constexpr (kBlocks == 2) copy2_.land(tile + kKeyBytes + kBlockBytes);
+        copy1_.land(tile + kKeyBytes, rows1_);
+        if constexpr (kBlocks == 2) copy2_.land(tile + kKeyBytes + kBlockBytes, rows2_);
       }
     }
     if constexpr (kAsync) wait_for_copies<Tile::kStages - 2>();
