@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from contrastive_ops import CO2Loss, ConICLoss, NTXentLoss
+from tests.elsewhere import pass_elsewhere
+from tests.gpu_emulator.driver import REQUESTED
 from train_ref import comparison
 from train_ref import validate as module
 from train_ref.comparison import Eager
@@ -138,3 +140,19 @@ def test_another_order_of_the_keys_changes_roundings_alone(criterion, tensors):
     permuted, _ = Eager(criterion, order=1)(*tensors)
     torch.testing.assert_close(plain, criterion(*tensors), rtol=1e-10, atol=0)
     torch.testing.assert_close(permuted, plain, rtol=1e-12, atol=0)
+
+
+@pytest.mark.skipif(not REQUESTED, reason="runs in a process with GPU_EMULATOR=sm_75")
+@pytest.mark.parametrize("method", ["moco_v2_co2", "simclr", "conic_sampled"])
+def test_emulated_kernels_train(run, method):
+    tiny = {"steps": 2, "batch_size": 8, "queue_size": 100, "dim": 32, "free": False}
+    (verdict,) = run(methods=[method], backend="cuda", **tiny)
+    assert verdict.passed
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.skipif(REQUESTED is not None, reason="this is such a process")
+def test_training_on_a_gpu_before_ampere():
+    """By the kernels in CUDA C++, as compiled for Turing and executed without a GPU."""
+    pass_elsewhere([__file__], "emulated", {"GPU_EMULATOR": "sm_75"})
