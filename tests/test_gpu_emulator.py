@@ -504,6 +504,7 @@ INFO_NCE = CO2Settings(0.07, 1.0, 1.0, 0.0, False, True)
         *((dtype, MOCO_V2) for dtype in (torch.bfloat16, torch.float16)),
         (torch.bfloat16, INFO_NCE),
     ],
+    ids=["moco-bfloat16", "moco-float16", "moco-float32", "v2-bfloat16", "v2-float16", "info_nce-bfloat16"],
 )
 def test_emulated_co2(dtype: torch.dtype, settings: CO2Settings) -> None:
     query, key, queue = Case(5, 130, 40, dtype, layout="strided", queue_layout="columns").tensors()
