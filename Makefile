@@ -26,7 +26,7 @@ test-all: $(VENV)/.installed
 
 # What takes seconds, with few examples each.
 quick: $(VENV)/.installed
-	HYPOTHESIS_PROFILE=few $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=few $(PYTEST) -m "not slow and not thorough" $(PYTEST_ARGS)
 
 # The oldest versions that are promised, with the quick selection, on a Python 3.12.
 PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3) python3.12)
