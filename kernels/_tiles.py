@@ -6,7 +6,7 @@ Nothing in it spills registers, and all of it fits the architecture's shared mem
 from __future__ import annotations
 
 from ..gpu.launch import INTERPRETER
-from ..gpu.tiles import Tiling
+from ..gpu.tiles import Tiling, line_for, lines_of
 from ..gpu.tiles import table as _table
 
 # Precisions are those of `precision_of`. Without the consistency term NT-Xent's gradient is "plain", and has
@@ -200,13 +200,11 @@ def entries(name: str, capability: tuple[int, int]) -> dict[tuple[str, int], Til
         name: of the loss and the kernel, as in the table.
         capability: compute capability of the device, (major, minor); (0, 0) for the interpreter.
     """
-    table = TABLES.get(capability, OTHER)
-    return {(precision, dim): tiling for (kernel, precision, dim), tiling in table.items() if kernel == name}
+    return lines_of(TABLES.get(capability, OTHER), name)
 
 
 def select(name: str, capability: tuple[int, int], precision: str, dim: int) -> Tiling:
     """The tiles of a kernel for rows of D dimensions; arguments as of `entries`."""
-    lines = entries(name, capability)
     if capability == INTERPRETER:
         precision = "half"
-    return lines[precision, min(most for of, most in lines if of == precision and dim <= most)]
+    return line_for(TABLES.get(capability, OTHER), name, precision, dim)

@@ -7,7 +7,7 @@ which `held` counts all rows.
 
 from __future__ import annotations
 
-from ..gpu.tiles import Table, Tiling
+from ..gpu.tiles import Table, Tiling, line_for, lines_of
 from ..gpu.tiles import table as _table
 
 # Compute capability 8.0 and newer: mma.m16n8k16 and asynchronous copies; 99 KiB of shared memory a program.
@@ -103,11 +103,9 @@ def table_of(capability: tuple[int, int]) -> Table:
 
 def entries(name: str, capability: tuple[int, int]) -> dict[tuple[str, int], Tiling]:
     """The lines of a kernel, by precision and the largest D served."""
-    table = table_of(capability)
-    return {(precision, dim): tiling for (kernel, precision, dim), tiling in table.items() if kernel == name}
+    return lines_of(table_of(capability), name)
 
 
 def select(name: str, capability: tuple[int, int], precision: str, dim: int) -> Tiling:
     """The tiles of a kernel for rows of D dimensions."""
-    lines = entries(name, capability)
-    return lines[precision, min(most for of, most in lines if of == precision and dim <= most)]
+    return line_for(table_of(capability), name, precision, dim)

@@ -53,3 +53,14 @@ def table(text: str) -> Table:
         fields = dict(zip(columns, (int(number) for number in numbers[: len(columns)]), strict=True))
         table[name, precision, int(dim)] = Tiling(**fields, stacked=stacked)
     return table
+
+
+def lines_of(table: Table, name: str) -> dict[tuple[str, int], Tiling]:
+    """The lines of a kernel, by precision and the largest D served."""
+    return {(precision, dim): tiling for (kernel, precision, dim), tiling in table.items() if kernel == name}
+
+
+def line_for(table: Table, name: str, precision: str, dim: int) -> Tiling:
+    """The tiles of a kernel for rows of D dimensions."""
+    lines = lines_of(table, name)
+    return lines[precision, min(most for of, most in lines if of == precision and dim <= most)]
