@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import jsonargparse
@@ -118,13 +119,17 @@ def interrupt() -> None:
 
 
 def in_a_process_of_its_own(function) -> int:
-    """Call a function in a fork; returns the signal that killed it, or 0."""
+    """Call a function in a fork; returns the signal that killed it, 0 if it returned, or 1 if it raised."""
     child = os.fork()
     if child == 0:
+        code = 1
         try:
             function()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
+            os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
