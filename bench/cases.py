@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -122,7 +123,7 @@ GRIDS = {
                 "eager", "compile", "max-autotune",
                 "linear_cross_entropy", "liger", "cut_cross_entropy", "inf_cl",
             ),
-            "nt_xent": ("eager", "compile", "max-autotune", "lightly"),
+            "nt_xent": ("eager", "compile", "max-autotune", "lightly", "memeff", "siglip_kernel"),
             "nt_xent_co2": ("eager", "compile", "max-autotune"),
             "conic": (
                 "eager", "compile", "max-autotune", "linear_cross_entropy", "liger", "cut_cross_entropy",
@@ -182,6 +183,8 @@ PACKAGES = {
     "liger": "liger_kernel",
     "cut_cross_entropy": "cut_cross_entropy",
     "inf_cl": "inf_cl",
+    "memeff": "memeff",
+    "siglip_kernel": "siglip_kernel",
 }
 
 
@@ -306,6 +309,8 @@ def implementation(case: Case) -> Loss:
         return partial(torch.compile(problem.eager, dynamic=False, mode=mode), **problem.settings)
     if case.impl == "lightly":
         return LIGHTLY[case.loss](**problem.settings)
+    if case.impl in PAIR_LOSSES:
+        return PAIR_LOSSES[case.impl](problem.settings["temperature"])
     if case.impl in LANGUAGE_MODEL_LOSSES:
         as_peer = _classify_views if case.loss == "conic" else _classify_query
         return partial(as_peer, LANGUAGE_MODEL_LOSSES[case.impl](), problem.settings["temperature"])
@@ -363,6 +368,31 @@ LANGUAGE_MODEL_LOSSES = {
     "cut_cross_entropy": _cut_cross_entropy,
     "inf_cl": _inf_cl,
 }
+
+
+def _memeff(temperature: float) -> Loss:
+    """NT-Xent by two calls of memeff's InfoNCE: each view's rows against the other view and themselves. No
+    negative is dropped for being near, and its gradients are those of the loss."""
+    from memeff import MemoryEfficientQwen3Loss
+
+    criterion = MemoryEfficientQwen3Loss(temperature, margin=3.0, use_qq_negatives=True, stable=False)
+    return lambda view1, view2: (criterion(view1, view2) + criterion(view2, view1)) / 2
+
+
+def _siglip_kernel(temperature: float) -> Loss:
+    """A sigmoid loss of as many pairs as NT-Xent's: each row with all rows, of which that of the other view
+    is the positive. A sigmoid a pair takes the place of the softmax."""
+    from siglip_kernel import fused_siglip_loss
+
+    def loss(view1: Tensor, view2: Tensor) -> Tensor:
+        view1, view2 = F.normalize(view1, dim=1), F.normalize(view2, dim=1)
+        scale, bias = view1.new_tensor([-math.log(temperature), -10.0], dtype=torch.float32)
+        return fused_siglip_loss(torch.cat([view1, view2]), torch.cat([view2, view1]), scale, bias)
+
+    return loss
+
+
+PAIR_LOSSES: dict[str, Callable[[float], Loss]] = {"memeff": _memeff, "siglip_kernel": _siglip_kernel}
 
 
 def _lightly_nt_xent(*, temperature: float, **_: Any) -> Loss:

@@ -38,15 +38,20 @@ PEERS = {
     "liger": "Liger",
     "cut_cross_entropy": "Cut Cross-Entropy",
     "inf_cl": "Inf-CL",
+    "memeff": "memeff",
+    "siglip_kernel": "siglip-kernel",
 }
 PARTIAL = {"lightly": "lightly's CO2Regularizer, *which returns no gradient*"}  # what it is of a peer
 PEER_COLORS = dict(
     zip(
         PEERS,
-        ("#6c757d", "#3a6ea5", "#5fa8d3", "#7b5ea7", "#b07d62", "#8a9a5b", "#c06c84", "#556270"),
+        (
+            "#6c757d", "#3a6ea5", "#5fa8d3", "#7b5ea7", "#b07d62", "#8a9a5b", "#c06c84", "#556270", "#a26769",
+            "#4f7cac",
+        ),
         strict=True,
     )
-)
+)  # fmt: skip
 FUSED_COLORS = ("#d1495b", "#e08e45", "#2a9d6f")
 
 PLOTTED = {"loss": "co2", "B": 256, "D": 128}

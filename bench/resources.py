@@ -1,9 +1,9 @@
-"""What the compiler makes of the Triton kernels, for GPUs that may be absent: `python -m bench.resources`.
+"""What the compiler makes of the GPU kernels, for GPUs that may be absent: `python -m bench.resources`.
 
-Every entry of the table of tiles is compiled for its architecture. The compiler tells registers, spilled
+Every entry of a table of tiles is compiled for its architecture. The compiler tells registers, spilled
 bytes and shared memory, from which follows how many programs a multiprocessor holds. The machine code of the
 loop over the keys tells how many instructions, and how many exponentials, a pair of row and key costs. Beside
-what tensor cores need for the products, that says what bounds a kernel: at best all three go on at once.
+what tensor cores need for the products, that says what bounds a kernel: at best all go on at once.
 
 ConIC's rows are the views, and its keys the rows of the weight, in float32 whatever the views are. NT-Xent's
 are both the rows of both views; its gradient without the consistency term goes by the name "plain".
@@ -13,36 +13,33 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
-from contrastive_ops.kernels import _launch, _tiles
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
-from contrastive_ops import kernels
+from bench.compilers import COMPILERS, TRITON, Capability, Compiler
 from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentSettings, SGDSettings
+from contrastive_ops.gpu.launch import Call, Chip, recording
+from contrastive_ops.gpu.tiles import Tiling
 from train_ref.markdown import table
 
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # of a program, at most
+# Of a program, at most.
+SHARED_KIB = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 REGISTERS = 65536  # of a multiprocessor
 TENSOR_COLUMNS = 512  # of its tensor memory, where it has one
-# What a multiprocessor does in a clock, by the vendor's data sheets: instructions of a thread, exponentials,
-# bytes to and from shared memory, and operations of tensor cores in half precision. TF32 goes at half that
-# rate.
-ISSUED, EXPONENTIALS, SHARED_BYTES = 128, 16, 128
-OPERATIONS = {(8, 0): 2048, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
-UNITS = ("instructions", "exponentials", "products", "shared memory")
-SLOWER = {"half": 1, "tf32": 2, "tf32x3": 6}
+# What a multiprocessor does in a clock, by the vendor's data sheets: instructions of a thread, of which so
+# many in float32, exponentials, bytes to and from shared memory, and operations of tensor cores in half
+# precision.
+ISSUED, EXPONENTIALS = 128, 16
+FLOAT32 = {(7, 0): 64, (7, 5): 64, (8, 0): 64, (8, 9): 128, (9, 0): 128, (10, 0): 128, (12, 0): 128}
+SHARED_BYTES = {(7, 0): 128, (7, 5): 64, (8, 0): 128, (8, 9): 128, (9, 0): 128, (10, 0): 128, (12, 0): 128}
+OPERATIONS = {
+    (7, 0): 1024, (7, 5): 1024, (8, 0): 2048, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512
+}  # fmt: skip
+UNITS = ("instructions", "float32", "exponentials", "products", "shared memory")
 
 
 class GPU(NamedTuple):
@@ -54,6 +51,8 @@ class GPU(NamedTuple):
 
 
 CHIPS = {
+    (7, 0): GPU("V100", 80, 1.53),
+    (7, 5): GPU("T4", 40, 1.59),
     (8, 0): GPU("A100", 108, 1.41),
     (8, 9): GPU("RTX 4090", 128, 2.52),
     (9, 0): GPU("H100", 132, 1.98),
@@ -77,8 +76,20 @@ SMALL = (
     "nt_xent.prepare", "nt_xent.merge", "nt_xent.finish",
 )  # fmt: skip
 PAIRS = {"co2": 256 << 16, "conic": 1024 << 16, "nt_xent": 8192**2}
-DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
 MULTIPROCESSORS = 132  # of the chip that calls are planned for
+
+
+def dtype_of(precision: str, capability: Capability, compiler: Compiler = TRITON) -> torch.dtype:
+    """Of the rows that are multiplied so."""
+    return compiler.half(capability) if precision == "half" else torch.float32
+
+
+def operations(precision: str, capability: Capability) -> float:
+    """How many a multiprocessor multiplies and adds in a clock."""
+    if capability < (8, 0) and precision != "half":
+        return 2 * FLOAT32[capability]  # by multiply-adds
+    # TF32 goes at half the rate, and exact float32 is three products of it.
+    return OPERATIONS[capability] / {"half": 1, "tf32": 2, "tf32x3": 6}[precision]
 
 
 @dataclass(frozen=True)
@@ -94,38 +105,48 @@ class Resources:
     loop: dict[str, float]
     shared_traffic: float
 
-    def programs(self, tiles: _tiles.Tiling, shared_kib: int) -> int:
+    def programs(self, tiles: Tiling, capability: Capability) -> int:
         """How many fit on a multiprocessor, whose registers go out by eights a thread."""
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32 * tiles.warps)
-        by_shared = shared_kib * 1024 // (self.shared_bytes + 1024)  # 1 KiB is the system's
+        systems = 1024 if capability >= (8, 0) else 0
+        by_shared = SHARED_KIB[capability] * 1024 // (self.shared_bytes + systems)
         return min(by_registers, by_shared, TENSOR_COLUMNS // max(1, self.tensor_columns))
 
 
 def clocks(
-    made: Resources, name: str, capability: tuple[int, int], precision: str, dim: int
+    made: Resources,
+    name: str,
+    capability: Capability,
+    precision: str,
+    dim: int,
+    compiler: Compiler = TRITON,
 ) -> dict[str, float]:
     """Clocks of a multiprocessor that a pair of row and key takes of each of its units."""
-    tiles = _tiles.select(name, capability, precision, dim)
+    tiles = compiler.tiling(name, capability, precision, dim)
     chunks = -(-dim // tiles.width) if tiles.width and dim > tiles.depth else 1
     of_similarities, of_gradient = WALKING[name]
     products = of_similarities * chunks + of_gradient
     taken = {
         "exponentials": chunks * made.loop.get("MUFU", 0) / EXPONENTIALS,
-        "products": products * 2 * dim * SLOWER[precision] / OPERATIONS[capability],
+        "products": products * 2 * dim / operations(precision, capability),
     }
     if dim <= tiles.depth:
         # Rows that go through in chunks have a loop within the loop, which the code holds once.
         taken["instructions"] = sum(made.loop.values()) / ISSUED
-        taken["shared memory"] = made.shared_traffic / SHARED_BYTES
+        taken["float32"] = (
+            sum(made.loop.get(each, 0) for each in ("FADD", "FMUL", "FFMA")) / FLOAT32[capability]
+        )
+        taken["shared memory"] = made.shared_traffic / SHARED_BYTES[capability]
     return taken
 
 
 def record(
     loss: str,
-    capability: tuple[int, int],
+    capability: Capability,
     precision: str,
     dim: int,
     *,
+    compiler: Compiler = TRITON,
     columns: bool = False,
     dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype = torch.float32,
@@ -134,7 +155,7 @@ def record(
     consistency: bool = True,
     temperature: float = 0.2,
     relative: bool = False,
-) -> dict[str, list[_launch.Call]]:
+) -> dict[str, list[Call]]:
     """The calls of a loss's kernels, forward and backward, by name and in their order.
 
     Args:
@@ -145,7 +166,7 @@ def record(
         temperature: of CO2, whose other one is 0.05.
         relative: whether NT-Xent's rows are not normalised.
     """
-    dtype = dtype or DTYPES[precision]
+    dtype, kernels = dtype or dtype_of(precision, capability, compiler), compiler.kernels
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -156,7 +177,7 @@ def record(
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
-        with _launch.recording(_launch.Chip(capability, MULTIPROCESSORS)) as calls:
+        with recording(Chip(capability, MULTIPROCESSORS)) as calls:
             if loss == "co2":
                 queue = matrix(queue_dtype or dtype)
                 weight = 0.3 if consistency else 0.0
@@ -183,35 +204,28 @@ def record(
                 kernels.nt_xent_gradient(grad_loss, empty(2, 4096, dim), coefficients, settings)
     finally:
         torch.set_float32_matmul_precision(before)
-    by_name: dict[str, list[_launch.Call]] = {}
+    by_name: dict[str, list[Call]] = {}
     for call in calls:
         by_name.setdefault(call.launch.name, []).append(call)
     return by_name
 
 
-def compile_call(call: _launch.Call, capability: tuple[int, int]) -> Any:
-    """A recorded call's kernel, specialised to its arguments as a launch would do it."""
-    kernel = call.launch.kernel
-    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {name: value for name, value in call.arguments.items() if name not in kernel.arg_names}
-    bound, specialization, _ = bind(**call.arguments)
-    parsed, signature, constants, attributes = kernel._pack_args(
-        backend, options, bound, specialization, options
-    )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=parsed.__dict__)
-
-
 def compile_kernel(
-    name: str, capability: tuple[int, int], precision: str, dim: int, *, step: bool = True, **problem: Any
+    name: str,
+    capability: Capability,
+    precision: str,
+    dim: int,
+    *,
+    step: bool = True,
+    compiler: Compiler = TRITON,
+    **problem: Any,
 ) -> Resources:
     """One of the kernels, such as "co2.merge".
 
     Args:
         step: without, ConIC stores the weight's gradient in place of a step of SGD, and a `prepare` is that
             of forward.
+        compiler: of which backend.
         problem: see `record`.
     """
     loss = name.split(".")[0]
@@ -219,52 +233,30 @@ def compile_kernel(
         problem["consistency"] = False
     if name == "co2.round":
         problem.setdefault("queue_dtype", torch.float32)
-    calls = record(loss, capability, precision, dim, **problem)[name]
+    calls = record(loss, capability, precision, dim, compiler=compiler, **problem)[name]
     call = calls[-1 if step else 0]
-    compiled = compile_call(call, capability)
-    registers, spilled, code = assemble(compiled.asm["ptx"], capability[0])
-    instructions = loop_instructions(code)
+    compiled = compiler.compile(call, capability)
+    instructions = loop_instructions(compiled.code)
     loop = Counter(instruction.split()[0].split(".")[0] for instruction in instructions)
     arguments = call.arguments
     tile = arguments.get("TILE")
-    pairs = (tile.rows * tile.keys if tile else 1) / (32 * arguments.get("num_warps", 4))
-    exponentials = 3 - bool(arguments.get("POWER")) if loss == "co2" else 1
+    pairs = (tile.rows * tile.keys if tile else 1) / compiled.threads
+    exponentials = 3 - bool(compiler.power(arguments)) if loss == "co2" else 1
     if loss == "nt_xent":
         pairs *= 2  # of each instance's two views
         exponentials = (1 + arguments.get("CONSISTENCY", True)) * (1 + arguments.get("RELATIVE", False))
     # The loop may be unrolled: a pair takes so many exponentials, and a fraction for its lane.
     pairs *= max(1, loop["MUFU"] // (exponentials * pairs))
     per_pair = {instruction: count / pairs for instruction, count in loop.items()}
-    ptx = compiled.asm["ptx"]
+    ptx = compiled.ptx
     tensor_columns = sum(map(int, re.findall(r"^\s*(?:@\S+ )?tcgen05\.alloc.*, (\d+);", ptx, re.MULTILINE)))
     shared_traffic = sum(map(bytes_of_a_warp, instructions)) / (32 * pairs)
     if tile and tensor_columns:
         shared_traffic += bytes_of_blackwell(name, tile)
-    shared = compiled.metadata.shared
-    return Resources(registers, spilled, shared, tensor_columns, ptx, per_pair, shared_traffic)
-
-
-def assemble(ptx: str, major: int) -> tuple[int, int, str]:
-    """Registers, spilled bytes and machine code, from NVIDIA's assembler and disassembler beside Triton."""
-    match = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert match
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx, encoding="utf-8")
-        assembler = "ptxas-blackwell" if major >= 10 and (BINARIES / "ptxas-blackwell").exists() else "ptxas"
-        command = [BINARIES / assembler, "-v", f"--gpu-name={match[1]}", source, "-o", binary]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        disassembler = BINARIES / "nvdisasm"
-        code = ""
-        if disassembler.exists():
-            code = subprocess.run([disassembler, "-c", binary], capture_output=True, text=True).stdout
-    registers, spilled = (
-        re.search(r"Used (\d+) registers", said),
-        re.search(r"(\d+) bytes spill stores", said),
-    )
-    assert registers
-    assert spilled
-    return int(registers[1]), int(spilled[1]), code
+    return Resources(
+        compiled.registers, compiled.spilled_bytes, compiled.shared_bytes, tensor_columns, ptx, per_pair,
+        shared_traffic,
+    )  # fmt: skip
 
 
 def loop_instructions(code: str) -> list[str]:
@@ -296,9 +288,14 @@ def loop_instructions(code: str) -> list[str]:
         for end, begin in jumps.items()
         if begin <= end
     ]
-    exponentials = [sum(names[i] == "MUFU.EX2" for i in loop) for loop in loops]
-    most = max(exponentials, default=0)
-    walks = [loop for loop, count in zip(loops, exponentials, strict=True) if count >= max(1, most / 2)]
+    counted = [(loop, sum(names[i] == "MUFU.EX2" for i in loop)) for loop in loops]
+    innermost = [
+        (loop, count)
+        for loop, count in counted
+        if count and not any(4 * inner >= count and set(each) < set(loop) for each, inner in counted)
+    ]
+    most = max((count for _, count in innermost), default=0)
+    walks = [loop for loop, count in innermost if 2 * count >= most]
     return [instructions[i] for i in min(walks, key=len, default=[])]
 
 
@@ -331,16 +328,15 @@ def bytes_of_blackwell(name: str, tile: Any) -> float:
     return (of_similarities * (rows + keys) + of_gradient * keys) / (tile.rows * tile.keys)
 
 
-def entries(name: str, capability: tuple[int, int]) -> list[tuple[str, int]]:
+def entries(name: str, capability: Capability, compiler: Compiler = TRITON) -> list[tuple[str, int]]:
     """Precision and the D at which each line of a kernel's table is asked for."""
     return [
-        (precision, largest if DTYPES[precision] == torch.bfloat16 else 128)
-        for precision, largest in _tiles.entries(name, capability)
+        (precision, largest if precision == "half" else 128)
+        for precision, largest in compiler.entries(name, capability)
     ]
 
 
-def report(capability: tuple[int, int]) -> str:
-    shared = SHARED_KIB[capability]
+def report(capability: Capability, compiler: Compiler = TRITON) -> str:
     chip = CHIPS[capability]
     header = [
         "kernel", "precision", "D", "tile", "warps", "registers", "spilled", "shared KiB", "programs",
@@ -349,14 +345,14 @@ def report(capability: tuple[int, int]) -> str:
     ]  # fmt: skip
     rows = []
     for name in WALKING:
-        for precision, dim in entries(name, capability):
-            tiles = _tiles.select(name, capability, precision, dim)
-            made = compile_kernel(name, capability, precision, dim)
-            taken = clocks(made, name, capability, precision, dim)
+        for precision, dim in entries(name, capability, compiler):
+            tiles = compiler.tiling(name, capability, precision, dim)
+            made = compile_kernel(name, capability, precision, dim, compiler=compiler)
+            taken = clocks(made, name, capability, precision, dim, compiler)
             unchunked = "instructions" in taken
             row = [
                 name, precision, dim, f"{tiles.held} × {tiles.walked}", tiles.warps, made.registers,
-                made.spilled_bytes, f"{made.shared_bytes / 1024:.0f}", made.programs(tiles, shared),
+                made.spilled_bytes, f"{made.shared_bytes / 1024:.0f}", made.programs(tiles, capability),
                 f"{sum(made.loop.values()):.1f}" if unchunked else "–", f"{made.loop.get('MUFU', 0):.2f}",
                 *(f"{taken[unit]:.3f}" if unit in taken else "–" for unit in UNITS),
             ]  # fmt: skip
@@ -369,20 +365,21 @@ def report(capability: tuple[int, int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
-    parser.add_argument(
-        "capabilities", nargs="*", default=["8.0", "8.9", "9.0", "10.0"], metavar="CAPABILITY"
-    )
+    parser.add_argument("--backend", choices=tuple(COMPILERS), default="triton", help="whose kernels")
+    parser.add_argument("capabilities", nargs="*", metavar="CAPABILITY", help="such as 8.0")
+    arguments = parser.parse_args()
+    compiler = COMPILERS[arguments.backend]
+    asked = [tuple(map(int, each.split("."))) for each in arguments.capabilities]
     print(
-        f"# The Triton kernels as Triton {triton.__version__} compiles them\n\n"
+        f"# {compiler.title}\n\n"
         "Instructions, exponentials and clocks of a multiprocessor are those of a pair of row and key. The\n"
         "times are for 65536 keys, and 256 rows of CO2 or 1024 of ConIC, or for 4096 instances of\n"
         "NT-Xent, at the highest clock, were the busiest unit never idle: a bound worked out from the\n"
         "compiler's output and the vendor's rates, not a measurement. Instructions and shared memory of\n"
         "rows that go through in chunks are not counted, nor are conflicts of shared memory's banks."
     )
-    for text in parser.parse_args().capabilities:
-        major, minor = map(int, text.split("."))
-        print(f"\n{report((major, minor))}", flush=True)
+    for major, minor in asked or compiler.capabilities:
+        print(f"\n{report((major, minor), compiler)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 from contrastive_ops.cuda._compiler import SHARED_BYTES
 from contrastive_ops.cuda._launch import CudaKernels, CudaLaunch, take
 from contrastive_ops.gpu import served_by
-from contrastive_ops.gpu.launch import Call, Chip, Launch, recording
+from contrastive_ops.gpu.launch import Chip, Launch
 from contrastive_ops.gpu.tiles import Tiling
 from tests.gpu_emulator import machine
 from tests.gpu_emulator.memory import GlobalMemory
@@ -153,11 +153,3 @@ def serve(architecture: int, operator: str, *arguments: Any) -> Any:
         return served_by(kernels_of(architecture, MULTIPROCESSORS), operator)(*arguments)
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def record(architecture: int, multiprocessors: int, operator: str, *arguments: Any) -> tuple[Any, list[Call]]:
-    """What an operator returns of meta tensors, and how it would call its kernels."""
-    kernels = kernels_of(architecture, multiprocessors)
-    with recording(kernels.chip) as calls:
-        results = served_by(kernels, operator)(*arguments)
-    return results, calls

@@ -3,7 +3,6 @@ the compilers make of them."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -14,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import resources
+from bench.compilers import CUDA
 from contrastive_ops import reference
 from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentKeys, NTXentSettings, SGDSettings
 from contrastive_ops.cuda import tiles
-from contrastive_ops.gpu.launch import Call
+from contrastive_ops.cuda._launch import CudaLaunch
 from tests import cuda_kernels
 from tests.cases import Case, ConICCase, NTXentCase, mostly_thorough
-from tests.cuda_kernels import nvrtc, record, serve
+from tests.cuda_kernels import nvrtc, serve
 from tests.oracles import (
     LAST_DIGIT,
     ORACLE_ERROR,
@@ -36,7 +37,6 @@ from tests.oracles import (
 from train_ref.eager import eager_co2, eager_conic, eager_nt_xent
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-SHARED_KIB = {70: 96, 75: 64, 80: 163}  # of a program, and of a multiprocessor but for little
 SMALLEST_KIB = {70: 96, 75: 64, 80: 99}  # of a program on all chips that a table serves
 NEEDED = {70: "mma.sync.aligned.m8n8k4", 75: "mma.sync.aligned.m16n8k8", 80: "mma.sync.aligned.m16n8k16"}
 
@@ -443,42 +443,6 @@ def test_not_a_number_comes_out_as_such() -> None:
 # ---- What the compilers make of them ----
 
 
-def walking(architecture: int, name: str, precision: str, dim: int) -> Call:
-    """The call of a kernel of the table of tiles, for a large problem."""
-    dtype = HALF if precision == "half" else FLOAT
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def calls_of(operator: str, *arguments: Any) -> tuple[Any, list[Call]]:
-        return record(architecture, 108, operator, *arguments)
-
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        loss = name.partition(".")[0]
-        if loss == "co2":
-            rows = empty(256, dim), empty(256, dim), empty(65536, dim)
-            found = calls_of("co2", *rows, CO2Settings(0.07, 0.04, 1.0, 10.0, False, True), True)[1]
-        elif loss == "conic":
-            weight, target = empty(65536, dim, dtype=FLOAT), empty(256, dtype=torch.int64)
-            settings, incoming = ConICSettings(0.1, 2.5), empty(256, dtype=FLOAT)
-            rows = empty(2, 256, dim), weight
-            (*_, known), found = calls_of("conic", *rows, target, settings)
-            found += calls_of(
-                "conic_gradient_sgd_", incoming, *rows, empty(65536, dim, dtype=FLOAT), target, known,
-                settings, SGDSettings(0.1, 0.9, 1e-4, False),
-            )[1]  # fmt: skip
-        else:
-            views, incoming = empty(2, 2048, dim), empty(4096, dtype=FLOAT)
-            pair = NTXentSettings(0.5, 0.05, float(name != "nt_xent.plain"), True)
-            (*_, known), found = calls_of("nt_xent", views, pair)
-            found += calls_of("nt_xent_gradient", incoming, views, known, pair)[1]
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    return next(each for each in found if each.launch.name == name)
-
-
 LINES = [
     (architecture, name, precision, dim)
     for architecture in (75, 80, 70)
@@ -494,25 +458,19 @@ def test_the_table_of_tiles(architecture: int, name: str, precision: str, dim: i
     """Every entry multiplies on tensor cores where there are such, spills no register, and lets a
     multiprocessor hold as many programs as the grid is made for."""
     On(architecture, HALF).require()
-    launch, arguments = walking(architecture, name, precision, dim)
-    text = launch.layout(arguments).text
-    ptx = cuda_kernels.compile_text(text, architecture).code.decode()
-    log = cuda_kernels.compile_text(text, architecture, machine_code=True).log
-    assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log), log
+    capability = divmod(architecture, 10)
+    made = resources.compile_kernel(name, capability, precision, dim, compiler=CUDA)
+    assert not made.spilled_bytes
+    assert "ld.local" not in made.ptx
     if precision == "half":
-        assert NEEDED[architecture] in ptx
+        assert NEEDED[architecture] in made.ptx
     else:
-        assert ("mma.sync.aligned.m16n8k8.row.col.f32.tf32" in ptx) == (architecture >= 80)
-    assert ("cp.async.cg" in ptx) == (architecture >= 80)
-    assert ("ldmatrix" in ptx) == (architecture >= 80 or (architecture == 75 and precision == "half"))
-    static = re.search(r"(\d+) bytes smem", log)
-    shared = cuda_kernels.shared_bytes(ptx) + (int(static[1]) if static else 0)
-    system = 1024 * (architecture >= 80)  # what a program takes besides
-    assert launch.programs * (shared + system) <= SHARED_KIB[architecture] * 1024 + system
-    assert shared <= SMALLEST_KIB[architecture] * 1024
-    registers = re.search(r"Used (\d+) registers", log)
-    assert registers
-    assert launch.programs * launch.threads * int(registers[1]) <= 65536
+        assert ("mma.sync.aligned.m16n8k8.row.col.f32.tf32" in made.ptx) == (architecture >= 80)
+    assert ("cp.async.cg" in made.ptx) == (architecture >= 80)
+    assert ("ldmatrix" in made.ptx) == (architecture >= 80 or (architecture == 75 and precision == "half"))
+    tiling = tiles.select(name, capability, precision, dim)
+    assert made.programs(tiling, capability) >= tiling.programs
+    assert made.shared_bytes <= SMALLEST_KIB[architecture] * 1024
 
 
 @pytest.mark.thorough
@@ -521,16 +479,12 @@ def test_the_table_of_tiles(architecture: int, name: str, precision: str, dim: i
 def test_mocos_order_of_keys_spills_nothing(architecture: int, queue_dtype: torch.dtype) -> None:
     """Their numbers are loaded one by one, beside the same sums and gradients."""
     On(architecture, HALF).require()
-    rows = torch.empty(256, 128, dtype=queue_dtype, device="meta")
-    queue = torch.empty(128, 65536, dtype=queue_dtype, device="meta").T
-    settings = CO2Settings(0.07, 0.04, 1.0, 10.0, False, True)
-    calls = record(architecture, 108, "co2", rows, rows, queue, settings, True)[1]
+    problem = {"columns": True, "dtype": queue_dtype, "compiler": CUDA}
+    precision = "half" if queue_dtype == HALF else "tf32x3"
     for name in ("co2.statistics", "co2.gradient"):
-        launch, arguments = next(each for each in calls if each.launch.name == name)
-        text = launch.layout(arguments).text
-        assert "VECTORS = false" in text
-        log = cuda_kernels.compile_text(text, architecture, machine_code=True).log
-        assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log), log
+        made = resources.compile_kernel(name, divmod(architecture, 10), precision, 128, **problem)
+        assert not made.spilled_bytes
+        assert "ld.local" not in made.ptx
 
 
 def test_warps_of_the_tables() -> None:
@@ -544,14 +498,19 @@ def test_warps_of_the_tables() -> None:
 @pytest.mark.parametrize(
     ("architecture", "name"),
     mostly_thorough(
-        [(a, name) for a in (75, 80, 90) for name in ("co2.gradient", "conic.weight", "nt_xent.gradient")],
+        [(a, name) for a in (75, 80, 90, 100) for name in resources.WALKING],
         lambda each: each == (75, "conic.weight"),
     ),
 )
 def test_nvcc_takes_them_too(architecture: int, name: str, tmp_path: Path) -> None:
     """With warnings as errors."""
     source = tmp_path / f"{name}.cu"
-    launch, arguments = walking(architecture, name, "half", 128)
+    consistency = name != "nt_xent.plain"
+    calls = resources.record(
+        name.partition(".")[0], divmod(architecture, 10), "half", 128, compiler=CUDA, consistency=consistency
+    )
+    launch, arguments = calls[name][-1]
+    assert isinstance(launch, CudaLaunch)
     source.write_text(launch.layout(arguments).text)
     subprocess.run(
         [

@@ -279,12 +279,12 @@ TILES = [
 def test_the_table_of_tiles(made: Callable[[Call], resources.Resources], call: Call) -> None:
     """Every entry multiplies on tensor cores, spills no register, fits in shared memory, and lets a
     multiprocessor hold as many programs as the grid is made for."""
-    kernel, shared_kib = made(call), resources.SHARED_KIB[call.capability]
+    kernel = made(call)
     tiles = _tiles.select(call.name, call.capability, call.precision, call.dim)
     assert TENSOR_CORES[call.capability] in kernel.ptx
     assert kernel.spilled_bytes <= SPILLED_BYTES
-    assert kernel.shared_bytes <= shared_kib * 1024
-    assert kernel.programs(tiles, shared_kib) >= tiles.programs
+    assert kernel.shared_bytes <= resources.SHARED_KIB[call.capability] * 1024
+    assert kernel.programs(tiles, call.capability) >= tiles.programs
 
 
 VARIANTS: list[dict[str, Any]] = [{"columns": True, **HALF}, {"keys": 65535}]
