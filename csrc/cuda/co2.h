@@ -32,12 +32,17 @@
 //
 // Bounds. A pair costs 5 products of 2 D operations (2 in the statistics, 3 in the gradient) and 6
 // exponentials; a block of rows reads the queue once a pass, 2 D bytes a key in half precision, mostly from
-// the cache. As compiled for D = 128 in float16, with the clocks of a multiprocessor that a pair takes of its
-// schedulers, special-function units and tensor cores:
+// the cache. As compiled for D = 128 in half precision (python -m bench.resources --backend cuda), with the
+// clocks of a multiprocessor that a pair takes of its schedulers, special-function units, shared memory and
+// tensor cores, and with the time at 256 x 65536 if the busiest of these never waited:
 //
-//                  8.0, an A100             7.5, a T4
-//   statistics     0.18   0.188   0.250     0.44   0.188   0.500     bound by products
-//   gradient       0.21   0.188   0.375     0.54   0.188   0.750     bound by products
+//                                                           V100     T4       A100
+//   statistics   7.0    0.43   0.188   0.516   0.500        71 us                       shared memory
+//                7.5    0.23   0.188   0.312   0.500                 132 us             products
+//                8.0    0.20   0.188   0.193   0.250                          27 us     products
+//   gradient     7.0    0.64   0.188   0.812   0.750        111 us                      shared memory
+//                7.5    0.28   0.188   0.562   0.750                 198 us             products
+//                8.0    0.22   0.188   0.318   0.375                          41 us     products
 //
 // It has not been measured on a GPU yet.
 #pragma once

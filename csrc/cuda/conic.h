@@ -38,14 +38,14 @@
 // there, too.
 //
 // Bounds. A pair costs 5 products of 2 D operations and 3 exponentials; a block of rows reads the unit weight
-// once a pass, 2 D bytes a key in half precision, mostly from the cache. As compiled for D = 128 in float16,
-// with the clocks of a multiprocessor that a pair takes of its schedulers, special-function units and tensor
-// cores:
+// once a pass, 2 D bytes a key in half precision, mostly from the cache. As compiled for D = 128 in half
+// precision, with the clocks of a multiprocessor that a pair takes of its schedulers, special-function units,
+// shared memory and tensor cores, of which these bind all three kernels:
 //
-//                  8.0, an A100             7.5, a T4
-//   statistics     0.09   0.062   0.125     0.21   0.062   0.250     bound by products
-//   weight         0.14   0.062   0.250     0.34   0.062   0.500     bound by products
-//   views          0.09   0.062   0.250     0.27   0.062   0.500     bound by products
+//                  7.0, a V100                  7.5, a T4                    8.0, an A100
+//   statistics     0.16  0.062  0.129  0.250    0.12  0.062  0.078  0.250    0.11  0.062  0.050  0.125
+//   weight         0.42  0.062  0.430  0.500    0.19  0.062  0.406  0.500    0.14  0.062  0.225  0.250
+//   views          0.37  0.062  0.430  0.500    0.15  0.062  0.406  0.500    0.11  0.062  0.225  0.250
 //
 // It has not been measured on a GPU yet.
 #pragma once

@@ -39,13 +39,14 @@
 // to D = 256 the statistics have z of the instances there, too.
 //
 // Bounds. A pair of row and key costs 3 products of 2 D operations (1 in the statistics, 2 in the gradient)
-// and 4 exponentials, or 2 without the consistency term. As compiled for D = 128 in float16, with the clocks
-// of a multiprocessor that a pair takes of its schedulers, special-function units and tensor cores:
+// and 4 exponentials, or 2 without the consistency term. As compiled for D = 128 in half precision, with the
+// clocks of a multiprocessor that a pair takes of its schedulers, special-function units, shared memory and
+// tensor cores:
 //
-//                  8.0, an A100             7.5, a T4
-//   statistics     0.12   0.125   0.125     0.28   0.125   0.250     bound by all three
-//   gradient       0.20   0.125   0.250     0.47   0.125   0.500     bound by products
-//   plain          0.12   0.062   0.250     0.34   0.062   0.500     bound by products
+//                  7.0, a V100                  7.5, a T4                    8.0, an A100
+//   statistics     0.24  0.125  0.258  0.250    0.21  0.125  0.156  0.250    0.15  0.125  0.097  0.125
+//   gradient       0.48  0.125  0.430  0.500    0.25  0.125  0.406  0.500    0.21  0.125  0.222  0.250
+//   plain          0.40  0.062  0.430  0.500    0.19  0.062  0.531  0.500    0.13  0.062  0.222  0.250
 //
 // It has not been measured on a GPU yet.
 #pragma once
