@@ -41,7 +41,6 @@ class LabelledViews(DrawnViews):
 
     def __init__(self, images: Dataset, indices: np.ndarray, transform: Transform, seed: int = 0) -> None:
         super().__init__(images, transform, seed)
-        self.transform = transform  # one view, not two
         self.indices = indices
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.datasets import ImageFolder
 
-from .augmentations import Augmentation, TwoViews, augmentation, plain, smallest_image
+from .augmentations import Augmentation, Drawn, SeveralViews, augmentation, plain, smallest_image
+from .colours import Colours, finished
 from .distributed import rank, world_size
 from .errors import UsageError
-from .images import naming, open_image
+from .images import naming, read_image
 from .parsing import Seed
 from .resuming import of_data, refuse_changes
 from .workers import context
@@ -100,7 +101,7 @@ class Folder(ImageFolder):
     """The images ``<class>/<image>`` of a folder, as 8-bit RGB. Whatever fails with one names its file."""
 
     def __init__(self, root: str, transform: Transform | None = None) -> None:
-        super().__init__(root, transform, loader=open_image)
+        super().__init__(root, transform, loader=read_image)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         with transforming(self, index):
@@ -134,14 +135,14 @@ def evenly_spaced(count: int, most: int | None) -> np.ndarray:
 
 
 class DrawnViews(Dataset):
-    """Two random views of an image, its label, and which instance it is: item (epoch, index).
+    """What a random transform makes of an image, its label, and which instance it is: item (epoch, index).
 
-    The views are a function of (seed, epoch, index) alone, whoever draws them and in whatever order: a run
-    that is resumed, or has other processes or workers, sees the same ones.
+    What is drawn is a function of (seed, epoch, index) alone, whoever draws it and in whatever order: a run
+    that is resumed, or has other processes or workers, sees the same views.
     """
 
     def __init__(self, images: Dataset, transform: Transform, seed: int) -> None:
-        self.images, self.transform, self.seed = images, TwoViews(transform), seed
+        self.images, self.transform, self.seed = images, transform, seed
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Any, ...]:
         epoch, index = item
@@ -154,6 +155,36 @@ class DrawnViews(Dataset):
                 return self.transform(image), label, index
         finally:
             torch.set_rng_state(state)
+
+
+# Of each view of the images, a batch of crops and their colours; labels (B,) and instances (B,).
+DrawnBatch = tuple[list[Drawn], Tensor, Tensor]
+FinishedBatch = tuple[list[Tensor], Tensor, Tensor]
+
+
+def together(items: Sequence[tuple[tuple[Drawn, ...], int, int]]) -> DrawnBatch:
+    """The batch of several items of `DrawnViews`, whose transform is `SeveralViews`."""
+    drawn, labels, instances = zip(*items, strict=True)
+    views = (zip(*view, strict=True) for view in zip(*drawn, strict=True))
+    return (
+        [(torch.stack(crops), Colours.together(colours)) for crops, colours in views],
+        torch.tensor(labels),
+        torch.tensor(instances),
+    )
+
+
+def finish(batch: DrawnBatch, device: torch.device | str = "cpu") -> FinishedBatch:
+    """A batch's views (B, 3, H, W), coloured on a device."""
+    views, labels, instances = batch
+    return (
+        [finished(crops.to(device, non_blocking=True), colours) for crops, colours in views],
+        labels,
+        instances,
+    )
+
+
+def finished_together(items: Sequence[tuple[tuple[Drawn, ...], int, int]]) -> FinishedBatch:
+    return finish(together(items))
 
 
 class Order(Sampler[list[tuple[int, int]]]):
@@ -205,27 +236,35 @@ class TrainingLoader(DataLoader):
         order: of the items.
         source: what else an epoch's batches are a function of, by names in `FIXED`: a loader of others
             refuses the state.
+        device: that colours drawn views. On a CPU whoever draws them does it, a process of the loader where
+            there are some. None if items need nothing more.
         **options: arguments of `DataLoader`.
     """
 
     batch_sampler: Order
 
     def __init__(
-        self, views: DrawnViews, order: Order, source: dict[str, Any] | None = None, **options: Any
+        self,
+        views: DrawnViews,
+        order: Order,
+        source: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        **options: Any,
     ) -> None:
+        self.coloured_by = None if device is None or device.type == "cpu" else device
+        if device is not None:
+            options["collate_fn"] = finished_together if self.coloured_by is None else together
         super().__init__(views, batch_sampler=order, **options)
         self.source = {"data.batch_size": order.batch_size, **(source or {})}
-        self.given = (
-            order.epoch,
-            order.start,
-        )  # the epoch of the latest batch, and how many of it there were
+        # The epoch of the latest batch, and how many of it there were.
+        self.given = (order.epoch, order.start)
 
     def __iter__(self) -> Iterator[Any]:
         order = self.batch_sampler
         epoch, start = order.epoch, order.start
         for number, batch in enumerate(super().__iter__(), start + 1):
             self.given = (epoch, number)
-            yield batch
+            yield batch if self.coloured_by is None else finish(batch, self.coloured_by)
 
     def state_dict(self) -> dict[str, Any]:
         epoch, batches = self.given
@@ -343,14 +382,25 @@ class Views(ResumableData):
     def train_dataloader(self) -> TrainingLoader:
         """This process's share of batches of ([views (B, 3, H, W), other views (B, 3, H, W)], labels (B,),
         instances (B,)). An instance is an image's index in the set."""
-        transform = augmentation(self.hparams.augmentation, self.hparams.image_size)
         endless = isinstance(self.train_images, SyntheticImages)
         order = Order(len(self.train_images), self.hparams.batch_size, None if endless else self.seed)
-        views = DrawnViews(self.train_images, transform, self.seed)
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         workers = self.hparams.num_workers > 0
         return self.resumed(
-            TrainingLoader(views, order, self._source(), persistent_workers=workers, **self._loading())
+            TrainingLoader(
+                self.drawn_views(),
+                order,
+                self._source(),
+                device,
+                persistent_workers=workers,
+                **self._loading(),
+            )
         )
+
+    def drawn_views(self) -> DrawnViews:
+        """What is drawn of the training images."""
+        drawing = augmentation(self.hparams.augmentation, self.hparams.image_size)
+        return DrawnViews(self.train_images, SeveralViews(drawing, drawing), self.seed)
 
     def evaluation_dataloaders(self, max_images: int | None = None) -> tuple[DataLoader, DataLoader]:
         """Training and test images without augmentation, as batches of (images (B, 3, H, W), labels (B,)).
