@@ -79,7 +79,7 @@ def finished(crops: Tensor, colours: Colours) -> Tensor:
             for kind, change in CHANGES.items():
                 change_some(values, kinds[part, place] == kind, change, factors[part, place])
         change_some(values, taps[part, 1:].any(axis=1), blur_, taps[part])
-        torch.addcmul(shift, values, scale, out=views[part])
+        torch.mul(values, scale, out=views[part]).add_(shift)
     return views
 
 
@@ -133,25 +133,27 @@ def hue_(values: Tensor, shifts: np.ndarray) -> None:
     """Turn the hue by a part of the circle, in HSV.
 
     With V the largest colour, C its difference from the smallest and h the hue from 0 to 1, a colour is
-    V − C · min(1, max(0, 2 − 6 d)), where d is how far h is on the circle from the colour's opposite: 1/2 for
-    red, 5/6 for green and 1/6 for blue.
+    V − min(C, max(0, 2 C − 6 C d)), where d is how far h is on the circle from the colour's opposite: 3/6 for
+    red, 5/6 for green and 1/6 for blue. Everything is kept times C, so nothing is divided by it; and what is
+    the largest is told by signs, for comparisons take CPUs longer than all else.
     """
     red, green, blue = values.unbind(dim=1)  # (B, H, W) each
     largest = torch.maximum(torch.maximum(red, green), blue)
     chroma = largest - torch.minimum(torch.minimum(red, green), blue)
-    sixth = torch.where(chroma > 0, chroma, 1.0).mul_(6)
-    hue = torch.where(
-        largest == red,
-        (green - blue).div_(sixth),
-        torch.where(
-            largest == green, (blue - red).div_(sixth).add_(1 / 3), (red - green).div_(sixth).add_(2 / 3)
-        ),
-    )[:, None].add_(beside(values, shifts))
-    opposite = torch.tensor([1 / 2, 5 / 6, 1 / 6], device=values.device).view(3, 1, 1)
-    distance = hue - opposite  # (B, 3, H, W)
-    distance.sub_(distance.round()).abs_()
-    part = distance.mul_(-6).add_(2).clamp_(0, 1)
-    torch.sub(largest[:, None], part.mul_(chroma[:, None]), out=values)
+    not_red = (largest - red).sign_()
+    is_blue = (largest - green).sign_().mul_(not_red)
+    rest = (chroma * 2).sub_(red).sub_(green).sub_(blue)
+    # 6 C h is g − b where red is the largest, 2 C + b − r where green is, and 4 C + r − g where blue is.
+    hue = (green - blue).add_(torch.add(rest, blue, alpha=3).mul_(not_red))
+    hue.add_(torch.add(rest, red, alpha=3).mul_(is_blue))
+    circle = chroma * 6
+    hue.add_(circle * beside(values, shifts)[:, 0])
+    distance = torch.stack([torch.sub(hue, chroma, alpha=opposite) for opposite in (3, 5, 1)], dim=1).abs_()
+    # Once around the circle is as far as not at all.
+    torch.minimum(distance, torch.sub(circle[:, None], distance).abs_(), out=distance)
+    part = torch.sub((chroma * 2)[:, None], distance, out=distance).clamp_min_(0)
+    torch.minimum(part, chroma[:, None], out=part)
+    torch.sub(largest[:, None], part, out=values)
 
 
 def gray_of(values: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ def blur_(values: Tensor, taps: np.ndarray) -> None:
         torch.mul(padded.narrow(dim, radius, size), weights[0], out=values)
         for distance in range(1, radius + 1):
             before, after = (padded.narrow(dim, radius + step, size) for step in (-distance, distance))
-            values.add_((before + after).mul_(weights[distance]))
+            values.addcmul_(before + after, weights[distance])
 
 
 CHANGES = {

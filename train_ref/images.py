@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import decode_jpeg
 
 from .errors import UsageError
 
@@ -30,6 +30,13 @@ SIZE_MARKER = b"\xff\x4f\xff\x51"  # starts JPEG 2000's codestream: sizes and ch
 
 # What torchvision decodes to the same bytes as Pillow, by the same library, in two thirds of the time.
 JPEG, GRAY_OR_RGB = ("JPEG", "MPO"), ("L", "RGB")
+
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # torchvision means to leave it to another package some day
+    decode_jpeg = None
+warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
 
 
 class UnknownRange(Exception):
@@ -54,7 +61,7 @@ def decoded(file: BinaryIO, path: str | Path) -> Tensor:
         path: what messages call it.
     """
     image = Image.open(file)  # reads no more than the header
-    if image.format in JPEG and image.mode in GRAY_OR_RGB:
+    if decode_jpeg is not None and image.format in JPEG and image.mode in GRAY_OR_RGB:
         file.seek(0)
         with suppress(RuntimeError):  # Pillow is asked for its opinion, and names what is wrong
             return decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)).expand(3, -1, -1)

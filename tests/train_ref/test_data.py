@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from train_ref import data
-from train_ref.data import Digits, Order, SyntheticImages, unchanged
+from train_ref.augmentations import SeveralViews
+from train_ref.colours import Colours
+from train_ref.data import Digits, Order, SyntheticImages, finished_together, together, unchanged
 from train_ref.errors import UsageError, one_line
 
 
@@ -183,16 +185,19 @@ def test_a_view_depends_on_seed_epoch_and_instance_alone(make_views):
         torch.rand(before)
         return views.train_dataloader().dataset
 
-    state = torch.get_rng_state()
+    def both(drawn, item):
+        views, _, _ = finished_together([drawn[item]])
+        return views
+
     drawn = views(1, 0)
     state = torch.get_rng_state()
-    first, second = drawn[0, 5][0]
+    first, second = both(drawn, (0, 5))
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(first, second)
-    torch.testing.assert_close(views(1, 9)[0, 5][0], (first, second), rtol=0, atol=0)
-    assert not torch.equal(drawn[1, 5][0][0], first)
-    assert not torch.equal(drawn[0, 6][0][0], first)
-    assert not torch.equal(views(2, 0)[0, 5][0][0], first)
+    torch.testing.assert_close(both(views(1, 9), (0, 5)), [first, second], rtol=0, atol=0)
+    assert not torch.equal(both(drawn, (1, 5))[0], first)
+    assert not torch.equal(both(drawn, (0, 6))[0], first)
+    assert not torch.equal(both(views(2, 0), (0, 5))[0], first)
 
 
 def test_lightning_moves_the_endless_set_on_every_epoch(make_moco, make_views, make_trainer):
@@ -226,7 +231,8 @@ def test_whatever_fails_with_an_image_names_it(make_views, folder, monkeypatch, 
     size = Image.open(path).size
 
     def transform(image):
-        return torch.zeros(3, 8, 8 // (image.size != size))
+        crop = torch.zeros(3, 8, 8 // (image.shape[1:] != size[::-1]), dtype=torch.uint8)
+        return crop if evaluated else (crop, Colours((), (), (1.0,)))
 
     what = "cannot be read as an image: "
     if fault == "transform":
@@ -288,12 +294,15 @@ def test_a_batch_says_which_instances_it_has(make_views, folder):
     views.setup()
     assert views.num_instances == 12
     loader = views.train_dataloader()
-    loader.dataset.transform = lambda image: [torch.tensor(image.size)] * 2
-    (sizes, _), labels, instances = next(iter(loader))
+    size_as_crop = lambda image: (torch.tensor(image.shape), Colours((), (), (1.0,)))  # noqa: E731
+    loader.dataset.transform, loader.collate_fn = SeveralViews(size_as_crop), together
+    [(sizes, _)], labels, instances = next(iter(loader))
     assert sorted(instances.tolist()) == list(range(12))
-    for size, label, instance in zip(sizes.tolist(), labels.tolist(), instances.tolist(), strict=True):
+    for (_, height, width), label, instance in zip(
+        sizes.tolist(), labels.tolist(), instances.tolist(), strict=True
+    ):
         path, target = views.train_images.samples[instance]
-        assert tuple(size) == Image.open(path).size
+        assert (width, height) == Image.open(path).size
         assert label == target
 
 
