@@ -30,10 +30,11 @@ from torchvision.transforms import v2
 from bench.files import result_file
 from train_ref import colours
 from train_ref.augmentations import Crop, SeveralViews, augmentation, resized
-from train_ref.data import DrawnViews, Folder, finished_together, together
+from train_ref.data import DrawnViews, finished_together, together
 from train_ref.images import open_image, read_image
 from train_ref.machine import describe
 from train_ref.markdown import table
+from train_ref.stored import Folder
 
 SIZE = 224  # pixels of a view
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # most of ImageNet's files

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -17,18 +16,16 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
-from torchvision.datasets import ImageFolder
 
 from .augmentations import Augmentation, Drawn, SeveralViews, augmentation, plain, smallest_image
 from .colours import Colours, finished
 from .distributed import rank, world_size
 from .errors import UsageError
-from .images import naming, read_image
 from .parsing import Seed
 from .resuming import of_data, refuse_changes
+from .stored import UNLABELLED, StoredImages, Transform, open_images
 from .workers import context
 
-Transform = Callable[[Any], Any]
 SMALLEST = 2  # pixels: torch does not resize tensors of bytes to a single one
 MANY = 2000  # images: to read them takes long enough for it to be told
 
@@ -97,36 +94,16 @@ class SyntheticImages(Dataset):
         return torch.from_numpy(image.clip(0, 255).astype(np.uint8))
 
 
-class Folder(ImageFolder):
-    """The images ``<class>/<image>`` of a folder, as 8-bit RGB. Whatever fails with one names its file."""
-
-    def __init__(self, root: str, transform: Transform | None = None) -> None:
-        super().__init__(root, transform, loader=read_image)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        with transforming(self, index):
-            return super().__getitem__(index)
-
-    def digest(self, indices: np.ndarray | None = None) -> str:
-        """A digest of the paths of all images, or of these, in the folder and in order: classes first."""
-        start, paths = len(str(self.root)), hashlib.blake2b(digest_size=6)
-        for path, _ in self.samples if indices is None else (self.samples[i] for i in indices):
-            paths.update(path[start:].encode(errors="surrogateescape") + b"\0")
-        return paths.hexdigest()
-
-
 def transforming(images: Dataset, index: int) -> AbstractContextManager[None]:
-    """Within this, whatever fails with an image names its file, if it is of a folder."""
-    if isinstance(images, Folder):
-        return naming(images.samples[index][0], "cannot be transformed")
-    return nullcontext()
+    """Within this, whatever fails with an image names it, if it is stored."""
+    return images.transforming(index) if isinstance(images, StoredImages) else nullcontext()
 
 
 def labels_of(images: Dataset) -> Tensor:
-    """The labels (N,) of a set, none of whose images is read for it."""
+    """The labels (N,) of a set, none of whose images is read for it; `UNLABELLED` where there are none."""
     if isinstance(images, SyntheticImages):
         return torch.arange(len(images)) % 4
-    return torch.as_tensor(images.targets if isinstance(images, Folder) else images.labels)
+    return torch.as_tensor(images.targets if isinstance(images, StoredImages) else images.labels)
 
 
 def evenly_spaced(count: int, most: int | None) -> np.ndarray:
@@ -316,9 +293,10 @@ class Views(ResumableData):
     """Batches of two augmented views an image for the training, of plain images for the evaluation.
 
     Args:
-        dataset: "digits" (bundled with scikit-learn), "folder" (``root/train/<class>/<image>`` and
-            ``root/val/<class>/<image>``) or "synthetic" (endless).
-        root: the folder of images.
+        dataset: "digits" (bundled with scikit-learn), "folder" or "synthetic" (endless).
+        root: the folder of images: ``train`` to train on and ``val`` for the evaluation, each with classes,
+            ``<class>/<image>``, or WebDataset's shards, or decoded images. Where nothing is evaluated there
+            need be no ``val``, and no classes: ``train/<image>``, or the images alone.
         augmentation: what makes a view of an image: a paper's own, or the like of it for smaller images.
         image_size: height and width of a view.
         batch_size: images a batch, of all processes together; the last, incomplete batch of an epoch is
@@ -358,9 +336,10 @@ class Views(ResumableData):
                 "least: its blur takes in as many pixels to each side"
             )
         self.train_images = self._dataset(train=True)
-        test_images = self._dataset(train=False)
-        if getattr(self.train_images, "classes", None) != getattr(test_images, "classes", None):
-            raise UsageError("data.root must hold the same classes under train/ and val/")
+        if self.lacks_for_evaluation() is None:
+            test_images = self._dataset(train=False)
+            if getattr(self.train_images, "classes", None) != getattr(test_images, "classes", None):
+                raise UsageError("data.root must hold the same classes under train/ and val/")
         count, batch = len(self.train_images), self.hparams.batch_size
         if count < batch:
             raise UsageError(f"data.batch_size is {batch}, but there are only {count} training images")
@@ -369,6 +348,16 @@ class Views(ResumableData):
                 f"data.batch_size is {batch}, which {world_size()} processes cannot share evenly"
             )
         self.seed = torch.initial_seed()  # as of `seed_everything`
+
+    def lacks_for_evaluation(self) -> str | None:
+        """What the images lack to be evaluated on, if anything: that is no mistake before they are."""
+        if self.hparams.dataset != "folder":
+            return None
+        if (labels_of(self.train_images) == UNLABELLED).any():
+            return f"the training images in {self.train_images.root} have no labels, as <class>/<image> has"
+        if self._part(train=False) is None:
+            return f"data.root has no folder {Path(self.hparams.root, 'val')} of images to evaluate on"
+        return None
 
     @property
     def num_instances(self) -> int:
@@ -415,7 +404,15 @@ class Views(ResumableData):
         return train, test
 
     def evaluation_labels(self, max_images: int | None = None) -> Tensor:
-        """Labels of the training images that `evaluation_dataloaders` takes; no image is read for it."""
+        """Labels of the training images that `evaluation_dataloaders` takes; no image is read for it.
+
+        Raises:
+            UsageError: there are no labels, or no test images.
+        """
+        if lack := self.lacks_for_evaluation():
+            raise UsageError(
+                f"{lack}: nothing can be measured; --evaluation.enabled false leaves the evaluation out"
+            )
         labels = labels_of(self.train_images)
         return labels[torch.from_numpy(evenly_spaced(len(labels), max_images))]
 
@@ -445,9 +442,9 @@ class Views(ResumableData):
     def _source(self) -> dict[str, Any]:
         """What an epoch's batches are a function of, and how they make steps."""
         source = of_data(self.hparams)
-        if isinstance(self.train_images, Folder):
-            count, digest = len(self.train_images), self.train_images.digest()
-            source["data.root"] = f"a folder of {count} training images (digest {digest})"
+        if isinstance(self.train_images, StoredImages):
+            kind, count, digest = self.train_images.kind, len(self.train_images), self.train_images.digest()
+            source["data.root"] = f"{kind} of {count} training images (digest {digest})"
         if self.trainer is not None:
             for name in ("limit_train_batches", "accumulate_grad_batches"):
                 source[f"trainer.{name}"] = getattr(self.trainer, name)
@@ -462,15 +459,22 @@ class Views(ResumableData):
             return SyntheticImages(seed, self.hparams.image_size, self.hparams.synthetic_size, transform)
         if self.hparams.root is None:
             raise UsageError("data.root must name the folder of images when data.dataset is folder")
-        folder = Path(self.hparams.root, "train" if train else "val")
-        if not folder.is_dir():
+        part = self._part(train)
+        if part is None:
+            folder = Path(self.hparams.root, "train" if train else "val")
             raise UsageError(
                 f"data.root has no folder {folder}: it must hold train/<class>/<image> and val/…"
             )
-        try:
-            return Folder(str(folder), transform)
-        except FileNotFoundError as error:  # no class, or a class without images
-            raise UsageError(f"data.root holds a folder without images: {error}") from None
+        return open_images(part, transform)
+
+    def _part(self, train: bool) -> Path | None:
+        """The folder of the training or test images, if there is one; without parts all are to train on."""
+        root, parts = Path(self.hparams.root), ("train", "val")
+        part = root / parts[not train]
+        if part.is_dir():
+            return part
+        whole = train and root.is_dir() and not any((root / each).is_dir() for each in parts)
+        return root if whole else None
 
     def _loading(self) -> dict[str, Any]:
         workers = self.hparams.num_workers

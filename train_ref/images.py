@@ -27,10 +27,8 @@ WHITE_IS_ZERO, UNSIGNED, UNDEFINED = 0, 1, 4  # values of the second, and of the
 RANGE_UNKNOWN = "whose range is unknown"
 SIZE_MARKER = b"\xff\x4f\xff\x51"  # starts JPEG 2000's codestream: sizes and channels follow
 
-
 # What torchvision decodes to the same bytes as Pillow, by the same library, in two thirds of the time.
 JPEG, GRAY_OR_RGB = ("JPEG", "MPO"), ("L", "RGB")
-
 
 try:
     from torchvision.io import decode_jpeg
