@@ -30,11 +30,12 @@ from torchvision.transforms import v2
 from bench.files import result_file
 from train_ref import colours
 from train_ref.augmentations import Crop, SeveralViews, augmentation, resized
+from train_ref.convert import pack
 from train_ref.data import DrawnViews, finished_together, together
 from train_ref.images import open_image, read_image
 from train_ref.machine import describe
 from train_ref.markdown import table
-from train_ref.stored import Folder
+from train_ref.stored import Folder, StoredImages, open_images
 
 SIZE = 224  # pixels of a view
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # most of ImageNet's files
@@ -114,16 +115,22 @@ def lightly() -> Callable[[Image.Image], Any]:
     return MoCoV2Transform(input_size=SIZE)
 
 
-def ours(images: Folder, collate: Callable[..., Any]) -> dict[str, Any]:
+def ours(images: StoredImages, collate: Callable[..., Any]) -> dict[str, Any]:
     """A loader's arguments for this trainer's views."""
     drawing = augmentation("moco_v2", SIZE)
     views = DrawnViews(images, SeveralViews(drawing, drawing), seed=0)
     return {"dataset": views, "sampler": [(0, i) for i in range(len(images))], "collate_fn": collate}
 
 
-def pipelines(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of each pipeline, arguments of its loader."""
-    opened = Folder(str(folder))
+def pipelines(folder: Path, packed: Path) -> dict[str, dict[str, Any]]:
+    """Of each pipeline, arguments of its loader.
+
+    Args:
+        folder: of files.
+        packed: where they will be decoded once.
+    """
+    opened = Folder(folder)
+    pack(str(folder), str(packed))
     others = {"MoCo v2": moco, "lightly": lightly, "torchvision v2": torchvision_v2}
     return {
         **{
@@ -131,7 +138,9 @@ def pipelines(folder: Path) -> dict[str, dict[str, Any]]:
             for name, transform in others.items()
         },
         "ours, on CPUs alone": ours(opened, finished_together),
-        "ours, colours left to a GPU": ours(opened, together),
+        "ours, without colours": ours(opened, together),
+        "ours, decoded once, on CPUs alone": ours(open_images(packed), finished_together),
+        "ours, decoded once, without colours": ours(open_images(packed), together),
     }
 
 
@@ -210,13 +219,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file (default: in bench/results)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory)
+        folder = Path(directory, "files")
         make_images(folder, arguments.images)
         loaders = {
             name: DataLoader(
                 batch_size=32, num_workers=arguments.workers, persistent_workers=True, **settings
             )
-            for name, settings in pipelines(folder).items()
+            for name, settings in pipelines(folder, Path(directory, "packed")).items()
         }
         speeds = measure(loaders, arguments.rounds)
         of_steps = list(steps(folder))

@@ -22,6 +22,9 @@ Augmentation = Literal["moco_v1", "moco_v2", "simclr", "conic", "small", "digits
 
 # Pixels that a blur takes its means over: 3 σ and more to each side.
 BLUR = {"moco_v2": 13, "simclr": 13, "conic": 13, "digits_v2": 3}
+DIGITS_RATIO = (0.75, 1.33)  # of a crop's sides
+# Parts of an image's area in SwAV's crops of two sizes, "multi-crop" (Caron et al., NeurIPS 2020).
+LARGE, SMALL = (0.14, 1.0), (0.05, 0.14)
 # In units of σ. A 16,000th of a Gaussian is left out beyond it, which moves no value by a tenth of a level.
 REACH = 4
 Drawn = tuple[Tensor, Colours]  # a crop (3, H, W) of bytes, and its colours; or of a batch
@@ -148,19 +151,30 @@ def smallest_image(name: Augmentation) -> int:
     return BLUR.get(name, 1) // 2 + 1
 
 
-def augmentation(name: Augmentation, size: int) -> Drawing:
-    """The augmentation of that name, whose views are (3, size, size)."""
+def augmentation(name: Augmentation, size: int, scale: tuple[float, float] | None = None) -> Drawing:
+    """The augmentation of that name.
+
+    Args:
+        name: which.
+        size: views are (3, size, size).
+        scale: parts of an image's area that a crop may take, in place of the augmentation's own.
+    """
+
+    def crop(smallest: float, **ratio: Any) -> Crop:
+        return Crop(size, scale or (smallest, 1.0), **ratio)
+
+    handwriting = (crop(0.7, ratio=DIGITS_RATIO), _slant())
     steps: dict[Augmentation, tuple[Any, ...]] = {
         # As InstDisc's (Wu et al., CVPR 2018).
         "moco_v1": (
-            Crop(size, scale=(0.2, 1.0)),
+            crop(0.2),
             Gray(p=0.2),
             Jitter(0.4, 0.4, 0.4, 0.4),
             v2.RandomHorizontalFlip(),
         ),
         # SimCLR's, with weaker colours.
         "moco_v2": (
-            Crop(size, scale=(0.2, 1.0)),
+            crop(0.2),
             Jitter(0.4, 0.4, 0.4, 0.1, p=0.8),
             Gray(p=0.2),
             Blur(BLUR["moco_v2"], strongest=2.0),
@@ -168,14 +182,14 @@ def augmentation(name: Augmentation, size: int) -> Drawing:
         ),
         # SimCLR's colours and blur, in the order of ConIC's section 4, which gives no strengths.
         "conic": (
-            Crop(size, scale=(0.15, 1.0)),
+            crop(0.15),
             v2.RandomHorizontalFlip(),
             Jitter(0.8, 0.8, 0.8, 0.2, p=0.8),
             Gray(p=0.2),
             Blur(BLUR["conic"], strongest=2.0),
         ),
         "simclr": (
-            Crop(size, scale=(0.08, 1.0)),
+            crop(0.08),
             v2.RandomHorizontalFlip(),
             Jitter(0.8, 0.8, 0.8, 0.2, p=0.8),
             Gray(p=0.2),
@@ -183,16 +197,16 @@ def augmentation(name: Augmentation, size: int) -> Drawing:
         ),
         # For a few dozen pixels: MoCo v2's without blur, as SimCLR goes without it on CIFAR.
         "small": (
-            Crop(size, scale=(0.2, 1.0)),
+            crop(0.2),
             v2.RandomHorizontalFlip(),
             Jitter(0.4, 0.4, 0.4, 0.1, p=0.8),
             Gray(p=0.2),
         ),
         # Digits are gray and a few pixels wide, and their mirror images are no digits: no colours, no flips,
         # a gentler crop, and the slant and turn of handwriting instead.
-        "digits_v1": (*_handwriting(size), Jitter(0.4, 0.4)),
+        "digits_v1": (*handwriting, Jitter(0.4, 0.4)),
         "digits_v2": (
-            *_handwriting(size),
+            *handwriting,
             Jitter(0.4, 0.4, p=0.8),
             Blur(BLUR["digits_v2"], strongest=1.0),
         ),
@@ -200,12 +214,8 @@ def augmentation(name: Augmentation, size: int) -> Drawing:
     return Drawing(*steps[name])
 
 
-def _handwriting(size: int) -> tuple[v2.Transform, ...]:
-    bilinear = v2.InterpolationMode.BILINEAR
-    return (
-        Crop(size, scale=(0.7, 1.0), ratio=(0.75, 1.33)),
-        v2.RandomAffine(degrees=10, shear=10, interpolation=bilinear),
-    )
+def _slant() -> v2.Transform:
+    return v2.RandomAffine(degrees=10, shear=10, interpolation=v2.InterpolationMode.BILINEAR)
 
 
 class Resize:
@@ -232,4 +242,5 @@ def plain(size: int, *, crop: bool) -> v2.Transform:
 def supervised(size: int, *, digits: bool) -> v2.Transform:
     """The random transform of training with labels: ImageNet's crop and flip, or digits' crop and slant."""
     views = (Crop(size), v2.RandomHorizontalFlip())  # of 8 to 100 % of the area
-    return v2.Compose([*(_handwriting(size) if digits else views), normalized])
+    handwriting = (Crop(size, (0.7, 1.0), ratio=DIGITS_RATIO), _slant())
+    return v2.Compose([*(handwriting if digits else views), normalized])

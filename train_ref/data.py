@@ -17,7 +17,16 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from .augmentations import Augmentation, Drawn, SeveralViews, augmentation, plain, smallest_image
+from .augmentations import (
+    LARGE,
+    SMALL,
+    Augmentation,
+    Drawn,
+    SeveralViews,
+    augmentation,
+    plain,
+    smallest_image,
+)
 from .colours import Colours, finished
 from .distributed import rank, world_size
 from .errors import UsageError
@@ -299,6 +308,9 @@ class Views(ResumableData):
             need be no ``val``, and no classes: ``train/<image>``, or the images alone.
         augmentation: what makes a view of an image: a paper's own, or the like of it for smaller images.
         image_size: height and width of a view.
+        small_views: of each image besides the two, cut from a small part of it, where the two are then cut
+            from 14 % of its area and more: SwAV's multi-crop, for methods whose loss takes more than two.
+        small_size: height and width of these.
         batch_size: images a batch, of all processes together; the last, incomplete batch of an epoch is
             dropped.
         num_workers: processes that load and augment images, for each that trains; 0 does it between steps.
@@ -312,6 +324,8 @@ class Views(ResumableData):
         root: str | None = None,
         augmentation: Augmentation = "digits_v2",
         image_size: PositiveInt = 8,
+        small_views: NonNegativeInt = 0,
+        small_size: PositiveInt = 96,
         batch_size: PositiveInt = 256,
         num_workers: NonNegativeInt = 0,
         synthetic_size: PositiveInt = 4096,
@@ -329,12 +343,14 @@ class Views(ResumableData):
             UsageError: there is no such folder, its classes differ, it holds fewer images than a batch, or
                 views are too small for their augmentation.
         """
-        name, size = self.hparams.augmentation, self.hparams.image_size
-        if size < smallest_image(name):
-            raise UsageError(
-                f"data.image_size is {size}, but data.augmentation {name} needs {smallest_image(name)} at "
-                "least: its blur takes in as many pixels to each side"
-            )
+        name = self.hparams.augmentation
+        for option in ("image_size", *(["small_size"] if self.hparams.small_views else [])):
+            size, smallest = self.hparams[option], max(SMALLEST, smallest_image(name))
+            if size < smallest:
+                raise UsageError(
+                    f"data.{option} is {size}, but data.augmentation {name} needs {smallest} at least: its "
+                    "blur takes in as many pixels to each side"
+                )
         self.train_images = self._dataset(train=True)
         if self.lacks_for_evaluation() is None:
             test_images = self._dataset(train=False)
@@ -370,7 +386,7 @@ class Views(ResumableData):
 
     def train_dataloader(self) -> TrainingLoader:
         """This process's share of batches of ([views (B, 3, H, W), other views (B, 3, H, W)], labels (B,),
-        instances (B,)). An instance is an image's index in the set."""
+        instances (B,)). An instance is an image's index in the set. Small views, if any, follow the two."""
         endless = isinstance(self.train_images, SyntheticImages)
         order = Order(len(self.train_images), self.hparams.batch_size, None if endless else self.seed)
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
@@ -388,8 +404,10 @@ class Views(ResumableData):
 
     def drawn_views(self) -> DrawnViews:
         """What is drawn of the training images."""
-        drawing = augmentation(self.hparams.augmentation, self.hparams.image_size)
-        return DrawnViews(self.train_images, SeveralViews(drawing, drawing), self.seed)
+        name, size, small = (self.hparams[each] for each in ("augmentation", "image_size", "small_views"))
+        drawings = [augmentation(name, size, LARGE if small else None)] * 2
+        drawings += [augmentation(name, self.hparams.small_size, SMALL)] * small
+        return DrawnViews(self.train_images, SeveralViews(*drawings), self.seed)
 
     def evaluation_dataloaders(self, max_images: int | None = None) -> tuple[DataLoader, DataLoader]:
         """Training and test images without augmentation, as batches of (images (B, 3, H, W), labels (B,)).

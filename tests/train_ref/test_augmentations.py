@@ -181,3 +181,14 @@ def test_the_plain_transform_draws_nothing(crop):
     first, second = (plain(16, crop=crop)(picture(40, 50)) for _ in range(2))
     assert first.shape == (3, 16, 16)
     assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_colours_as_a_cpu_does(name):
+    torch.manual_seed(0)
+    crops, colours = zip(*[augmentation(name, 24)(picture()) for _ in range(32)], strict=True)
+    crops, colours = torch.stack(crops), Colours.together(colours)
+    torch.testing.assert_close(
+        finished(crops.cuda(), colours).cpu(), finished(crops, colours), atol=1e-4, rtol=0
+    )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from train_ref import data
 from train_ref.augmentations import SeveralViews
 from train_ref.colours import Colours
-from train_ref.data import Digits, Order, SyntheticImages, finished_together, together, unchanged
+from train_ref.data import Digits, Order, SyntheticImages, finish, finished_together, together, unchanged
 from train_ref.errors import UsageError, one_line
 
 
@@ -288,6 +289,31 @@ def test_every_dataset_gives_two_views_to_train_and_plain_images_to_evaluate(
     assert torch.equal(images, same_images)
     assert torch.equal(labels, same_labels)
     assert not torch.equal(images, next(iter(test))[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_device_that_trains_colours_what_others_have_cropped(make_views, workers):
+    """A device without values stands for a GPU."""
+    views = make_views(num_workers=workers)
+    views.setup()
+    views.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("meta")),
+        limit_train_batches=1.0,
+        accumulate_grad_batches=1,
+    )
+    loader = views.train_dataloader()
+    both, labels, instances = next(iter(loader))
+    assert [(each.device.type, each.dtype, each.shape) for each in both] == [
+        ("meta", torch.float32, (8, 3, 8, 8))
+    ] * 2
+    assert labels.device.type == instances.device.type == "cpu"
+    drawn = loader.collate_fn([loader.dataset[0, i] for i in instances.tolist()])
+    assert [crops.dtype for crops, _ in drawn[0]] == [torch.uint8] * 2
+    expected, _, _ = finish(drawn)
+    views.trainer = None
+    (query, key), _, _ = next(iter(views.train_dataloader()))
+    assert torch.equal(query, expected[0])
+    assert torch.equal(key, expected[1])
 
 
 def test_a_batch_says_which_instances_it_has(make_views, folder):
