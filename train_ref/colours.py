@@ -76,8 +76,8 @@ def finished(crops: Tensor, colours: Colours) -> Tensor:
         part = slice(first, first + at_once)
         values = crops[part].to(torch.float32, memory_format=torch.contiguous_format)  # 0 … 255
         for place in range(kinds.shape[1]):
-            for kind, change in CHANGES.items():
-                change_some(values, kinds[part, place] == kind, change, factors[part, place])
+            for kind in CHANGES.keys() & set(kinds[part, place].tolist()):
+                change_some(values, kinds[part, place] == kind, CHANGES[kind], factors[part, place])
         change_some(values, taps[part, 1:].any(axis=1), blur_, taps[part])
         torch.mul(values, scale, out=views[part]).add_(shift)
     return views

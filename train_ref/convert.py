@@ -229,7 +229,7 @@ def pack_part(images: StoredImages, folder: Path, num_workers: int) -> None:
             file.write(pixels.data)
             shapes.append(pixels.shape[:2])
             if number % ROUND == 0 or number == len(images):
-                print(f"{folder.name}: {number:,} of {len(images):,} images", flush=True)
+                print(f"{images.root}: {number:,} of {len(images):,} images", flush=True)
     write_index(
         folder / INDEX, images.names, images.targets, images.classes, shapes=np.array(shapes, dtype=np.int32)
     )
