@@ -10,7 +10,8 @@ from train_ref.markdown import replace
 
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).resolve().parents[1] / "README.md"
-OTHERS = ("-instances", "-stores", "-demo", "-parts")  # suffixes of results that are not the losses'
+# Suffixes of results that are not the losses'.
+OTHERS = ("-instances", "-stores", "-demo", "-parts", "-views")
 
 
 def newest_result(suffix: str) -> Path | None:

@@ -20,11 +20,9 @@ from .augmentations import plain, supervised
 from .checkpoints import AtomicCheckpointIO
 from .data import (
     DrawnViews,
-    Folder,
     Order,
     ResumableData,
     TrainingLoader,
-    Transform,
     Views,
     evenly_spaced,
     labels_of,
@@ -34,6 +32,7 @@ from .errors import UsageError
 from .evaluation import Features
 from .networks import normalize_in_groups
 from .progress import lines_in_place_of_a_bar
+from .stored import UNLABELLED, StoredImages, Transform
 
 
 class LabelledViews(DrawnViews):
@@ -41,7 +40,6 @@ class LabelledViews(DrawnViews):
 
     def __init__(self, images: Dataset, indices: np.ndarray, transform: Transform, seed: int = 0) -> None:
         super().__init__(images, transform, seed)
-        self.transform = transform  # one view, not two
         self.indices = indices
 
     def __len__(self) -> int:
@@ -86,6 +84,8 @@ class LabelledImages(Views):
             raise UsageError("data.root must hold the same classes under train/ and val/")
         self.indices = {train: evenly_spaced(len(images), max_images) for train, images in self.sets.items()}
         labels = labels_of(self.sets[True])
+        if (labels == UNLABELLED).any():
+            raise UsageError("data.root has training images without labels, and there is nothing to classify")
         self.classes = int(labels.max()) + 1
         if self.classes == 1:
             raise UsageError("data.root holds a single class, and there is nothing to classify")
@@ -122,7 +122,7 @@ class LabelledImages(Views):
         digest = hashlib.sha256()
         for train, images in self.sets.items():
             chosen = self.indices[train]
-            names = images.digest(chosen) if isinstance(images, Folder) else ""
+            names = images.digest(chosen) if isinstance(images, StoredImages) else ""
             digest.update(f"{len(images)} {len(chosen)} {names}\n".encode())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()

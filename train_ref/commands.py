@@ -68,6 +68,28 @@ STUDIES = {
     ),
 }
 
+CONVERSIONS = {
+    "cifar": Command(
+        "makes a folder of CIFAR's files",
+        "convert:cifar",
+        ("cifar-10-python.tar.gz ~/cifar10",),
+    ),
+    "imagenet": Command(
+        "makes a folder of ImageNet's archives",
+        "convert:imagenet",
+        (
+            "ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz ~/imagenet",
+            "ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar classes_of_val.txt ~/imagenet",
+        ),
+    ),
+    "index": Command("keeps an index of WebDataset's shards", "convert:index", ("~/shards/train",)),
+    "pack": Command(
+        "decodes a folder of images once",
+        "convert:pack",
+        ("~/imagenet ~/imagenet_256", "~/imagenet ~/imagenet_160 --size 160 --num_workers 16"),
+    ),
+}
+
 COMMANDS = {
     "fit": Command(
         "trains a method as a recipe says, and evaluates its features",
@@ -108,6 +130,7 @@ COMMANDS = {
         "evaluate:export",
         (CHECKPOINT, f"{CHECKPOINT} --output digits_backbone"),
     ),
+    "conversion": Command("makes what sets of images come in ready for the training", choices=CONVERSIONS),
     "study": Command("repeats a result of the papers on digits", choices=STUDIES),
     "report": Command(
         "puts the tables of studies and validations into a document",

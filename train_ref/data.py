@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +16,25 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
-from torchvision.datasets import ImageFolder
 
-from .augmentations import Augmentation, TwoViews, augmentation, plain, smallest_image
+from .augmentations import (
+    LARGE,
+    SMALL,
+    Augmentation,
+    Drawn,
+    SeveralViews,
+    augmentation,
+    plain,
+    smallest_image,
+)
+from .colours import Colours, finished
 from .distributed import rank, world_size
 from .errors import UsageError
-from .images import naming, open_image
 from .parsing import Seed
 from .resuming import of_data, refuse_changes
+from .stored import UNLABELLED, StoredImages, Transform, open_images
 from .workers import context
 
-Transform = Callable[[Any], Any]
 SMALLEST = 2  # pixels: torch does not resize tensors of bytes to a single one
 MANY = 2000  # images: to read them takes long enough for it to be told
 
@@ -96,36 +103,16 @@ class SyntheticImages(Dataset):
         return torch.from_numpy(image.clip(0, 255).astype(np.uint8))
 
 
-class Folder(ImageFolder):
-    """The images ``<class>/<image>`` of a folder, as 8-bit RGB. Whatever fails with one names its file."""
-
-    def __init__(self, root: str, transform: Transform | None = None) -> None:
-        super().__init__(root, transform, loader=open_image)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        with transforming(self, index):
-            return super().__getitem__(index)
-
-    def digest(self, indices: np.ndarray | None = None) -> str:
-        """A digest of the paths of all images, or of these, in the folder and in order: classes first."""
-        start, paths = len(str(self.root)), hashlib.blake2b(digest_size=6)
-        for path, _ in self.samples if indices is None else (self.samples[i] for i in indices):
-            paths.update(path[start:].encode(errors="surrogateescape") + b"\0")
-        return paths.hexdigest()
-
-
 def transforming(images: Dataset, index: int) -> AbstractContextManager[None]:
-    """Within this, whatever fails with an image names its file, if it is of a folder."""
-    if isinstance(images, Folder):
-        return naming(images.samples[index][0], "cannot be transformed")
-    return nullcontext()
+    """Within this, whatever fails with an image names it, if it is stored."""
+    return images.transforming(index) if isinstance(images, StoredImages) else nullcontext()
 
 
 def labels_of(images: Dataset) -> Tensor:
-    """The labels (N,) of a set, none of whose images is read for it."""
+    """The labels (N,) of a set, none of whose images is read for it; `UNLABELLED` where there are none."""
     if isinstance(images, SyntheticImages):
         return torch.arange(len(images)) % 4
-    return torch.as_tensor(images.targets if isinstance(images, Folder) else images.labels)
+    return torch.as_tensor(images.targets if isinstance(images, StoredImages) else images.labels)
 
 
 def evenly_spaced(count: int, most: int | None) -> np.ndarray:
@@ -134,14 +121,14 @@ def evenly_spaced(count: int, most: int | None) -> np.ndarray:
 
 
 class DrawnViews(Dataset):
-    """Two random views of an image, its label, and which instance it is: item (epoch, index).
+    """What a random transform makes of an image, its label, and which instance it is: item (epoch, index).
 
-    The views are a function of (seed, epoch, index) alone, whoever draws them and in whatever order: a run
-    that is resumed, or has other processes or workers, sees the same ones.
+    What is drawn is a function of (seed, epoch, index) alone, whoever draws it and in whatever order: a run
+    that is resumed, or has other processes or workers, sees the same views.
     """
 
     def __init__(self, images: Dataset, transform: Transform, seed: int) -> None:
-        self.images, self.transform, self.seed = images, TwoViews(transform), seed
+        self.images, self.transform, self.seed = images, transform, seed
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Any, ...]:
         epoch, index = item
@@ -154,6 +141,36 @@ class DrawnViews(Dataset):
                 return self.transform(image), label, index
         finally:
             torch.set_rng_state(state)
+
+
+# Of each view of the images, a batch of crops and their colours; labels (B,) and instances (B,).
+DrawnBatch = tuple[list[Drawn], Tensor, Tensor]
+FinishedBatch = tuple[list[Tensor], Tensor, Tensor]
+
+
+def together(items: Sequence[tuple[tuple[Drawn, ...], int, int]]) -> DrawnBatch:
+    """The batch of several items of `DrawnViews`, whose transform is `SeveralViews`."""
+    drawn, labels, instances = zip(*items, strict=True)
+    views = (zip(*view, strict=True) for view in zip(*drawn, strict=True))
+    return (
+        [(torch.stack(crops), Colours.together(colours)) for crops, colours in views],
+        torch.tensor(labels),
+        torch.tensor(instances),
+    )
+
+
+def finish(batch: DrawnBatch, device: torch.device | str = "cpu") -> FinishedBatch:
+    """A batch's views (B, 3, H, W), coloured on a device."""
+    views, labels, instances = batch
+    return (
+        [finished(crops.to(device, non_blocking=True), colours) for crops, colours in views],
+        labels,
+        instances,
+    )
+
+
+def finished_together(items: Sequence[tuple[tuple[Drawn, ...], int, int]]) -> FinishedBatch:
+    return finish(together(items))
 
 
 class Order(Sampler[list[tuple[int, int]]]):
@@ -205,27 +222,35 @@ class TrainingLoader(DataLoader):
         order: of the items.
         source: what else an epoch's batches are a function of, by names in `FIXED`: a loader of others
             refuses the state.
+        device: that colours drawn views. On a CPU whoever draws them does it, a process of the loader where
+            there are some. None if items need nothing more.
         **options: arguments of `DataLoader`.
     """
 
     batch_sampler: Order
 
     def __init__(
-        self, views: DrawnViews, order: Order, source: dict[str, Any] | None = None, **options: Any
+        self,
+        views: DrawnViews,
+        order: Order,
+        source: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        **options: Any,
     ) -> None:
+        self.coloured_by = None if device is None or device.type == "cpu" else device
+        if device is not None:
+            options["collate_fn"] = finished_together if self.coloured_by is None else together
         super().__init__(views, batch_sampler=order, **options)
         self.source = {"data.batch_size": order.batch_size, **(source or {})}
-        self.given = (
-            order.epoch,
-            order.start,
-        )  # the epoch of the latest batch, and how many of it there were
+        # The epoch of the latest batch, and how many of it there were.
+        self.given = (order.epoch, order.start)
 
     def __iter__(self) -> Iterator[Any]:
         order = self.batch_sampler
         epoch, start = order.epoch, order.start
         for number, batch in enumerate(super().__iter__(), start + 1):
             self.given = (epoch, number)
-            yield batch
+            yield batch if self.coloured_by is None else finish(batch, self.coloured_by)
 
     def state_dict(self) -> dict[str, Any]:
         epoch, batches = self.given
@@ -277,11 +302,15 @@ class Views(ResumableData):
     """Batches of two augmented views an image for the training, of plain images for the evaluation.
 
     Args:
-        dataset: "digits" (bundled with scikit-learn), "folder" (``root/train/<class>/<image>`` and
-            ``root/val/<class>/<image>``) or "synthetic" (endless).
-        root: the folder of images.
+        dataset: "digits" (bundled with scikit-learn), "folder" or "synthetic" (endless).
+        root: the folder of images: ``train`` to train on and ``val`` for the evaluation, each with classes,
+            ``<class>/<image>``, or WebDataset's shards, or decoded images. Where nothing is evaluated there
+            need be no ``val``, and no classes: ``train/<image>``, or the images alone.
         augmentation: what makes a view of an image: a paper's own, or the like of it for smaller images.
         image_size: height and width of a view.
+        small_views: of each image besides the two, cut from a small part of it, where the two are then cut
+            from 14 % of its area and more: SwAV's multi-crop, for methods whose loss takes more than two.
+        small_size: height and width of these.
         batch_size: images a batch, of all processes together; the last, incomplete batch of an epoch is
             dropped.
         num_workers: processes that load and augment images, for each that trains; 0 does it between steps.
@@ -295,6 +324,8 @@ class Views(ResumableData):
         root: str | None = None,
         augmentation: Augmentation = "digits_v2",
         image_size: PositiveInt = 8,
+        small_views: NonNegativeInt = 0,
+        small_size: PositiveInt = 96,
         batch_size: PositiveInt = 256,
         num_workers: NonNegativeInt = 0,
         synthetic_size: PositiveInt = 4096,
@@ -312,16 +343,19 @@ class Views(ResumableData):
             UsageError: there is no such folder, its classes differ, it holds fewer images than a batch, or
                 views are too small for their augmentation.
         """
-        name, size = self.hparams.augmentation, self.hparams.image_size
-        if size < smallest_image(name):
-            raise UsageError(
-                f"data.image_size is {size}, but data.augmentation {name} needs {smallest_image(name)} at "
-                "least: its blur takes in as many pixels to each side"
-            )
+        name = self.hparams.augmentation
+        for option in ("image_size", *(["small_size"] if self.hparams.small_views else [])):
+            size, smallest = self.hparams[option], max(SMALLEST, smallest_image(name))
+            if size < smallest:
+                raise UsageError(
+                    f"data.{option} is {size}, but data.augmentation {name} needs {smallest} at least: its "
+                    "blur takes in as many pixels to each side"
+                )
         self.train_images = self._dataset(train=True)
-        test_images = self._dataset(train=False)
-        if getattr(self.train_images, "classes", None) != getattr(test_images, "classes", None):
-            raise UsageError("data.root must hold the same classes under train/ and val/")
+        if self.lacks_for_evaluation() is None:
+            test_images = self._dataset(train=False)
+            if getattr(self.train_images, "classes", None) != getattr(test_images, "classes", None):
+                raise UsageError("data.root must hold the same classes under train/ and val/")
         count, batch = len(self.train_images), self.hparams.batch_size
         if count < batch:
             raise UsageError(f"data.batch_size is {batch}, but there are only {count} training images")
@@ -330,6 +364,16 @@ class Views(ResumableData):
                 f"data.batch_size is {batch}, which {world_size()} processes cannot share evenly"
             )
         self.seed = torch.initial_seed()  # as of `seed_everything`
+
+    def lacks_for_evaluation(self) -> str | None:
+        """What the images lack to be evaluated on, if anything: that is no mistake before they are."""
+        if self.hparams.dataset != "folder":
+            return None
+        if (labels_of(self.train_images) == UNLABELLED).any():
+            return f"the training images in {self.train_images.root} have no labels, as <class>/<image> has"
+        if self._part(train=False) is None:
+            return f"data.root has no folder {Path(self.hparams.root, 'val')} of images to evaluate on"
+        return None
 
     @property
     def num_instances(self) -> int:
@@ -342,15 +386,28 @@ class Views(ResumableData):
 
     def train_dataloader(self) -> TrainingLoader:
         """This process's share of batches of ([views (B, 3, H, W), other views (B, 3, H, W)], labels (B,),
-        instances (B,)). An instance is an image's index in the set."""
-        transform = augmentation(self.hparams.augmentation, self.hparams.image_size)
+        instances (B,)). An instance is an image's index in the set. Small views, if any, follow the two."""
         endless = isinstance(self.train_images, SyntheticImages)
         order = Order(len(self.train_images), self.hparams.batch_size, None if endless else self.seed)
-        views = DrawnViews(self.train_images, transform, self.seed)
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         workers = self.hparams.num_workers > 0
         return self.resumed(
-            TrainingLoader(views, order, self._source(), persistent_workers=workers, **self._loading())
+            TrainingLoader(
+                self.drawn_views(),
+                order,
+                self._source(),
+                device,
+                persistent_workers=workers,
+                **self._loading(),
+            )
         )
+
+    def drawn_views(self) -> DrawnViews:
+        """What is drawn of the training images."""
+        name, size, small = (self.hparams[each] for each in ("augmentation", "image_size", "small_views"))
+        drawings = [augmentation(name, size, LARGE if small else None)] * 2
+        drawings += [augmentation(name, self.hparams.small_size, SMALL)] * small
+        return DrawnViews(self.train_images, SeveralViews(*drawings), self.seed)
 
     def evaluation_dataloaders(self, max_images: int | None = None) -> tuple[DataLoader, DataLoader]:
         """Training and test images without augmentation, as batches of (images (B, 3, H, W), labels (B,)).
@@ -365,7 +422,15 @@ class Views(ResumableData):
         return train, test
 
     def evaluation_labels(self, max_images: int | None = None) -> Tensor:
-        """Labels of the training images that `evaluation_dataloaders` takes; no image is read for it."""
+        """Labels of the training images that `evaluation_dataloaders` takes; no image is read for it.
+
+        Raises:
+            UsageError: there are no labels, or no test images.
+        """
+        if lack := self.lacks_for_evaluation():
+            raise UsageError(
+                f"{lack}: nothing can be measured; --evaluation.enabled false leaves the evaluation out"
+            )
         labels = labels_of(self.train_images)
         return labels[torch.from_numpy(evenly_spaced(len(labels), max_images))]
 
@@ -395,9 +460,9 @@ class Views(ResumableData):
     def _source(self) -> dict[str, Any]:
         """What an epoch's batches are a function of, and how they make steps."""
         source = of_data(self.hparams)
-        if isinstance(self.train_images, Folder):
-            count, digest = len(self.train_images), self.train_images.digest()
-            source["data.root"] = f"a folder of {count} training images (digest {digest})"
+        if isinstance(self.train_images, StoredImages):
+            kind, count, digest = self.train_images.kind, len(self.train_images), self.train_images.digest()
+            source["data.root"] = f"{kind} of {count} training images (digest {digest})"
         if self.trainer is not None:
             for name in ("limit_train_batches", "accumulate_grad_batches"):
                 source[f"trainer.{name}"] = getattr(self.trainer, name)
@@ -412,15 +477,22 @@ class Views(ResumableData):
             return SyntheticImages(seed, self.hparams.image_size, self.hparams.synthetic_size, transform)
         if self.hparams.root is None:
             raise UsageError("data.root must name the folder of images when data.dataset is folder")
-        folder = Path(self.hparams.root, "train" if train else "val")
-        if not folder.is_dir():
+        part = self._part(train)
+        if part is None:
+            folder = Path(self.hparams.root, "train" if train else "val")
             raise UsageError(
                 f"data.root has no folder {folder}: it must hold train/<class>/<image> and val/…"
             )
-        try:
-            return Folder(str(folder), transform)
-        except FileNotFoundError as error:  # no class, or a class without images
-            raise UsageError(f"data.root holds a folder without images: {error}") from None
+        return open_images(part, transform)
+
+    def _part(self, train: bool) -> Path | None:
+        """The folder of the training or test images, if there is one; without parts all are to train on."""
+        root, parts = Path(self.hparams.root), ("train", "val")
+        part = root / parts[not train]
+        if part.is_dir():
+            return part
+        whole = train and root.is_dir() and not any((root / each).is_dir() for each in parts)
+        return root if whole else None
 
     def _loading(self) -> dict[str, Any]:
         workers = self.hparams.num_workers

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch.utils.data import Dataset, Subset
 
-from .augmentations import denormalized
+from .colours import denormalized
 from .evaluation import Features, Score, nearest
 from .files import replacing
 

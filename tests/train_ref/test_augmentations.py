@@ -3,35 +3,153 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
-from train_ref.augmentations import TwoViews, augmentation, plain, smallest_image
+from train_ref.augmentations import (
+    BLUR,
+    Crop,
+    Drawn,
+    Jitter,
+    SeveralViews,
+    augmentation,
+    plain,
+    resized,
+    smallest_image,
+)
+from train_ref.colours import Colours, Kind, denormalized, finished, normalized
 
 NAMES = ("moco_v1", "moco_v2", "simclr", "conic", "small", "digits_v1", "digits_v2")
 
 
-def picture(size: int = 40) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+def picture(height: int = 40, width: int = 40) -> Tensor:
+    """Noise that is smooth enough for its colours to change little from pixel to pixel."""
+    coarse = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 9, 9), dtype=np.uint8))
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
+
+
+def finished_view(drawn: Drawn) -> Tensor:
+    crop, colours = drawn
+    (view,) = finished(crop[None], Colours.together([colours]))
+    return view
+
+
+def by_torchvision(name: str) -> tuple[v2.Transform, ...]:
+    """What follows the pixels' moves in an augmentation, by torchvision, in the same order."""
+    jitter = {
+        "moco_v1": v2.ColorJitter(0.4, 0.4, 0.4, 0.4),
+        "moco_v2": v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
+        "small": v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
+        "simclr": v2.ColorJitter(0.8, 0.8, 0.8, 0.2),
+        "conic": v2.ColorJitter(0.8, 0.8, 0.8, 0.2),
+        "digits_v1": v2.ColorJitter(0.4, 0.4),
+        "digits_v2": v2.ColorJitter(0.4, 0.4),
+    }[name]
+    gray, flip = v2.RandomGrayscale(0.2), v2.RandomHorizontalFlip()
+    sigma = (0.1, 1.0 if name == "digits_v2" else 2.0)
+    blur = [v2.RandomApply([v2.GaussianBlur(BLUR[name], sigma)], 0.5)] if name in BLUR else []
+    if name == "moco_v1":
+        return (gray, jitter, flip)
+    if name == "digits_v1":
+        return (jitter,)
+    jitter = v2.RandomApply([jitter], 0.8)
+    return {"moco_v2": (jitter, gray, *blur, flip), "digits_v2": (jitter, *blur)}.get(
+        name, (flip, jitter, gray, *blur)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("image", [picture(), v2.functional.pil_to_tensor(picture(8))], ids=["pil", "tensor"])
-def test_a_view_is_a_normalised_tensor_of_the_size_asked_for(name, image):
-    view = augmentation(name, 16)(image)
-    assert type(view) is torch.Tensor
+@pytest.mark.parametrize("size", [40, 8])
+def test_a_view_is_a_normalised_tensor_of_the_size_asked_for(name, size):
+    crop, colours = augmentation(name, 16)(picture(size, size))
+    assert crop.shape == (3, 16, 16)
+    assert crop.dtype == torch.uint8
+    view = finished_view((crop, colours))
     assert view.shape == (3, 16, 16)
     assert view.dtype == torch.float32
     assert -2.2 < view.min() < view.max() < 2.7
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_views_are_those_of_torchvisions_transforms_without_their_roundings(name):
+    """The same random numbers, in the same order, and the same values to a tenth of a level of 255: what a
+    blur leaves out, and a mean of brightness that is taken of whole levels."""
+    drawing, image = augmentation(name, 32), picture(60, 50)
+    moves = [step for step in drawing.steps if isinstance(step, v2.Transform)]
+    moves = [step for step in moves if not isinstance(step, v2.RandomHorizontalFlip)]
+    for seed in range(25):
+        torch.manual_seed(seed)
+        view = denormalized(finished_view(drawing(image)))
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        expected = image
+        for move in moves:
+            expected = move(expected)
+        expected = v2.functional.to_dtype(expected, torch.float32, scale=True)
+        for step in by_torchvision(name):
+            expected = step(expected)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert (view - expected).abs().max() * 255 < 0.1
+
+
+@pytest.mark.parametrize("height", [20, 70])
+def test_a_crop_is_torchvisions_to_a_level(height):
+    image, size = picture(60, 50), (height, 40)
+    for crop in (Crop(24, scale=(0.2, 1.0)), Crop(24, scale=(0.9, 1.0))):
+        torch.manual_seed(1)
+        ours = crop(image)
+        torch.manual_seed(1)
+        theirs = v2.RandomResizedCrop(24, scale=crop.scale)(v2.functional.to_pil_image(image))
+        assert (ours.int() - v2.functional.pil_to_tensor(theirs).int()).abs().max() <= 1
+    theirs = v2.functional.resize(v2.functional.to_pil_image(image), list(size))
+    assert (resized(image, *size).int() - v2.functional.pil_to_tensor(theirs).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("at_once", [1, 3 * 17 * 17 * 4, 2**20])
+def test_a_view_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(monkeypatch, threads, at_once):
+    drawing = augmentation("simclr", 17)
+    torch.manual_seed(0)
+    drawn = [drawing(picture()) for _ in range(24)]
+    alone = torch.stack([finished_view(each) for each in drawn])
+    monkeypatch.setitem(finished.__globals__["AT_ONCE"], "cpu", at_once)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for some in (range(24), range(5, 18), range(23, -1, -3)):
+            crops, colours = zip(*[drawn[i] for i in some], strict=True)
+            views = finished(torch.stack(crops), Colours.together(colours))
+            assert torch.equal(views, alone[list(some)])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_colours_that_are_not_changed_stay_as_they_are():
+    image = picture()
+    expected = v2.functional.normalize(image / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(normalized(image), expected)
+    for kind, factor in (
+        (Kind.BRIGHTNESS, 1.0),
+        (Kind.CONTRAST, 1.0),
+        (Kind.SATURATION, 1.0),
+        (Kind.HUE, 0.0),
+    ):
+        view = finished_view((image, Colours((kind,), (factor,), (1.0,))))
+        torch.testing.assert_close(view, expected, atol=1e-4, rtol=0)
+
+
+def test_jitter_is_drawn_as_often_as_asked_for():
+    drawn = [Jitter(0.4, 0.4, p=0.8).draw() for _ in range(1000)]
+    assert 740 < sum(changes[0][0] is not Kind.NOTHING for changes in drawn) < 860
+    assert {len(changes) for changes in drawn} == {2}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_smallest_views_can_be_drawn_and_smaller_ones_cannot(name):
     def draw(size: int) -> None:
-        for seed in range(8):  # every other view is blurred
+        for seed in range(16):  # every other view is blurred, and most as far as can be
             torch.manual_seed(seed)
-            augmentation(name, size)(picture())
+            finished_view(augmentation(name, size)(picture()))
 
     draw(smallest_image(name))
     if smallest_image(name) > 1:
@@ -41,17 +159,18 @@ def test_the_smallest_views_can_be_drawn_and_smaller_ones_cannot(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_photographs_are_mirrored(name):
-    flips = [step for step in augmentation(name, 16).transforms if isinstance(step, v2.RandomHorizontalFlip)]
+    flips = [step for step in augmentation(name, 16).steps if isinstance(step, v2.RandomHorizontalFlip)]
     assert bool(flips) == (not name.startswith("digits"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_views_are_independent_draws_that_the_seed_decides(name):
-    make_views = TwoViews(augmentation(name, 16))
+    drawing = augmentation(name, 16)
+    make_views = SeveralViews(drawing, drawing)
     torch.manual_seed(0)
-    query, key = make_views(picture())
+    query, key = map(finished_view, make_views(picture()))
     torch.manual_seed(0)
-    again = make_views(picture())
+    again = list(map(finished_view, make_views(picture())))
     assert not torch.equal(query, key)
     assert torch.equal(query, again[0])
     assert torch.equal(key, again[1])
@@ -59,6 +178,17 @@ def test_two_views_are_independent_draws_that_the_seed_decides(name):
 
 @pytest.mark.parametrize("crop", [False, True])
 def test_the_plain_transform_draws_nothing(crop):
-    first, second = (plain(16, crop=crop)(picture()) for _ in range(2))
+    first, second = (plain(16, crop=crop)(picture(40, 50)) for _ in range(2))
     assert first.shape == (3, 16, 16)
     assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_colours_as_a_cpu_does(name):
+    torch.manual_seed(0)
+    crops, colours = zip(*[augmentation(name, 24)(picture()) for _ in range(32)], strict=True)
+    crops, colours = torch.stack(crops), Colours.together(colours)
+    torch.testing.assert_close(
+        finished(crops.cuda(), colours).cpu(), finished(crops, colours), atol=1e-4, rtol=0
+    )

@@ -31,7 +31,14 @@ def make_conic(make_method):
 def fit(make_conic, make_trainer):
     """Train a fresh ConIC on digits, as the command line would."""
 
-    def run(epochs: int = 1, ckpt_path: Path | None = None, callbacks=(), batch_size: int = 8, **settings):
+    def run(
+        epochs: int = 1,
+        ckpt_path: Path | None = None,
+        callbacks=(),
+        batch_size: int = 8,
+        data=None,
+        **settings,
+    ):
         conic = make_conic(**settings)
         trainer = make_trainer(
             max_epochs=epochs,
@@ -40,7 +47,8 @@ def fit(make_conic, make_trainer):
             callbacks=[Record(), LastCheckpoint(), *callbacks],
             limit_train_batches=3,
         )
-        trainer.fit(conic, Views(augmentation="digits_v1", batch_size=batch_size), ckpt_path=ckpt_path)
+        views = Views(**{"augmentation": "digits_v1", "batch_size": batch_size, **(data or {})})
+        trainer.fit(conic, views, ckpt_path=ckpt_path)
         return conic
 
     return run
@@ -129,11 +137,17 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("storage", ["device", "disk"])
-def test_a_stopped_run_resumes_bit_by_bit(fit, tmp_path, storage):
+SMALL_VIEWS = {"augmentation": "digits_v2", "small_views": 3, "small_size": 6}
+
+
+@pytest.mark.parametrize(
+    ("storage", "data"), [("device", {}), ("disk", {}), ("device", SMALL_VIEWS)], ids=str
+)
+def test_a_stopped_run_resumes_bit_by_bit(fit, tmp_path, storage, data):
     def on(folder: str) -> dict:
         return {
             "active": 16,
+            "data": data,
             "storage": storage,
             "path": str(tmp_path / folder) if storage == "disk" else None,
         }
@@ -230,3 +244,38 @@ def test_a_checkpoint_of_other_images_is_told_so(fit, monkeypatch):
     monkeypatch.setattr(Views, "num_instances", 1000)
     with pytest.raises(UsageError, match="ckpt_path: the checkpoint's num_instances is 1437"):
         fit(epochs=2, ckpt_path=path, active=16)
+
+
+def test_small_views_are_classified_and_consistent_like_the_others(make_conic, make_views):
+    torch.manual_seed(0)
+    views = make_views(dataset="digits", **SMALL_VIEWS)
+    views.setup()
+    batch = next(iter(views.train_dataloader()))
+    images, _, instances = batch
+    assert [tuple(each.shape) for each in images] == [(8, 3, 8, 8)] * 2 + [(8, 3, 6, 6)] * 3
+    assert len({float(each.sum()) for each in images}) == 5
+    conic = make_conic()
+    conic._make_classifier(N, torch.float32)
+    conic.log = lambda *args, **kwargs: None
+    loss = conic.training_step(batch, 0)
+
+    conic.classifier.activate(instances)
+    x = F.normalize(torch.cat([conic.encoder(torch.cat(some)) for some in (images[:2], images[2:])]), dim=1)
+    rows = F.normalize(conic.classifier.weight, dim=1)
+    classification = F.cross_entropy(x @ rows.T / 0.1, instances.repeat(5), reduction="none")
+    of_views = x.unflatten(0, (5, -1)).transpose(0, 1)  # (B, V, D)
+    # The diagonal is of views with themselves, whose difference is 0.
+    consistency = (1 - of_views @ of_views.transpose(1, 2)).square().sum(dim=(1, 2))
+    expected = (classification.unflatten(0, (5, -1)).sum(0) + 2.5 * consistency).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["simclr", "moco", "instdisc"])
+def test_a_loss_of_two_views_refuses_small_ones(make_method, make_trainer, kind):
+    with pytest.raises(UsageError, match=f"data.small_views is 3, but the loss of {kind} is of two views"):
+        make_trainer().fit(make_method(kind), Views(batch_size=8, **SMALL_VIEWS))
+
+
+def test_small_views_have_a_smallest_size_too(make_views):
+    with pytest.raises(UsageError, match=r"data.small_size is 6, but data.augmentation moco_v2 needs 7"):
+        make_views(image_size=8, small_views=1, small_size=6).setup()

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from train_ref.errors import UsageError
-from train_ref.images import open_image
+from train_ref.images import open_image, read_image
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)  # every gray once
 DEEP = RAMP.astype(np.uint16) * 257  # the same of 16 bits
@@ -324,3 +325,34 @@ def test_whatever_fails_is_told_of_the_file(tmp_path, case):
     assert str(raised.value).startswith(f"data.root: {path} cannot be read as an image: ")
     assert message in str(raised.value)
     assert " at 0x" not in str(raised.value)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"keep_rgb": True}],
+    ids=str,
+)
+def test_a_jpeg_has_the_same_bytes_by_either_decoder(tmp_path, mode, options):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8)
+    (tmp_path / "image").write_bytes(encoded(Image.fromarray(pixels).convert(mode), "JPEG", **options))
+    image = read_image(tmp_path / "image")
+    assert image.dtype == torch.uint8
+    assert np.array_equal(image.permute(1, 2, 0), np.asarray(open_image(tmp_path / "image")))
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_a_jpeg_that_ends_too_soon_is_named_as_pillow_has_it(tmp_path, kept):
+    data = encoded(Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)), "JPEG")
+    (tmp_path / "image").write_bytes(data[: int(kept * len(data))])
+    messages = []
+    for read in (read_image, open_image):
+        with pytest.raises(UsageError, match="cannot be read as an image") as raised:
+            read(tmp_path / "image")
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def test_what_is_no_jpeg_is_read_by_pillow(tmp_path):
+    (tmp_path / "ramp").write_bytes(encoded(gray(), "PNG"))
+    assert np.array_equal(read_image(tmp_path / "ramp").permute(1, 2, 0), np.dstack([RAMP] * 3))

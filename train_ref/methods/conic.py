@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import torch
@@ -45,6 +46,7 @@ class ConIC(Method):
 
     name = "conic"
     metrics = ConICMetrics
+    takes_small_views = True
 
     def __init__(
         self,
@@ -148,11 +150,10 @@ class ConIC(Method):
             raise UsageError(f"model.path: {error}") from error
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        views, _, instances = batch  # 2 × (B, 3, H, W), labels, (B,)
+        views, _, instances = batch  # V × (B, 3, H, W), labels, (B,)
 
         target = self.classifier.activate(instances)  # (B,) rows of the weight
-        # Both views in one pass, as in SimCLR: batch statistics are those of 2 B images.
-        features = self.encoder(torch.cat(views)).unflatten(0, (len(views), -1))  # (V, B, D)
+        features = self.encode(views)  # (V, B, D)
 
         loss, metrics = self.criterion(
             features,
@@ -163,6 +164,12 @@ class ConIC(Method):
 
         self.report(loss, metrics)
         return loss
+
+    def encode(self, views: list[Tensor]) -> Tensor:
+        """The features (V, B, D) of views (B, 3, H, W). Those of one size go through the encoder in one pass,
+        as SimCLR's two: batch statistics are those of all of them."""
+        of_sizes = [list(some) for _, some in itertools.groupby(views, lambda each: each.shape)]
+        return torch.cat([self.encoder(torch.cat(some)).unflatten(0, (len(some), -1)) for some in of_sizes])
 
     def configure_gradient_clipping(
         self,

@@ -51,6 +51,7 @@ class Method(LightningModule):
     criterion: nn.Module
     shares_loss: ClassVar[bool] = True  # whether processes compute it together, of the rows and keys of all
     views_at_once = 2  # of an image, in a batch of the encoder
+    takes_small_views: ClassVar[bool] = False  # whether the loss is of any number of views
 
     def __init__(
         self,
@@ -77,6 +78,10 @@ class Method(LightningModule):
         return self.encoder[0]
 
     def setup(self, stage: str) -> None:
+        if (small := self.trainer.datamodule.hparams.small_views) and not self.takes_small_views:
+            raise UsageError(
+                f"data.small_views is {small}, but the loss of {self.name} is of two views; conic takes more"
+            )
         groups, processes = self.hparams.norm_groups, self.trainer.world_size
         batch = self.trainer.datamodule.hparams.batch_size
         if groups > 1 and (groups % processes or batch % groups):

@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import DrawnViews, Views
+from ..data import DrawnViews, Views, finished_together
 from ..errors import UsageError
 from ..evaluation import Score, extract_features, format_table, knn_accuracy, probe_score
 from ..files import replacing, writable, write_text
@@ -58,10 +58,11 @@ class Kept(Dataset):
         self.labels = torch.empty(count, dtype=torch.int64)
 
     def __getitem__(self, batch: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
-        for item in batch:
-            if not self.drawn[item]:
-                views, self.labels[item[1]], _ = self.views[item]
-                self.kept[item] = torch.stack(views)
+        if missing := [item for item in batch if not self.drawn[item]]:
+            views, labels, _ = finished_together([self.views[item] for item in missing])
+            for item, of_item, label in zip(missing, zip(*views, strict=True), labels, strict=True):
+                self.kept[item] = torch.stack(of_item)
+                self.labels[item[1]] = label
                 self.drawn[item] = True
         epochs, instances = torch.tensor(batch).T  # (B,) each
         views = self.kept[epochs, instances].transpose(0, 1)  # (2, B, 3, H, W)
@@ -99,7 +100,7 @@ class SharedViews(Views):
 
     @cached_property
     def kept(self) -> Kept:
-        return Kept(super().train_dataloader().dataset, self.epochs, self.hparams.image_size)
+        return Kept(self.drawn_views(), self.epochs, self.hparams.image_size)
 
     def train_dataloader(self) -> DataLoader:
         # As its sampler, and not its batch sampler, Lightning tells the order each epoch.
@@ -110,7 +111,9 @@ class SharedViews(Views):
     @cached_property
     def fixed(self) -> Tensor:
         """A view (N, 3, H, W) of every training image, none of those that are trained on."""
-        return torch.stack([self.kept.views[self.epochs, i][0][0] for i in range(self.num_instances)])
+        items = [self.kept.views[self.epochs, i] for i in range(self.num_instances)]
+        (views, _), _, _ = finished_together(items)
+        return views
 
     @cached_property
     def plain(self) -> list[list[Any]]:

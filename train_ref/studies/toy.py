@@ -13,6 +13,7 @@ from sklearn.neighbors import KernelDensity
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from ..data import finished_together
 from ..methods import ConIC, Method
 from ..parsing import NonNegativeFinite, PositiveFinite, PositiveLossWeight
 from .common import Row, Run, Runs, SharedViews, Study, Variant, command, differences, table
@@ -42,14 +43,11 @@ class EightImages(SharedViews):
 def spread(module: Method, views: SharedViews) -> Run:
     """Where new random views of each image lie on the circle of normalised features, and how far apart."""
     drawn = views.kept.views  # two views an item; those of later epochs are new
-    images = [
-        view
-        for instance in range(IMAGES)
-        for draw in range(VIEWS // 2)
-        for view in drawn[views.epochs + draw, instance][0]
-    ]
+    items = [drawn[views.epochs + draw, instance] for instance in range(IMAGES) for draw in range(VIEWS // 2)]
+    both, _, _ = finished_together(items)
+    images = torch.stack(both, dim=1).flatten(0, 1)
     module.encoder.eval()
-    features = module.encoder(torch.stack(images)).double()  # (IMAGES · VIEWS, 2)
+    features = module.encoder(images).double()  # (IMAGES · VIEWS, 2)
     module.encoder.train()
     directions = torch.rad2deg(torch.atan2(features[:, 1], features[:, 0])).unflatten(0, (IMAGES, VIEWS))
     return angles(directions) | {DIRECTIONS: directions.round(decimals=1).tolist()}

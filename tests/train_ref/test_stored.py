@@ -1,0 +1,345 @@
+"""Images in whatever way they are stored: the same ones, in the same order, with the same views."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train_ref import convert, evaluate
+from train_ref.data import labels_of
+from train_ref.errors import UsageError
+from train_ref.stored import INDEX, PIXELS, UNLABELLED, Decoded, Folder, Shards, open_images
+
+
+def picture(number: int, height: int = 20, width: int = 26) -> Image.Image:
+    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def archive(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as file:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """8 + 8 images of two classes."""
+    for number in range(16):
+        part, name = ("train", "val")[number % 2], ("cat", "dog")[number % 4 // 2]
+        path = tmp_path / "folder" / part / name / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number, height=20 + number).save(path)
+    return tmp_path / "folder"
+
+
+def sharded(folder: Path, output: Path, numbered: bool) -> Path:
+    """The folder as two shards a part, with the classes' numbers or within their folders."""
+    for part in ("train", "val"):
+        images = Folder(folder / part)
+        for shard in range(2):
+            files = {}
+            for i in range(shard * 4, shard * 4 + 4):
+                name = images.names[i]
+                key = name.replace("/", "_").removesuffix(".png") if numbered else name.removesuffix(".png")
+                files[f"{key}.png"] = Path(images.path(i)).read_bytes()
+                if numbered:
+                    files[f"{key}.json"] = b"{}"
+                    files[f"{key}.cls"] = str(images.targets[i]).encode()
+            archive(output / part / f"{part}-{shard:04}.tar", files)
+    return output
+
+
+@pytest.fixture(params=["numbered shards", "shards", "decoded"])
+def other(request, folder, tmp_path) -> Path:
+    """The same images, stored in another way."""
+    if request.param == "decoded":
+        convert.pack(str(folder), str(tmp_path / "other"), size=64)
+        return tmp_path / "other"
+    return sharded(folder, tmp_path / "other", numbered=request.param == "numbered shards")
+
+
+def first_epoch(make_views, root: Path, **settings):
+    torch.manual_seed(5)
+    views = make_views(dataset="folder", root=str(root), augmentation="small", batch_size=4, **settings)
+    views.setup()
+    return list(views.train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_are_the_same_however_images_are_stored(make_views, folder, other, workers):
+    expected = first_epoch(make_views, folder)
+    torch.testing.assert_close(first_epoch(make_views, other, num_workers=workers), expected, rtol=0, atol=0)
+
+
+def test_all_that_an_evaluation_asks_for_is_the_same(make_views, folder, other):
+    loaders = []
+    for root in (folder, other):
+        views = make_views(dataset="folder", root=str(root), image_size=12)
+        views.setup()
+        views.read_test_images()
+        labels = views.evaluation_labels()
+        loaders.append([labels, *map(list, views.evaluation_dataloaders())])
+    torch.testing.assert_close(loaders[1], loaders[0], rtol=0, atol=0)
+
+
+def test_a_set_is_read_by_processes_that_do_not_share_memory(other):
+    images = open_images(other / "train")
+    images[3]  # a file that is mapped already
+    again = pickle.loads(pickle.dumps(images))
+    assert torch.equal(again[5][0], images[5][0])
+
+
+def test_another_way_of_storing_is_another_set_to_go_on_with(make_views, folder, tmp_path):
+    convert.pack(str(folder), str(tmp_path / "packed"), size=8)
+    roots = (folder, tmp_path / "packed")
+    loaders = []
+    for root in roots:
+        views = make_views(dataset="folder", root=str(root), augmentation="small")
+        views.setup()
+        loaders.append(views.train_dataloader())
+    with pytest.raises(UsageError, match=r"data.root is decoded images of 8 .* has a folder of 8"):
+        loaders[1].load_state_dict(loaders[0].state_dict())
+
+
+def test_decoded_images_are_smaller_and_never_larger(folder, tmp_path):
+    convert.pack(str(folder), str(tmp_path / "packed"), size=22)
+    images, originals = open_images(tmp_path / "packed" / "train"), Folder(folder / "train")
+    assert isinstance(images, Decoded)
+    assert images.names == originals.names
+    for (image, label), (original, expected) in zip(images, originals, strict=True):
+        assert min(image.shape[1:]) == min(22, *original.shape[1:])
+        assert label == expected
+    file = tmp_path / "packed" / "train" / PIXELS
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=r"pixels.bin has .* bytes of"):
+        open_images(tmp_path / "packed" / "train")
+
+
+def test_an_index_of_shards_is_used_and_refused_when_they_have_changed(folder, tmp_path, monkeypatch):
+    root = sharded(folder, tmp_path / "shards", numbered=True) / "train"
+    scanned = Shards(root)
+    convert.index(str(root))
+    monkeypatch.setattr("train_ref.stored.scan", lambda shards: pytest.fail("read through the shards"))
+    indexed = Shards(root)
+    assert (indexed.names, indexed.classes) == (scanned.names, scanned.classes)
+    assert torch.equal(indexed[7][0], scanned[7][0])
+    archive(root / "train-0002.tar", {"more.png": encoded(picture(0))})
+    with pytest.raises(UsageError, match=r"index.npz is an index of other shards"):
+        Shards(root)
+
+
+def test_what_is_wrong_with_a_shard_is_named(folder, tmp_path):
+    root = tmp_path / "shards"
+    archive(root / "a.tar", {"x.png": encoded(picture(0)), "y.jpg": encoded(picture(1), "JPEG")[:300]})
+    images = Shards(root)
+    assert labels_of(images).tolist() == [UNLABELLED] * 2
+    assert images[0][0].shape == (3, 20, 26)
+    with pytest.raises(UsageError, match=r"a\.tar/y\.jpg cannot be read as an image"):
+        images[1]
+    (root / "b.tar").write_bytes(b"no archive" * 100)
+    with pytest.raises(UsageError, match=r"b\.tar cannot be read as a shard"):
+        Shards(root)
+    (root / INDEX).write_bytes(b"no index")
+    with pytest.raises(UsageError, match=r"index\.npz cannot be read"):
+        Shards(root)
+
+
+@pytest.fixture
+def flat(folder, tmp_path) -> Path:
+    (tmp_path / "flat").mkdir()
+    for path in (folder / "train").glob("*/*.png"):
+        shutil.copy(path, tmp_path / "flat")
+    (tmp_path / "flat" / "notes.txt").write_text("no image")
+    return tmp_path / "flat"
+
+
+@pytest.mark.parametrize("part", [".", "train"])
+def test_images_without_labels_are_trained_on(make_moco, make_views, make_trainer, flat, tmp_path, part):
+    root = flat
+    if part == "train":
+        root = tmp_path / "whole"
+        root.mkdir()
+        flat.rename(root / "train")
+    views = make_views(dataset="folder", root=str(root), augmentation="small", batch_size=4)
+    trainer = make_trainer()
+    trainer.fit(make_moco(), views)
+    assert trainer.global_step == 2
+    assert views.num_instances == 8
+    assert views.evaluation_labels is not None
+    with pytest.raises(UsageError, match=r"have no labels.*evaluation.enabled false leaves"):
+        views.evaluation_labels()
+
+
+def test_a_training_says_before_it_starts_what_an_evaluation_lacks(train_ref, flat, folder):
+    run = ["fit", "--config", "synthetic", "--data.dataset=folder", "--data.augmentation=small"]
+    run += ["--data.batch_size=4", "--trainer.max_steps=1", "--trainer.max_epochs=1"]
+    shutil.rmtree(folder / "val")
+    for root, lack in ((flat, "have no labels, as <class>/<image> has"), (folder, "has no folder")):
+        with pytest.raises(SystemExit, match=lack):
+            train_ref(*run, f"--data.root={root}")
+        train_ref(*run, f"--data.root={root}", "--evaluation.enabled=false")
+
+
+def test_images_without_labels_cannot_be_classified(checkpoint, flat):
+    with pytest.raises(UsageError, match="no folder"):
+        evaluate.knn(str(checkpoint), dataset="folder", root=str(flat))
+
+
+def cifar_files(hundred: bool) -> dict[str, bytes]:
+    """Files as CIFAR's archives have them, as Python 2 would write them, with 6 + 4 images."""
+    random = np.random.default_rng(0)
+
+    def batch(count: int) -> bytes:
+        key = "fine_labels" if hundred else "labels"
+        pixels = random.integers(0, 256, (count, 3072), dtype=np.uint8)
+        return pickle.dumps({"data": pixels, key: [i % 2 for i in range(count)]}, protocol=2)
+
+    if hundred:
+        names = {"fine_label_names": ["apple", "bear"]}
+        return {"meta": pickle.dumps(names, protocol=2), "train": batch(6), "test": batch(4)}
+    meta = pickle.dumps({"label_names": ["cat", "dog"]}, protocol=2)
+    return {
+        "batches.meta": meta,
+        "data_batch_1": batch(3),
+        "data_batch_2": batch(3),
+        "test_batch": batch(4),
+    }
+
+
+def labels(file: bytes) -> list[int]:
+    batch = pickle.loads(file)
+    return batch.get("labels") or batch["fine_labels"]
+
+
+@pytest.mark.parametrize("hundred", [False, True])
+@pytest.mark.parametrize("as_archive", [False, True])
+def test_cifars_files_become_a_folder(tmp_path, hundred, as_archive):
+    files = cifar_files(hundred)
+    source = tmp_path / "source"
+    if as_archive:
+        source = archive(tmp_path / "s.tar.gz", {f"cifar/{n}": d for n, d in files.items()}, "w:gz")
+    else:
+        source.mkdir()
+        for name, data in files.items():
+            (source / name).write_bytes(data)
+    convert.cifar(str(source), str(tmp_path / "out"))
+    part_files = {"train": ("data_batch", "train"), "val": "test"}
+    for part, count in (("train", 6), ("val", 4)):
+        images = open_images(tmp_path / "out" / part)
+        assert images.classes == (["apple", "bear"] if hundred else ["cat", "dog"])
+        of_part = [labels(files[name]) for name in files if name.startswith(part_files[part])]
+        ones = sum(map(sum, of_part))
+        assert images.targets.tolist() == [0] * (count - ones) + [1] * ones
+    batch = pickle.loads(files["test" if hundred else "test_batch"])
+    expected = torch.from_numpy(batch["data"].reshape(-1, 3, 32, 32)[[0, 2, 1, 3]])
+    assert torch.equal(torch.stack([image for image, _ in images]), expected)
+    assert not list(tmp_path.glob("*.partial"))
+    with pytest.raises(UsageError, match="is there already"):
+        convert.cifar(str(source), str(tmp_path / "out"))
+
+
+class Program:
+    def __reduce__(self):
+        return (print, ("a program ran",))
+
+
+def test_a_pickle_that_is_a_program_does_not_run(tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "meta").write_bytes(pickle.dumps(Program()))
+    with pytest.raises(UsageError, match=r"meta is no file of CIFAR's: it wants .*print"):
+        convert.cifar(str(tmp_path / "source"), str(tmp_path / "out"))
+    assert "a program ran" not in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.fixture
+def imagenet(tmp_path) -> dict[str, Path]:
+    """Archives of ImageNet's form, of two classes with three images each, and four images for validation."""
+    classes = {}
+    for name in ("n01", "n02"):
+        images = {f"{name}_{i}.JPEG": encoded(picture(i), "JPEG") for i in range(3)}
+        classes[f"{name}.tar"] = archive(tmp_path / "classes" / name, images).read_bytes()
+    images = {f"ILSVRC2012_val_{i:08}.JPEG": encoded(picture(9 + i), "JPEG") for i in (1, 2, 3, 4)}
+    labels = tmp_path / "labels.txt"
+    labels.write_text("n02\nn01\nn01\nn02\n")
+    scipy_io = pytest.importorskip("scipy.io")
+    synsets = np.array([(1, "n02"), (2, "n01")], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    meta = io.BytesIO()
+    scipy_io.savemat(meta, {"synsets": synsets[:, None]})
+    kit = {
+        "kit/data/meta.mat": meta.getvalue(),
+        "kit/data/ILSVRC2012_validation_ground_truth.txt": b"1\n2\n2\n1\n",
+    }
+    return {
+        "train": archive(tmp_path / "train.tar", classes),
+        "val": archive(tmp_path / "val.tar", images),
+        "text": labels,
+        "kit": archive(tmp_path / "kit.tar.gz", kit, "w:gz"),
+        "output": tmp_path / "out",
+    }
+
+
+@pytest.mark.parametrize("labels", ["text", "kit"])
+def test_imagenets_archives_become_a_folder(imagenet, labels):
+    convert.imagenet(*(str(imagenet[name]) for name in ("train", "val", labels, "output")))
+    train, val = (open_images(imagenet["output"] / part) for part in ("train", "val"))
+    assert train.classes == val.classes == ["n01", "n02"]
+    assert train.targets.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [Path(name).stem[-1] for name in val.names] == ["2", "3", "1", "4"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("n01\nn02\nn01\n", "there is none for ILSVRC2012_val_00000004.JPEG"),
+        ("n01\n" * 5, "has 5 labels, but .* 4 images"),
+        ("n01\nn02\nn03\nn01\n", "names n03, a class that .* does not have"),
+    ],
+)
+def test_labels_that_do_not_fit_leave_no_folder(imagenet, labels, message):
+    imagenet["text"].write_text(labels)
+    with pytest.raises(UsageError, match=message):
+        convert.imagenet(*(str(imagenet[name]) for name in ("train", "val", "text", "output")))
+    assert not imagenet["output"].exists()
+    assert not list(imagenet["output"].parent.glob("*.partial"))
+
+
+def test_a_conversion_is_a_command(train_ref, folder, tmp_path):
+    out = train_ref("conversion", "pack", str(folder), str(tmp_path / "packed"), "--num_workers", "1")
+    assert f"{folder / 'train'}: 8 of 8 images" in out
+    assert len(open_images(tmp_path / "packed" / "val")) == 8
+    with pytest.raises(SystemExit):
+        train_ref("conversion", "mnist")
+
+
+def test_two_processes_share_the_batches_of_one(make_views, other, monkeypatch):
+    whole = first_epoch(make_views, other)
+    monkeypatch.setattr("train_ref.data.world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr("train_ref.data.rank", lambda rank=rank: rank)
+        shares.append(first_epoch(make_views, other))
+    for batch, *halves in zip(whole, *copy.copy(shares), strict=True):
+        for i in range(2):
+            assert torch.equal(torch.cat([half[0][i] for half in halves]), batch[0][i])
+        assert torch.equal(torch.cat([half[2] for half in halves]), batch[2])

@@ -1,0 +1,244 @@
+"""Images that are stored in a folder: as files, in tar shards, or decoded, in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from .errors import UsageError
+from .files import replacing
+from .images import decoded, naming, read_image
+
+Transform = Callable[[Any], Any]
+UNLABELLED = -1
+INDEX, PIXELS = "index.npz", "pixels.bin"
+
+
+class StoredImages(Dataset):
+    """Images (3, H, W) of bytes and their labels. Whatever fails with one names it.
+
+    Args:
+        root: the folder.
+        names: of the images, within it.
+        targets: labels (N,); `UNLABELLED` where there is none.
+        classes: names of the labels; none where there are no labels.
+        transform: applied to each image.
+    """
+
+    kind = "a folder"
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        targets: np.ndarray,
+        classes: Sequence[str],
+        transform: Transform | None,
+    ) -> None:
+        self.root, self.names, self.targets, self.classes = root, names, targets, list(classes)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        with self.transforming(index):
+            image = self.read(index)
+            return (image if self.transform is None else self.transform(image)), int(self.targets[index])
+
+    def read(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        """Where an image is, as messages have it."""
+        return str(self.root / self.names[index])
+
+    def transforming(self, index: int) -> AbstractContextManager[None]:
+        """Within this, whatever fails with an image names it."""
+        return naming(self.path(index), "cannot be transformed")
+
+    def digest(self, indices: np.ndarray | None = None) -> str:
+        """A digest of the names of all images, or of these, in order: classes first."""
+        names = hashlib.blake2b(digest_size=6)
+        for name in self.names if indices is None else (self.names[i] for i in indices):
+            names.update(f"/{name}".encode(errors="surrogateescape") + b"\0")
+        return names.hexdigest()
+
+
+class Folder(StoredImages):
+    """Files of images: ``<class>/<image>``, or no classes at all."""
+
+    def __init__(self, root: str | Path, transform: Transform | None = None) -> None:
+        root = Path(root)
+        if any(entry.is_dir() for entry in os.scandir(root)):
+            classes, numbers = find_classes(root)
+            found = make_dataset(root, numbers, IMG_EXTENSIONS)
+        else:
+            classes = []
+            files = (entry.path for entry in os.scandir(root) if is_image(entry.name))
+            found = [(path, UNLABELLED) for path in sorted(files)]
+        start = len(str(root)) + 1
+        names = [path[start:] for path, _ in found]
+        super().__init__(root, names, np.array([label for _, label in found]), classes, transform)
+
+    def read(self, index: int) -> Tensor:
+        return read_image(self.path(index))
+
+
+class Shards(StoredImages):
+    """WebDataset's: tar files of samples, each an image and, beside it, ``.cls`` with its class's number.
+    Without numbers the folders of the images within the shards are their classes.
+
+    Any image can be read at any time, by an index of where it begins. The command ``conversion index`` keeps
+    one; without, the headers of all shards are read, which takes minutes where there are a million images.
+    """
+
+    kind = "shards"
+
+    def __init__(self, root: str | Path, transform: Transform | None = None) -> None:
+        root = Path(root)
+        shards = shards_of(root)
+        path = root / INDEX
+        index = read_index(path) if path.exists() else scan(shards)
+        if index["shards"].tolist() != list(map(size_and_name, shards)):
+            raise UsageError(f"data.root: {path} is an index of other shards; make it again")
+        self.shards, self.places = shards, index["places"]
+        names = [name.decode(errors="surrogateescape") for name in index["names"].tolist()]
+        super().__init__(root, names, index["targets"], index["classes"].tolist(), transform)
+
+    def read(self, index: int) -> Tensor:
+        shard, offset, size = self.places[index].tolist()
+        with open(self.shards[shard], "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        with naming(self.path(index), "cannot be read as an image"):
+            return decoded(io.BytesIO(data), self.path(index))
+
+    def path(self, index: int) -> str:
+        return f"{self.shards[self.places[index, 0]]}/{self.names[index]}"
+
+
+class Decoded(StoredImages):
+    """Images that were decoded and made smaller once: a step reads the pixels of its crops alone."""
+
+    kind = "decoded images"
+
+    def __init__(self, root: str | Path, transform: Transform | None = None) -> None:
+        root = Path(root)
+        index = read_index(root / INDEX)
+        self.shapes = index["shapes"]  # (N, 2) heights and widths
+        sizes = 3 * self.shapes.astype(np.int64).prod(axis=1)
+        self.offsets = np.concatenate([[0], sizes.cumsum()])
+        found = (root / PIXELS).stat().st_size
+        if found != self.offsets[-1]:
+            raise UsageError(f"data.root: {root / PIXELS} has {found:,} bytes of {self.offsets[-1]:,}")
+        names = [name.decode(errors="surrogateescape") for name in index["names"].tolist()]
+        super().__init__(root, names, index["targets"], index["classes"].tolist(), transform)
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """All images' pixels, which are read from the disk as they are looked at."""
+        return torch.from_numpy(np.memmap(self.root / PIXELS, mode="c"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "pixels"}  # each process maps
+
+    def read(self, index: int) -> Tensor:
+        height, width = self.shapes[index].tolist()
+        return (
+            self.pixels[self.offsets[index] : self.offsets[index + 1]].view(height, width, 3).permute(2, 0, 1)
+        )
+
+
+def open_images(root: Path, transform: Transform | None = None) -> StoredImages:
+    """The images of a folder, in whatever way they are stored there.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        if (root / PIXELS).is_file():
+            images: StoredImages = Decoded(root, transform)
+        else:
+            images = (Shards if shards_of(root) else Folder)(root, transform)
+    except FileNotFoundError as error:  # a class without images
+        raise UsageError(f"data.root holds a folder without images: {error}") from None
+    if not len(images):
+        raise UsageError(f"data.root holds a folder without images: {root}")
+    return images
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def shards_of(root: Path) -> list[Path]:
+    return sorted(root.glob("*.tar"))
+
+
+def size_and_name(shard: Path) -> str:
+    return f"{shard.stat().st_size} {shard.name}"
+
+
+def read_index(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as index:
+            return dict(index)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"data.root: {path} cannot be read: {error}") from error
+
+
+def write_index(path: Path, names: Sequence[str], targets: Any, classes: Sequence[str], **more: Any) -> None:
+    """An index for `read_index`: names and labels of images, and where or how large they are."""
+    encoded = np.array([name.encode(errors="surrogateescape") for name in names])
+    with replacing(path) as file:
+        np.savez(file, names=encoded, targets=np.array(targets), classes=np.array(classes, dtype=str), **more)
+
+
+def scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
+    """The index of shards, from the headers of what they hold."""
+    names, places, numbers = [], [], {}
+    for number, shard in enumerate(shards):
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                for member in archive:
+                    folder, _, file = member.name.rpartition("/")
+                    sample, _, extension = file.partition(".")
+                    if not member.isfile():
+                        continue
+                    if extension == "cls":
+                        text = archive.extractfile(member).read()
+                        numbers[number, folder, sample] = int(text)
+                    elif is_image(file):
+                        names.append((number, folder, sample, member.name))
+                        places.append((number, member.offset_data, member.size))
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise UsageError(f"data.root: {shard} cannot be read as a shard: {error}") from error
+    folders = sorted({folder for _, folder, _, _ in names})
+    if numbers:
+        targets = [numbers.get(key[:3], UNLABELLED) for key in names]
+        classes = [str(number) for number in range(max(targets) + 1)]
+    elif "" in folders:
+        targets, classes = [UNLABELLED] * len(names), []
+    else:
+        targets, classes = [folders.index(folder) for _, folder, _, _ in names], folders
+    return {
+        "names": np.array([name.encode(errors="surrogateescape") for *_, name in names], dtype=bytes),
+        "targets": np.array(targets, dtype=np.int64),
+        "classes": np.array(classes, dtype=str),
+        "places": np.array(places, dtype=np.int64).reshape(-1, 3),
+        "shards": np.array(list(map(size_and_name, shards)), dtype=str),
+    }
