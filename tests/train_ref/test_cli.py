@@ -86,7 +86,7 @@ def test_runs_leave_the_same_picture_whatever_the_order_of_sets(tmp_path):
         (["fit", *SYNTHETIC, "--model.temprature=0.1"], "temprature"),
         (["fit", *SYNTHETIC, "--model.temp=0.1"], "model.temp"),  # no abbreviations
         (["fit", *SYNTHETIC, "--model.temperature=0"], "temperature"),
-        (["fit", *SYNTHETIC, "--model.arch=resnet34"], "resnet34"),
+        (["fit", *SYNTHETIC, "--model.arch=resnet35"], "resnet35"),
         (["fit", *SYNTHETIC, "--ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         (["fit", *SYNTHETIC, "--method=byol"], "there is no method byol; there are moco_v1, moco_v1_co2, "),
         (["fit", *SYNTHETIC, "--data.augmentations=digits_v1"], "augmentations"),
