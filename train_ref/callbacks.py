@@ -120,23 +120,25 @@ class Record(Callback):
         if trainer.is_global_zero:
             path = self.directory / STEPS
             names = [*self.pending[0], *speed]
-            self._make_columns(path, names)
+            self._fit_columns(path, names)
             with naming(path), path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, names).writerows({**row, **speed} for row in self.pending)
+                writer = csv.DictWriter(file, names)
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerows({**row, **speed} for row in self.pending)
         self.pending = []
         return seconds_in_loss
 
-    def _make_columns(self, path: Path, names: list[str]) -> None:
-        """Begin the file. A run that goes on may have other values, as with a probe or without: then the rows
-        that are there get these columns, too."""
-        known: list[dict[str, str]] = []
+    def _fit_columns(self, path: Path, names: list[str]) -> None:
+        """Give the rows in the file, if there is one, these columns: a run that goes on may have other values, as
+        with a probe or without."""
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 if reader.fieldnames == names:
                     return
                 known = list(reader)
-        write_text(path, table_text(known, names))
+            write_text(path, table_text(known, names))
 
     def _sum_up(self, sums: dict[str, float]) -> None:
         for row in self.pending:

@@ -21,7 +21,7 @@ from .methods import Method
 from .parsing import PositiveFinite
 
 SIMILARITIES = 10**9  # bytes of them at once
-RATE = 3.0  # at its largest; features are of length 1 or so, whatever the network
+RATE = 10.0  # at its largest; features are of length 1 or so, whatever the network
 MEMORY = 0.9  # of the running statistics, as of batch norm's
 
 

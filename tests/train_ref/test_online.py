@@ -101,7 +101,7 @@ def run(tmp_path_factory) -> Path:
 
     seed_everything(0, verbose=False)
     trainer = Trainer(
-        accelerator="cpu", max_epochs=5, limit_train_batches=12, log_every_n_steps=4,
+        accelerator="cpu", max_epochs=5, limit_train_batches=18, log_every_n_steps=4,
         enable_progress_bar=False, enable_model_summary=False,
         logger=TensorBoardLogger(str(tmp_path_factory.mktemp("online")), name="run"),
         callbacks=[Record(), online(k=20, every_n_epochs=2), LastCheckpoint()],
@@ -112,6 +112,7 @@ def run(tmp_path_factory) -> Path:
     return Path(trainer.log_dir)
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_in_the_epochs(run):
     rows = epochs_of(run)
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5"]
@@ -119,23 +120,24 @@ def test_what_is_measured_is_in_the_epochs(run):
     assert [bool(row["probe_accuracy"]) for row in rows] == [False, True, False, True, True]
     steps = list(values_of(run).values())
     assert {"probe_loss", "probe_top1"} <= set(steps[0])
-    last = [float(row["probe_loss"]) for row in steps[-12:]]
-    assert float(rows[-1]["probe_loss"]) == pytest.approx(sum(last) / 12)
+    last = [float(row["probe_loss"]) for row in steps[-18:]]
+    assert float(rows[-1]["probe_loss"]) == pytest.approx(sum(last) / 18)
     assert float(steps[0]["probe_loss"]) == pytest.approx(math.log(10))  # it knows nothing yet
     assert float(rows[-1]["probe_loss"]) < 0.6 < float(rows[0]["probe_loss"])
 
 
+@pytest.mark.slow
 def test_neighbours_and_probe_agree_with_the_commands(run):
     last = epochs_of(run)[-1]
     (row,) = knn(str(run / "last.ckpt"), k=[20], temperature=[0.07])
     assert float(last["knn_accuracy"]) == row["accuracy"]["mean"]
     top1, _ = linear(str(run / "last.ckpt"), augment=False, epochs=60)
-    # The last layer of a training of five epochs, on views, beside that of sixty on the images: as far apart
-    # as docs/running.md says.
-    print("FAR", float(last["probe_accuracy"]), top1["accuracy"]["mean"])
-    assert abs(float(last["probe_accuracy"]) - top1["accuracy"]["mean"]) < 3
+    # A layer that learned in ninety steps from views whose features changed, beside one of sixty epochs on
+    # images: at most as far apart as docs/running.md says.
+    assert abs(float(last["probe_accuracy"]) - top1["accuracy"]["mean"]) < 2
 
 
+@pytest.mark.slow
 def test_tensorboard_has_all_of_it(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
