@@ -130,8 +130,8 @@ class Record(Callback):
         return seconds_in_loss
 
     def _fit_columns(self, path: Path, names: list[str]) -> None:
-        """Give the rows in the file, if there is one, these columns: a run that goes on may have other values, as
-        with a probe or without."""
+        """Give the rows in the file, if there is one, these columns: a run that goes on may have other
+        values, as with a probe or without."""
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
@@ -194,8 +194,7 @@ class Evaluation(OnlineEvaluation):
     """While training goes on, tells what its features are worth; when it ends, evaluates them frozen, beside
     those of the same network untrained.
 
-    Images that cannot be evaluated end the run before the training; where they have no labels at all, the
-    curves alone are drawn.
+    Images that cannot be evaluated end the run before the training.
 
     Prints a table, writes its numbers to ``evaluation.json``, and draws ``overview.png``: the curves, and
     test images with what they are nearest to, before and after the training.

@@ -204,18 +204,12 @@ class OnlineEvaluation(Callback):
         self.measured: tuple[int, dict[str, float]] = (-1, {})  # after which epoch, and what
 
     def setup(self, trainer: Trainer, module: Method, stage: str) -> None:
-        if not self.enabled:
-            return
-        labels = trainer.datamodule.evaluation_labels(self.max_images)
-        if bool((labels < 0).all()):
-            self.enabled = False
-            if trainer.is_global_zero:
-                print("The images have no labels: their features are not evaluated.", flush=True)
-        else:
-            self._check(trainer.datamodule, labels)
+        if self.enabled:
+            self._check(trainer.datamodule)
 
-    def _check(self, views: Views, labels: Tensor) -> None:
+    def _check(self, views: Views) -> None:
         """Raise a UsageError, in all processes, where the evaluation would fail after the training."""
+        labels = views.evaluation_labels(self.max_images)
         if len(labels.unique()) == 1:
             share = (
                 "" if self.max_images is None else f", of which evaluation.max_images leaves {len(labels)},"

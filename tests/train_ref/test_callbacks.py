@@ -195,7 +195,7 @@ def test_one_process_reads_the_test_images_and_all_stop(make_views, small_folder
     monkeypatch.setattr(online, "rank", lambda: 1)
     monkeypatch.setattr(online, "gather_objects", lambda mine: ["what the first has found", mine])
     with pytest.raises(UsageError, match="what the first has found"):
-        Evaluation()._check(views, views.evaluation_labels())
+        Evaluation()._check(views)
     assert not read
 
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train_ref.callbacks import Evaluation, Record
+from train_ref.callbacks import Record
 from train_ref.checkpoints import LastCheckpoint
 from train_ref.data import Views
+from train_ref.errors import UsageError
 from train_ref.evaluate import knn, linear
 from train_ref.evaluation import Features
 from train_ref.online import RATE, LinearProbe, OnlineEvaluation, Seen
@@ -181,17 +182,20 @@ def test_a_run_that_goes_on_has_the_same_probe(make_moco, make_views, make_train
         assert rest == {batch: values_of(run)[batch] for batch in rest}
 
 
-def test_images_without_labels_are_told_and_trained_on(
-    make_moco, make_views, make_trainer, monkeypatch, capsys
+def test_images_that_cannot_be_evaluated_are_told_before_the_training(
+    make_moco, make_views, make_trainer, monkeypatch
 ):
-    monkeypatch.setattr(Views, "evaluation_labels", lambda self, most=None: torch.full((16,), -1))
-    record = Record()
-    trainer = make_trainer(callbacks=[record, Evaluation()])
-    trainer.fit(make_moco(), make_views())
-    told = capsys.readouterr().out
-    assert "The images have no labels: their features are not evaluated." in told
-    assert "overview.png" in told
-    assert not set(OnlineEvaluation.values) & set(record.epochs[-1])
+    """As those without labels."""
+
+    def labels(self, most=None):
+        raise UsageError("there are no labels")
+
+    monkeypatch.setattr(Views, "evaluation_labels", labels)
+    trainer = make_trainer(callbacks=[online()])
+    with pytest.raises(UsageError, match="there are no labels"):
+        trainer.fit(make_moco(), make_views())
+    assert trainer.global_step == 0
+    make_trainer(callbacks=[online(enabled=False)]).fit(make_moco(), make_views())
 
 
 def test_a_part_of_it_can_be_had(make_moco, make_views, make_trainer):

@@ -34,7 +34,8 @@ def test_two_steps(train_ref, tmp_path, images, recipe):
     settings = yaml.safe_load(recipe.read_text())
     small = {
         "model.arch": "convnet", "model.dim": 16, "data.batch_size": 16, "trainer.max_steps": 2,
-        "trainer.accelerator": "cpu", "evaluation.label_fractions": "[]", "evaluation.k": 3, "evaluation.max_images": 40,
+        "trainer.accelerator": "cpu", "evaluation.label_fractions": "[]", "evaluation.k": 3,
+        "evaluation.max_images": 40,
     }  # fmt: skip
     if settings["data"]["dataset"] == "folder":
         small |= {"data.root": images, "data.num_workers": 0, "data.image_size": 16}
