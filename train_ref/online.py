@@ -149,7 +149,7 @@ def shared_features(backbone: nn.Module, loader: DataLoader, device: torch.devic
     count, processes = len(loader.dataset), world_size()
     share = DataLoader(
         Subset(loader.dataset, range(rank(), count, processes)),
-        max(1, loader.batch_size // processes),
+        loader.batch_size,
         num_workers=loader.num_workers,
         multiprocessing_context=loader.multiprocessing_context,
         pin_memory=loader.pin_memory,
