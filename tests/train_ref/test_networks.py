@@ -4,6 +4,7 @@ import copy
 import sys
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -40,7 +41,6 @@ def test_the_names_are_those_that_are_tested():
 
 
 def test_a_transformer_takes_images_of_any_size_and_keeps_timm_s_tensors():
-    timm = pytest.importorskip("timm")
     net, theirs = network("vit_s16").eval(), timm.create_model("vit_small_patch16_224", num_classes=0).eval()
     theirs.load_state_dict(net.state_dict())
     images = torch.randn(1, 3, 224, 224)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from contrastive_ops import LossMetrics
 
 from .. import distributed
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..networks import Architecture, Head, Stem, network, normalize_in_groups, projection_head
 from ..optimizers import OptimizerName, optimizer_of
 from ..parsing import NonNegativeFinite, PositiveFinite, Seed
@@ -95,6 +95,7 @@ class Method(LightningModule):
                 f"data.batch_size is {batch} and model.norm_groups {groups}: batch norm would take its "
                 f"statistics from a single image of {size} pixels, which leaves a single value of a channel"
             )
+        self._check_size(size)
         normalize_in_groups(self.encoder, groups)
         if self.shares_loss:
             self.criterion.group = distributed.group()
@@ -103,6 +104,20 @@ class Method(LightningModule):
     def value_names(cls) -> list[str]:
         """The names of a step's values, as `report` keeps them."""
         return ["loss", *(field for field in cls.metrics._fields if field.endswith("loss")), "top1", "top5"]
+
+    def _check_size(self, size: int) -> None:
+        """Raise UsageError where the network does not take images of that size, as some transformers."""
+        image = torch.zeros(1, 3, size, size).to(next(self.backbone.parameters()))
+        was_training = self.backbone.training
+        try:
+            with torch.no_grad():
+                self.backbone.eval()(image)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"data.image_size is {size}, which a {self.hparams.arch} does not take: {one_line(error)}"
+            ) from error
+        finally:
+            self.backbone.train(was_training)
 
     def _trains_on_one(self, size: int) -> bool:
         """Whether a single image of that size has several values of a channel wherever there is a norm."""
