@@ -76,8 +76,8 @@ def timm_name(arch: str) -> str:
 
 
 def _of_timm(name: str, stem: Stem) -> nn.Module:
-    """A network of timm's, without its classifier. Transformers take images of all multiples of their patches,
-    and bring their embeddings of positions to that size."""
+    """A network of timm's, without its classifier. Transformers take images of all multiples of their
+    patches, and bring their embeddings of positions to that size."""
     try:
         import timm  # takes seconds
     except ModuleNotFoundError as error:
