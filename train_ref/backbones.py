@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .errors import UsageError
 from .files import replacing, verify
 from .methods import KINDS
-from .networks import FEATURES, network
+from .networks import is_network, network, timm_name
 
 KEYS = ("method", "hyper_parameters", "datamodule_hyper_parameters", "state_dict", "epoch", "global_step")
 PREFIX = "encoder.0."  # the backbone's tensors in the state_dict of every method
@@ -25,7 +25,7 @@ class Backbone(NamedTuple):
         path: the checkpoint.
         network: in float32 on the CPU.
         method: a name in `KINDS`.
-        arch: a name in `FEATURES`.
+        arch: a name that `network` takes.
         stem: how a ResNet starts.
         data: the arguments of `Views` in the training.
         epoch: in which the checkpoint was written, as Lightning counts them.
@@ -83,7 +83,7 @@ def load_backbone(path: str | Path) -> Backbone:
     checkpoint = read_checkpoint(path)
     settings, method = checkpoint["hyper_parameters"], checkpoint["method"]
     arch, stem = settings.get("arch"), settings.get("stem")
-    if method not in KINDS or arch not in FEATURES:
+    if method not in KINDS or not is_network(arch):
         raise UsageError(f"{path} is a checkpoint of method {method} and network {arch}, which are unknown")
     net = network(arch, stem)
     tensors = checkpoint["state_dict"].items()
@@ -101,13 +101,16 @@ def differences(backbone: Backbone) -> str:
     """How its network is unlike torchvision's of that name; nothing where it is the same but for fc."""
     if backbone.arch == "convnet":
         return "three convolutions, no network of torchvision"
+    if name := timm_name(backbone.arch):
+        return f"tensors are those of timm.create_model('{name}', num_classes=0)"
     if backbone.stem == "small":
         return "conv1 is 3x3 with stride 1 and padding 1, maxpool is the identity"
     return ""
 
 
 def export_backbone(backbone: Backbone, stem: Path) -> list[Path]:
-    """Write the network's state_dict, named as in torchvision, to ``<stem>.pth`` and ``<stem>.safetensors``.
+    """Write the network's state_dict, named as in torchvision or timm, to ``<stem>.pth`` and
+    ``<stem>.safetensors``.
 
     A ResNet of torchvision lacks but fc's tensors, unless `differences` names more. The second file says in
     its metadata what the tensors are.

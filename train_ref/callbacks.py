@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
-from .data import Views
-from .distributed import gather_objects, rank, world_size
-from .errors import UsageError, one_line
+from .distributed import world_size
+from .errors import UsageError
 from .evaluation import evaluate, extract_features, format_table
 from .files import naming, replacing, write_text
 from .methods import Method
+from .online import OnlineEvaluation, measured
 from .parsing import Fraction, PositiveFinite
 from .pictures import Gallery, gallery, overview
 from .runs import run_directory
 from .timing import LossClock
 
-STEPS = "steps.csv"
+STEPS, EPOCHS = "steps.csv", "epochs.csv"
 WHEN = ("batch", "epoch", "learning_rate")  # what is no value of a step, in a row of them
 
 
@@ -35,9 +37,18 @@ def values_in(row: dict[str, Any]) -> list[str]:
     return [name for name in row if name not in WHEN]
 
 
+def table_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
+    """Rows as CSV below a header, with nothing where a row lacks a value."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(names), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 class Record(Callback):
-    """Writes the values of every batch to ``steps.csv``, and how fast it went; keeps each epoch's means, in
-    checkpoints too.
+    """Writes the values of every batch to ``steps.csv``, and how fast it went; keeps each epoch's means with
+    what was measured at its end, in checkpoints and in ``epochs.csv``, which has all epochs of the training.
 
     The values come to the file as often as to the logger, and before a checkpoint is written. A run that is
     resumed in another directory has a file of its own, which begins where it goes on. In the same one it goes
@@ -108,13 +119,26 @@ class Record(Callback):
         self.since = now
         if trainer.is_global_zero:
             path = self.directory / STEPS
+            names = [*self.pending[0], *speed]
+            self._fit_columns(path, names)
             with naming(path), path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, [*self.pending[0], *speed])
+                writer = csv.DictWriter(file, names)
                 if file.tell() == 0:
                     writer.writeheader()
                 writer.writerows({**row, **speed} for row in self.pending)
         self.pending = []
         return seconds_in_loss
+
+    def _fit_columns(self, path: Path, names: list[str]) -> None:
+        """Give the rows in the file, if there is one, these columns: a run that goes on may have other
+        values, as with a probe or without."""
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                if reader.fieldnames == names:
+                    return
+                known = list(reader)
+            write_text(path, table_text(known, names))
 
     def _sum_up(self, sums: dict[str, float]) -> None:
         for row in self.pending:
@@ -124,8 +148,10 @@ class Record(Callback):
     def on_train_epoch_end(self, trainer: Trainer, module: Method) -> None:
         self._write_pending(trainer)
         means = {name: total / self.batches for name, total in self.sums.items()}
-        self.epochs.append({"epoch": trainer.current_epoch + 1, **means})
+        self.epochs.append({"epoch": trainer.current_epoch + 1, **means, **measured(trainer, module)})
         self.sums, self.batches = {}, 0
+        if trainer.is_global_zero:
+            self._write_epochs()
         if not math.isfinite(means["loss"]):
             raise UsageError(
                 f"the training diverged in epoch {trainer.current_epoch + 1}: its loss is no longer finite. "
@@ -133,6 +159,10 @@ class Record(Callback):
             )
         for logger in trainer.loggers:
             logger.log_metrics({f"epoch/{name}": mean for name, mean in means.items()}, trainer.global_step)
+
+    def _write_epochs(self) -> None:
+        names = dict.fromkeys(name for epoch in self.epochs for name in epoch)
+        write_text(self.directory / EPOCHS, table_text(self.epochs, names))
 
     def on_train_end(self, trainer: Trainer, module: Method) -> None:
         self.clock.remove()
@@ -160,8 +190,9 @@ class Record(Callback):
         self.epochs, self.sums, self.batches = (state_dict[name] for name in ("epochs", "sums", "batches"))
 
 
-class Evaluation(Callback):
-    """When training ends, evaluates its frozen features beside those of the same network untrained.
+class Evaluation(OnlineEvaluation):
+    """While training goes on, tells what its features are worth; when it ends, evaluates them frozen, beside
+    those of the same network untrained.
 
     Images that cannot be evaluated end the run before the training.
 
@@ -171,11 +202,14 @@ class Evaluation(Callback):
     Args:
         k: votes of the nearest-neighbour classifier.
         temperature: of its weights.
-        label_fractions: of the labels that linear probes learn from.
+        label_fractions: of the labels that linear probes learn from, at the end.
         seeds: draws of the labels, for each fraction below 1.
         max_images: take no more training and test images than this; by default all.
         pixels: measure the images themselves too, as features; for small ones.
-        enabled: false leaves it out, and draws the curves alone.
+        every_n_epochs: how often nearest neighbours vote while training goes on, and a linear probe is tested
+            that learns alongside; null: never.
+        probe: train that probe, on each step's features, which get no gradient from it.
+        enabled: false leaves all of it out, and draws the curves alone.
     """
 
     def __init__(
@@ -186,37 +220,17 @@ class Evaluation(Callback):
         seeds: PositiveInt = 10,
         max_images: PositiveInt | None = None,
         pixels: bool = False,
+        every_n_epochs: PositiveInt | None = 10,
+        probe: bool = True,
         enabled: bool = True,
     ) -> None:
-        self.k, self.temperature, self.seeds, self.enabled = k, temperature, seeds, enabled
-        self.label_fractions, self.max_images, self.pixels = tuple(label_fractions), max_images, pixels
+        super().__init__(k, temperature, max_images, every_n_epochs, probe, enabled)
+        self.label_fractions, self.seeds, self.pixels = tuple(label_fractions), seeds, pixels
 
     def setup(self, trainer: Trainer, module: Method, stage: str) -> None:
         self.directory = run_directory(trainer)
-        if self.enabled:
-            self._check(trainer.datamodule)
+        super().setup(trainer, module, stage)
         self.untrained = copy.deepcopy(module.backbone)  # before a checkpoint is read, if the run resumes one
-
-    def _check(self, views: Views) -> None:
-        """Raise a UsageError, in all processes, where the evaluation would fail after the training."""
-        labels = views.evaluation_labels(self.max_images)
-        if len(labels.unique()) == 1:
-            share = (
-                "" if self.max_images is None else f", of which evaluation.max_images leaves {len(labels)},"
-            )
-            raise UsageError(
-                f"data.dataset is {views.hparams.dataset}, whose training images{share} are all of one "
-                "class: nothing can be measured; --evaluation.enabled false leaves the evaluation out"
-            )
-        mistake = None
-        if rank() == 0:
-            try:
-                views.read_test_images(self.max_images)
-            except UsageError as error:
-                mistake = f"{one_line(error)}; --evaluation.enabled false leaves the evaluation out"
-        mistake, *_ = gather_objects(mistake)
-        if mistake is not None:
-            raise UsageError(mistake)
 
     def on_fit_end(self, trainer: Trainer, module: Method) -> None:
         if not trainer.is_global_zero:

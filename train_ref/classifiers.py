@@ -106,7 +106,7 @@ class LabelledImages(Views):
     def in_order(self, dataset: Dataset) -> DataLoader:
         """Batches of a dataset's items (0, i), each once and in turn; of several processes, this one's."""
         share = [(0, i) for i in range(rank(), len(dataset), world_size())]
-        return DataLoader(dataset, self.hparams.batch_size, sampler=share, **self._loading())
+        return DataLoader(dataset, self.evaluation_batch, sampler=share, **self._loading())
 
     def shuffled(self, dataset: Dataset, batch_size: int, seed: int) -> TrainingLoader:
         """Batches, no larger than that, of its items (epoch, i), in another order every epoch."""

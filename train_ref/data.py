@@ -416,10 +416,15 @@ class Views(ResumableData):
             max_images: take no more of each than this many, evenly spaced over the classes.
         """
         train, test = (
-            DataLoader(images, batch_size=self.hparams.batch_size, **self._loading())
+            DataLoader(images, batch_size=self.evaluation_batch, **self._loading())
             for images in (self._evaluated(part, max_images) for part in (True, False))
         )
         return train, test
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Images at once where nothing is trained: on one device alone, SimCLR's 4096 could be too many."""
+        return min(self.hparams.batch_size, 512)
 
     def evaluation_labels(self, max_images: int | None = None) -> Tensor:
         """Labels of the training images that `evaluation_dataloaders` takes; no image is read for it.
@@ -449,7 +454,7 @@ class Views(ResumableData):
         if len(images) >= MANY:
             print(f"Reading {len(images):,} test images once, in case one of them is damaged ...", flush=True)
         # The processes that read a batch send its length alone.
-        for _ in DataLoader(images, self.hparams.batch_size, collate_fn=len, **self._loading()):
+        for _ in DataLoader(images, self.evaluation_batch, collate_fn=len, **self._loading()):
             pass
 
     def _evaluated(self, train: bool, max_images: int | None) -> Dataset:

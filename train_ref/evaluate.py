@@ -33,7 +33,7 @@ from .errors import UsageError
 from .evaluation import Features, Score, extract_features, format_table, knn_accuracies, labelled_subset
 from .evaluation_run import Run, directory_of, options_of, plain, resumable, say
 from .files import verified_sha256, writable, write_text
-from .networks import FEATURES, network
+from .networks import network
 from .parsing import PositiveFinite, Seed
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -144,7 +144,8 @@ def linear(
             train, test = (LabelledFeatures(evaluator.features(part), seed) for part in (True, False))
             backbone = nn.Identity()
         seed_everything(seed, verbose=False)
-        classifier = Classifier(backbone, FEATURES[evaluator.backbone.arch], images.classes, schedule)
+        features = evaluator.backbone.network.num_features
+        classifier = Classifier(backbone, features, images.classes, schedule)
         training = {"epochs": epochs, "devices": devices, "precision": precision}
         accuracies = fit(
             classifier,
@@ -257,7 +258,7 @@ def finetune(
                             net = copy.deepcopy(evaluator.backbone.network)
                         schedule = Schedule(scale * layer, scale * backbone)
                         accuracies = fit(
-                            Classifier(net, FEATURES[arch], images.classes, schedule),
+                            Classifier(net, net.num_features, images.classes, schedule),
                             Batches(images, train, test, batch_size, seed),
                             max(epochs, math.ceil(min_steps / steps)),
                             accelerator=evaluator.device.type,
@@ -294,7 +295,8 @@ def finetune(
 
 
 def export(checkpoint: str, output: str | None = None) -> Rows:
-    """Write the backbone for other programs: torchvision's names, as PyTorch's state_dict and as safetensors.
+    """Write the backbone for other programs: torchvision's or timm's names, as PyTorch's state_dict and as
+    safetensors.
 
     Args:
         checkpoint: a file that the training wrote, ``last.ckpt`` in a run's directory.

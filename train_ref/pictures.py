@@ -31,6 +31,15 @@ STYLES = {
     "consistency_loss": {"color": "#E69F00", "linestyle": "-."},
     "top1": {"color": "#0072B2"},
     "top5": {"color": "#56B4E9", "linestyle": "--"},
+    "knn_accuracy": {"color": "#009E73", "marker": "o", "markersize": 3},
+    "probe_accuracy": {"color": "#CC79A7", "marker": "o", "markersize": 3},
+    "probe_top1": {"color": "#CC79A7", "linestyle": ":"},
+}
+# Of labels, what is known while training goes on, as the legend has it.
+ONLINE = {
+    "knn_accuracy": "nearest neighbours",
+    "probe_accuracy": "linear probe",
+    "probe_top1": "linear probe, on the views",
 }
 SAME, OTHER, UNKNOWN = "#009E73", "#D55E00", "#999999"
 
@@ -164,40 +173,52 @@ def overview(epochs: Sequence[Mapping[str, float]], shown: Gallery | None, path:
         shown: beside the curves.
         path: of the file.
     """
+    online = any(name in epoch for epoch in epochs for name in ONLINE)
+    panels = 3 if online else 2
     if shown is None:
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        curves(figure.subplots(1, 2), epochs)
+        figure = Figure(figsize=(5 * panels, 4), layout="constrained")
+        curves(figure.subplots(1, panels), epochs)
     else:
         figure = Figure(figsize=(15, 7), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(1, 2.2))
-        curves(left.subplots(2, 1), epochs)
+        curves(left.subplots(panels, 1), epochs)
         draw_gallery(right.subplots(), shown)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
 def curves(panels: Sequence[Axes], epochs: Sequence[Mapping[str, float]]) -> None:
-    """Losses in the first panel, contrast accuracy in the second."""
-    losses, accuracy = panels
-    numbers = [epoch["epoch"] for epoch in epochs]
-    names = epochs[0] if epochs else {}
-    marker = "o" if len(epochs) == 1 else None
-    for axes, suffix, unit in ((losses, "loss", 1), (accuracy, "top", 100)):
-        drawn = [name for name in names if name.endswith(suffix) or name.startswith(suffix)]
-        for name in sorted(drawn, key=[*STYLES, *sorted(names)].index):
-            label = name.replace("_", " ").replace("top", "top ")
-            values = [unit * epoch[name] for epoch in epochs]
-            axes.plot(numbers, values, label=label, marker=marker, **STYLES.get(name, {}))
+    """Losses in the first panel, contrast accuracy in the second; in a third, where there is one, accuracy on
+    labels."""
+    losses, *accuracies = panels
+    names = dict.fromkeys(name for epoch in epochs for name in epoch)
+    marker = {"marker": "o"} if len(epochs) == 1 else {}
+    drawn = (
+        [name for name in names if name.endswith("loss") and name != "probe_loss"],
+        [name for name in names if name.startswith("top")],
+        [name for name in names if name in ONLINE],
+    )
+    for axes, chosen in zip(panels, drawn, strict=False):
+        for name in sorted(chosen, key=[*STYLES, *sorted(names)].index):
+            label = ONLINE.get(name, name.replace("_", " ").replace("top", "top "))
+            unit = 100 if "top" in name else 1
+            known = [epoch for epoch in epochs if name in epoch]  # not after every epoch, perhaps
+            values = [unit * epoch[name] for epoch in known]
+            axes.plot(
+                [epoch["epoch"] for epoch in known], values, label=label, **STYLES.get(name, {}) | marker
+            )
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if drawn:
+        if chosen:
             axes.legend(frameon=False)
     losses.set_title("loss and its terms", loc="left")
     losses.set_ylim(bottom=0)
-    accuracy.set_title("contrast accuracy, %", loc="left")
-    accuracy.set_ylim(0, 100)
+    titles = ("contrast accuracy, %", "accuracy on labels, %")
+    for axes, title in zip(accuracies, titles, strict=False):
+        axes.set_title(title, loc="left")
+        axes.set_ylim(0, 100)
 
 
 def draw_gallery(axes: Axes, shown: Gallery) -> None:

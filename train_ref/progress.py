@@ -18,7 +18,10 @@ from contrastive_ops import serving_backend
 from .distributed import world_size
 from .errors import UsageError
 from .methods import Method
+from .online import measured
 from .runs import run_directory
+
+TOLD = {"knn_accuracy": "nearest neighbours", "probe_accuracy": "linear probe"}
 
 
 class Plan(Callback):
@@ -110,6 +113,7 @@ class EpochLines(ProgressBar):
         if "top1" in means:
             told.append(f"top-1 {100 * means['top1']:.1f} %")
         told.append(f"{self.images / (now - self.epoch_start):,.0f} images/s")
+        told += [f"{TOLD[name]} {value:.1f} %" for name, value in measured(trainer, module).items()]
         done, total = trainer.global_step, trainer.estimated_stepping_batches
         if done < total < math.inf:
             left = (now - self.start) * (total - done) / (done - self.first_step)

@@ -17,6 +17,7 @@ SCHEDULE = "the learning rate follows steps, of which an epoch would have anothe
 # compared by what is in them, wherever they are.
 FIXED = {
     "seed_everything": "views and their order go on with the checkpoint's",
+    "model.optimizer": OPTIMIZER,
     "model.learning_rate": OPTIMIZER,
     "model.weight_decay": OPTIMIZER,
     "model.seed": "what is drawn by it at the start comes from the checkpoint",

@@ -187,7 +187,7 @@ class ReferenceCLI(LightningCLI):
             use_distributed_sampler=False,
             **settings,
         )
-        check_trainer(trainer, METHODS[self.method].kind.value_names())
+        check_trainer(trainer, [*METHODS[self.method].kind.value_names(), *Evaluation.values])
         lines_in_place_of_a_bar(trainer)
         if isinstance(trainer.strategy, DDPStrategy):
             # Queues and classifiers are the same everywhere. To send them around would cost more than a step.

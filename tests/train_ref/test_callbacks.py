@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from PIL import Image
 
-from train_ref import callbacks, files
+from train_ref import callbacks, files, online
 from train_ref.callbacks import Evaluation, Record
 from train_ref.checkpoints import LastCheckpoint
 from train_ref.errors import UsageError, named_file
@@ -192,8 +192,8 @@ def test_one_process_reads_the_test_images_and_all_stop(make_views, small_folder
     views.setup()
     read = []
     monkeypatch.setattr(views, "read_test_images", read.append)
-    monkeypatch.setattr(callbacks, "rank", lambda: 1)
-    monkeypatch.setattr(callbacks, "gather_objects", lambda mine: ["what the first has found", mine])
+    monkeypatch.setattr(online, "rank", lambda: 1)
+    monkeypatch.setattr(online, "gather_objects", lambda mine: ["what the first has found", mine])
     with pytest.raises(UsageError, match="what the first has found"):
         Evaluation()._check(views)
     assert not read

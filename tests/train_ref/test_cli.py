@@ -86,7 +86,7 @@ def test_runs_leave_the_same_picture_whatever_the_order_of_sets(tmp_path):
         (["fit", *SYNTHETIC, "--model.temprature=0.1"], "temprature"),
         (["fit", *SYNTHETIC, "--model.temp=0.1"], "model.temp"),  # no abbreviations
         (["fit", *SYNTHETIC, "--model.temperature=0"], "temperature"),
-        (["fit", *SYNTHETIC, "--model.arch=resnet34"], "resnet34"),
+        (["fit", *SYNTHETIC, "--model.arch=resnet35"], "resnet35"),
         (["fit", *SYNTHETIC, "--ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         (["fit", *SYNTHETIC, "--method=byol"], "there is no method byol; there are moco_v1, moco_v1_co2, "),
         (["fit", *SYNTHETIC, "--data.augmentations=digits_v1"], "augmentations"),
@@ -236,7 +236,10 @@ def test_every_recipe_can_be_built(train_ref, monkeypatch, recipe):
     assert (data.dataset, data.image_size) == {
         "imagenet": ("folder", 224), "cifar": ("folder", 32), "digits": ("digits", 8)
     }[images]  # fmt: skip
-    assert model.weight_decay == 1e-4
+    large_batches = recipe.stem.startswith("imagenet_simclr")
+    assert model.weight_decay == (1e-6 if large_batches else 1e-4)
+    assert model.optimizer == ("lars" if large_batches else "sgd")
+    assert cli.config.fit.trainer.precision == ("bf16-mixed" if images == "imagenet" else None)
     if method.startswith("moco"):
         version = method[:7]
         assert isinstance(cli.model, MoCo)
@@ -252,6 +255,9 @@ def test_every_recipe_can_be_built(train_ref, monkeypatch, recipe):
     elif method.startswith("simclr"):
         assert isinstance(cli.model, SimCLR)
         assert (model.consistency_weight > 0) == ("co2" in method)
+        if images == "imagenet":
+            assert model.learning_rate == pytest.approx(0.3 * data.batch_size / 256)
+            assert (data.batch_size, model.warmup * cli.config.fit.trainer.max_epochs) == (4096, 10)
     elif method == "instdisc":
         assert isinstance(cli.model, InstDisc)
         assert model.temperature == 0.07

@@ -70,6 +70,32 @@ def test_three_and_four_processes_are_one(tmp_path, which, devices):
     check_same_training(which, one, several)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("which", mostly_thorough(["moco", "simclr", "conic"], ("moco",).__contains__))
+def test_two_processes_evaluate_while_training_as_one_does(tmp_path, which):
+    """The probe learns from the rows of both, and each makes the features of half of 97 images."""
+    options = [
+        "--evaluation.enabled=true", "--evaluation.every_n_epochs=1", "--evaluation.max_images=97",
+        "--evaluation.k=5", "--evaluation.label_fractions=[]",
+    ]  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        one, two = pool.map(lambda devices: train(which, devices, tmp_path, *options), (1, 2))
+    check_same_training(which, one, two)
+    probes = [
+        torch.load(run / "last.ckpt", weights_only=True)["callbacks"]["Evaluation"]["probe"]
+        for run in (one, two)
+    ]
+    torch.testing.assert_close(probes[1]["layer"], probes[0]["layer"], rtol=1e-9, atol=1e-12)
+    for name in ("mean", "square", "steps"):
+        torch.testing.assert_close(probes[1][name], probes[0][name], rtol=1e-9, atol=1e-12)
+    epochs = [(run / "epochs.csv").read_text().splitlines() for run in (one, two)]
+    assert epochs[0][0].endswith("probe_loss,probe_top1,knn_accuracy,probe_accuracy")
+    assert len(epochs[0]) == 3
+    for row, expected in zip(*(lines[1:] for lines in epochs), strict=True):
+        values = [float(value) for value in row.split(",")]
+        assert values == pytest.approx([float(value) for value in expected.split(",")], rel=1e-9)
+
+
 def check_same_training(which, one, two):
     states = [torch.load(run / "last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
     for name, expected in states[0].items():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jsonargparse
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -432,3 +433,27 @@ def test_every_command_has_the_options_of_the_images(command):
     assert options < said.as_dict().keys()
     assert said.checkpoint == "last.ckpt"
     assert all(said.as_dict()[option] is None for option in ("root", "image_size", "num_workers", "output"))
+
+
+@pytest.mark.parametrize("arch", ["timm/test_vit", "timm/test_efficientnet"])
+def test_networks_of_timm_are_trained_evaluated_and_exported(train_ref, tmp_path, arch):
+    """Through the command line, whose types must not come into checkpoints."""
+    train_ref(
+        "fit", "--config=synthetic", f"--model.arch={arch}", "--model.stem=imagenet", "--data.image_size=32",
+        "--model.norm_groups=4", "--data.synthetic_size=32", "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu", "--evaluation.k=3", "--evaluation.label_fractions=[]",
+    )  # fmt: skip
+    path = tmp_path / "runs" / "synthetic" / "version_0" / "last.ckpt"
+    backbone = load_backbone(path)
+    assert backbone.arch == arch
+    (row,) = evaluate.knn(str(path), k=[3], temperature=[0.07])
+    (kept, *_) = json.loads(path.with_name("evaluation.json").read_text())
+    assert row["accuracy"]["mean"] == kept["trained"]["mean"]
+    rows = evaluate.linear(str(path), augment=False, epochs=1)
+    assert 0 <= rows[0]["accuracy"]["mean"] <= 100
+
+    evaluate.export(str(path))
+    theirs = timm.create_model(arch.removeprefix("timm/"), num_classes=0)
+    theirs.load_state_dict(torch.load(path.with_suffix(".backbone.pth"), weights_only=True), strict=True)
+    with safe_open(path.with_suffix(".backbone.safetensors"), "pt") as file:
+        assert "timm.create_model(" in file.metadata()["differences"]

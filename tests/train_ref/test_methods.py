@@ -164,3 +164,10 @@ def test_other_precisions(make_method, make_trainer, name, precision):
     assert torch.isfinite(method.values["loss"])
     expected = torch.float64 if precision == "64-true" else torch.float32
     assert method.values["loss"].dtype == expected
+
+
+def test_a_size_that_the_network_does_not_take_is_told_before_the_training(make_method, make_trainer):
+    method = make_method("simclr", arch="timm/test_vit")
+    with pytest.raises(UsageError, match=r"data.image_size is 8, which a timm/test_vit does not take: .*16"):
+        make_trainer().fit(method, digits())
+    assert method.backbone.training

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from contrastive_ops import co2_loss, info_nce_loss
 from train_ref.networks import normalize_in_groups
@@ -165,3 +166,37 @@ def test_the_optimizer_is_the_papers_sgd(make_moco, make_views, make_trainer):
     assert optimizer.defaults["momentum"] == 0.9
     assert optimizer.defaults["weight_decay"] == 1e-3
     assert not optimizer.defaults["nesterov"]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_key_encoder_s_momentum_follows_its_schedule(make_moco, make_views, make_trainer, schedule):
+    moco = make_moco(momentum=0.9, momentum_schedule=schedule)
+    momenta = []
+    move = moco.update_key_encoder
+    moco.update_key_encoder = lambda: momenta.append(moco.momentum()) or move()
+    make_trainer(max_epochs=5).fit(moco, make_views())  # 10 steps
+    cosine = [1 - 0.1 * (1 + math.cos(math.pi * t / 10)) / 2 for t in range(10)]
+    assert momenta == pytest.approx([0.9] * 10 if schedule == "constant" else cosine)
+
+
+def test_a_scheduled_momentum_is_resumed_exactly(make_moco, make_views, make_trainer, tmp_path):
+    def run(ckpt_path=None):
+        moco = make_moco(momentum_schedule="cosine")
+        saving = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=3, save_top_k=-1)
+        make_trainer(max_epochs=3, callbacks=[saving], enable_checkpointing=True).fit(
+            moco, make_views(), ckpt_path=ckpt_path
+        )
+        return moco.state_dict()
+
+    whole = run()
+    torch.testing.assert_close(run(tmp_path / "kept" / "step=3.ckpt"), whole, rtol=0, atol=0)
+
+
+def test_keys_are_not_shuffled_for_a_network_without_batch_norm(make_method, step):
+    """There are no statistics that could tell the positive, and images need not travel."""
+    moco = make_method("moco", arch="timm/test_vit", norm_groups=4, queue_size=20)
+    assert not moco.shuffles_keys
+    assert make_method("moco", norm_groups=4, queue_size=20).shuffles_keys
+    images = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(moco.encode_keys(images, 0), moco.key_encoder(images))

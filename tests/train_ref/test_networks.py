@@ -1,17 +1,91 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
+import timm
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from train_ref.networks import FEATURES, SplitBatchNorm, network, normalize_in_groups, projection_head
+from train_ref.errors import UsageError
+from train_ref.networks import (
+    ARCHITECTURES,
+    SplitBatchNorm,
+    SynchronizedBatchNorm,
+    TorchSyncBatchNorm,
+    _replace_norms,
+    has_batch_norm,
+    network,
+    normalize_in_groups,
+    projection_head,
+)
+
+WIDTHS = {
+    "resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "vit_s16": 384, "convnet": 128,
+    "timm/resnet10t": 512, "timm/test_vit": 64, "timm/test_efficientnet": 256,
+    "timm/mobilenetv3_small_050": 1024,  # of a layer after the pooling
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", FEATURES)
+@pytest.mark.parametrize("arch", WIDTHS)
 def test_a_network_ends_in_its_pooled_features(arch):
-    assert network(arch)(torch.randn(2, 3, 32, 32)).shape == (2, FEATURES[arch])
+    net = network(arch)
+    assert net.num_features == WIDTHS[arch]
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, WIDTHS[arch])
+
+
+def test_the_names_are_those_that_are_tested():
+    assert set(ARCHITECTURES) <= set(WIDTHS)
+
+
+def test_a_transformer_takes_images_of_any_size_and_keeps_timm_s_tensors():
+    net, theirs = network("vit_s16").eval(), timm.create_model("vit_small_patch16_224", num_classes=0).eval()
+    theirs.load_state_dict(net.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(net(images), theirs(images))
+        assert net(torch.randn(1, 3, 96, 96)).shape == (1, 384)
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "message"),
+    [
+        ("timm/resnet18x", "imagenet", "timm has no network resnet18x; near it are resnet18"),
+        ("timm/hf-hub:someone/something", "imagenet", "timm has no network hf-hub:someone/something"),
+        ("timm/resnet18", "small", "model.stem is small, which ResNets of torchvision have"),
+        ("vit_s16", "small", "and not timm's vit_small_patch16_224"),
+    ],
+)
+def test_what_timm_has_not_is_told(arch, stem, message):
+    with pytest.raises(UsageError, match=message):
+        network(arch, stem)
+
+
+def test_without_timm_its_networks_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match="resnet10t is of timm, which is missing: pip install timm"):
+        network("timm/resnet10t")
+
+
+@pytest.mark.parametrize("kind", [SplitBatchNorm, SynchronizedBatchNorm, TorchSyncBatchNorm])
+def test_norms_of_timm_keep_their_activation(kind):
+    net = network("timm/test_efficientnet").double().eval()
+    replaced = _replace_norms(copy.deepcopy(net), kind, 2)
+    assert {type(each) for each in replaced.modules() if isinstance(each, _BatchNorm)} == {kind}
+    assert list(replaced.state_dict()) == list(net.state_dict())
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(replaced.eval()(images), net(images))
+    if kind is SplitBatchNorm:
+        parts = torch.cat([copy.deepcopy(net).train()(part) for part in images.chunk(2)])
+        torch.testing.assert_close(replaced.train()(images), parts)
+
+
+def test_a_transformer_has_no_batch_norm():
+    assert has_batch_norm(network("resnet18"))
+    assert has_batch_norm(network("timm/test_efficientnet"))
+    assert not has_batch_norm(network("timm/test_vit"))
 
 
 @pytest.mark.parametrize(("stem", "stride"), [("small", 1), ("imagenet", 4)])

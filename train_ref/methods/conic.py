@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from contrastive_ops import ConICLoss, ConICMetrics, DelayedSGD, InstanceClassifier
 
@@ -62,6 +62,11 @@ class ConIC(Method):
         **network: Any,
     ) -> None:
         super().__init__(head=head, learning_rate=learning_rate, **network)
+        if self.hparams.optimizer != "sgd":
+            raise UsageError(
+                f"model.optimizer is {self.hparams.optimizer}, and must be sgd: ConIC's classifier takes "
+                "steps of SGD, at the encoder's learning rate"
+            )
         self.classifier: InstanceClassifier | None = None  # as soon as the number of images is known
         self.criterion = ConICLoss(
             temperature=temperature, consistency_weight=consistency_weight, return_metrics=True
@@ -190,8 +195,9 @@ class ConIC(Method):
         norm = (squares[0] + total(squares[1])).sqrt()
         torch.nn.utils.clip_grads_with_norm_([*everywhere, *here], gradient_clip_val, norm)
 
-    def optimizer(self, **settings: Any) -> Optimizer:
-        return Together(SGD(self.encoder.parameters(), **settings), DelayedSGD(self.classifier, **settings))
+    def make_optimizer(self, lr: float, weight_decay: float) -> Optimizer:
+        rows = DelayedSGD(self.classifier, lr=lr, momentum=0.9, weight_decay=weight_decay)
+        return Together(super().make_optimizer(lr, weight_decay), rows)
 
 
 class Together(Optimizer):

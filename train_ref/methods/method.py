@@ -1,4 +1,4 @@
-"""What all methods have: an encoder, SGD with a schedule, and a report of each step."""
+"""What all methods have: an encoder, an optimizer with a schedule, and a report of each step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from contrastive_ops import LossMetrics
 
 from .. import distributed
-from ..errors import UsageError
-from ..networks import FEATURES, Architecture, Head, Stem, network, normalize_in_groups, projection_head
+from ..errors import UsageError, one_line
+from ..networks import Architecture, Head, Stem, network, normalize_in_groups, projection_head
+from ..optimizers import OptimizerName, optimizer_of
 from ..parsing import NonNegativeFinite, PositiveFinite, Seed
 from ..resuming import of_model, refuse_changes
 
@@ -32,14 +33,16 @@ class Method(LightningModule):
     returns metrics too, or another of the same tensors in its place.
 
     Args:
-        arch: the network.
-        stem: how a ResNet starts: "small" suits images of 64 pixels and fewer.
+        arch: the network: a ResNet of torchvision's, ViT-S/16, or any of timm's by its name, timm/<name>.
+        stem: how a ResNet of torchvision's starts: "small" suits images of 64 pixels and fewer.
         head: the projection from features to the contrast's rows; it is thrown away after the training.
         dim: dimension D of these rows.
         norm_groups: parts of a batch that batch norm takes its statistics from: 8 for those of eight GPUs, on
             however many; 1 for those of the whole batch, synchronised over all processes.
-        learning_rate: of SGD with momentum 0.9, at its largest.
-        weight_decay: of SGD.
+        optimizer: of the encoder: "sgd" with momentum 0.9, as most papers have; "lars", SimCLR's for large
+            batches; "adamw", for transformers. The last two leave biases and norms without decay.
+        learning_rate: at its largest.
+        weight_decay: of the optimizer.
         schedule: of the learning rate, over all steps: "cosine" down to 0, or "step": a tenth after three
             fifths and a hundredth after four fifths of them.
         warmup: the part of all steps in which the learning rate first grows from 0.
@@ -60,6 +63,7 @@ class Method(LightningModule):
         head: Head = "mlp",
         dim: PositiveInt = 128,
         norm_groups: PositiveInt = 1,
+        optimizer: OptimizerName = "sgd",
         learning_rate: PositiveFinite = 0.03,
         weight_decay: NonNegativeFinite = 1e-4,
         schedule: Literal["cosine", "step"] = "cosine",
@@ -68,7 +72,8 @@ class Method(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.encoder = nn.Sequential(network(arch, stem), projection_head(head, FEATURES[arch], dim))
+        backbone = network(arch, stem)
+        self.encoder = nn.Sequential(backbone, projection_head(head, backbone.num_features, dim))
         # On CPUs as on GPUs in mixed precision, convolutions are fastest in this order.
         self.encoder.to(memory_format=torch.channels_last)
 
@@ -95,6 +100,7 @@ class Method(LightningModule):
                 f"data.batch_size is {batch} and model.norm_groups {groups}: batch norm would take its "
                 f"statistics from a single image of {size} pixels, which leaves a single value of a channel"
             )
+        self._check_size(size)
         normalize_in_groups(self.encoder, groups)
         if self.shares_loss:
             self.criterion.group = distributed.group()
@@ -103,6 +109,20 @@ class Method(LightningModule):
     def value_names(cls) -> list[str]:
         """The names of a step's values, as `report` keeps them."""
         return ["loss", *(field for field in cls.metrics._fields if field.endswith("loss")), "top1", "top5"]
+
+    def _check_size(self, size: int) -> None:
+        """Raise UsageError where the network does not take images of that size, as some transformers."""
+        image = torch.zeros(1, 3, size, size).to(next(self.backbone.parameters()))
+        was_training = self.backbone.training
+        try:
+            with torch.no_grad():
+                self.backbone.eval()(image)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"data.image_size is {size}, which a {self.hparams.arch} does not take: {one_line(error)}"
+            ) from error
+        finally:
+            self.backbone.train(was_training)
 
     def _trains_on_one(self, size: int) -> bool:
         """Whether a single image of that size has several values of a channel wherever there is a norm."""
@@ -129,13 +149,13 @@ class Method(LightningModule):
         for name, value in self.values.items():
             self.log(name, value, prog_bar=not name.endswith("_loss"))
 
-    def optimizer(self, **settings: Any) -> torch.optim.Optimizer:
-        """SGD of all that is trained, with these learning rate, momentum and weight decay."""
-        return torch.optim.SGD(self.encoder.parameters(), **settings)
+    def make_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """Of all that is trained."""
+        return optimizer_of(self.hparams.optimizer, self.encoder, lr, weight_decay)
 
     def configure_optimizers(self) -> dict[str, Any]:
         hparams = self.hparams
-        optimizer = self.optimizer(lr=hparams.learning_rate, momentum=0.9, weight_decay=hparams.weight_decay)
+        optimizer = self.make_optimizer(hparams.learning_rate, hparams.weight_decay)
         # The papers' codes change the rate once an epoch; once a step is the same curve, and serves runs that
         # are shorter than an epoch.
         steps = int(self.trainer.estimated_stepping_batches)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import math
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from contrastive_ops import CO2Loss, KeyQueue
 
 from ..distributed import gather, group, own_rows
-from ..networks import normalize_in_groups
+from ..networks import has_batch_norm, normalize_in_groups
 from ..parsing import LossWeight, Temperature
 from .method import Batch, Method
 
@@ -30,6 +31,8 @@ class MoCo(Method):
     Args:
         queue_size: number K of negative keys.
         momentum: m in key encoder ← m · key encoder + (1 − m) · query encoder.
+        momentum_schedule: "constant", or "cosine": from m at the first step up to 1 at the last, as in BYOL
+            and MoCo v3.
         temperature: τ of the contrast.
         consistency_temperature: τc of CO2's consistency term.
         consistency_weight: α of CO2's consistency term; 0 is MoCo without CO2.
@@ -43,6 +46,7 @@ class MoCo(Method):
         self,
         queue_size: PositiveInt = 65536,
         momentum: ClosedUnitInterval = 0.999,
+        momentum_schedule: Literal["constant", "cosine"] = "constant",
         temperature: Temperature = 0.2,
         consistency_temperature: Temperature = 0.05,
         consistency_weight: LossWeight = 0.3,
@@ -50,6 +54,7 @@ class MoCo(Method):
     ) -> None:
         super().__init__(**network)
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.shuffles_keys = self.hparams.norm_groups > 1 and has_batch_norm(self.encoder)
         self.queue = KeyQueue(queue_size, self.hparams.dim)
         self.criterion = CO2Loss(
             temperature=temperature,
@@ -71,11 +76,20 @@ class MoCo(Method):
         if dtype := {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision):
             self.queue.to(dtype)
 
+    def momentum(self) -> float:
+        """m of this step."""
+        start = self.hparams.momentum
+        if self.hparams.momentum_schedule == "constant":
+            return start
+        part = min(1.0, self.trainer.global_step / self.trainer.estimated_stepping_batches)
+        return 1 - (1 - start) * (1 + math.cos(math.pi * part)) / 2
+
     @torch.no_grad()
     def update_key_encoder(self) -> None:
         """θ_k ← m θ_k + (1 − m) θ_q. Batch statistics are not averaged: the key encoder keeps its own."""
+        momentum = self.momentum()
         for key, query in zip(self.key_encoder.parameters(), self.encoder.parameters(), strict=True):
-            key.lerp_(query, 1 - self.hparams.momentum)
+            key.lerp_(query, 1 - momentum)
 
     @torch.no_grad()
     def encode_keys(self, views: Tensor, batch_idx: int) -> Tensor:
@@ -85,7 +99,7 @@ class MoCo(Method):
         would tell the positive. So keys' views are dealt out at random to the parts of all processes, and
         their keys brought back into order: MoCo's shuffling batch norm.
         """
-        if self.hparams.norm_groups == 1:
+        if not self.shuffles_keys:
             return self.key_encoder(views)
         views = gather(views)  # (P·B, 3, H, W)
         step = (self.hparams.seed, self.trainer.current_epoch, batch_idx)
