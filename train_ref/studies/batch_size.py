@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from ..methods import ConIC, SimCLR
 from ..parsing import PositiveFinite, Temperature
-from .common import MEASURES, Runs, Study, Variant, accuracy, command, dots, over
+from .common import MEASURES, MethodStudy, Runs, Study, Variant, accuracy, command, dots, over
 
 SIZES = (16, 32, 64, 128)
 METHODS = {"ConIC": ConIC, "SimCLR": SimCLR}
@@ -36,7 +36,7 @@ def study(
     rates = {"ConIC": conic_learning_rate, "SimCLR": simclr_learning_rate}
     others = {"ConIC": {}, "SimCLR": {"temperature": simclr_temperature}}
     *smaller, largest = SIZES
-    return Study(
+    return MethodStudy(
         variants={
             f"{name}, {size}": Variant(
                 METHODS[name], {"learning_rate": rates[name] * size / 64, **others[name]}, size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -208,14 +209,47 @@ def one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Study:
-    """What is trained to answer a question, what of it is measured, and how that is told.
+class Study(ABC):
+    """What is trained to answer a question, and how that is told.
 
     Attributes:
-        variants: what is compared, by name.
         title: heads the figure.
         tables: from all trainings, rows by the table's title.
         draw: the figure, from all trainings.
+    """
+
+    title: str
+    tables: Callable[[Runs], dict[str, list[Row]]]
+    draw: Callable[[Runs], Figure]
+
+    @abstractmethod
+    def of_seed(self, seed: int, epochs: int, quick: bool) -> Iterator[tuple[str, Run]]:
+        """Train every variant with a seed: their names, and what they came to.
+
+        Args:
+            seed: of all that is random.
+            epochs: of each training.
+            quick: two steps an epoch.
+        """
+
+    @one_thread()
+    def train(self, epochs: int, seeds: int, quick: bool) -> Runs:
+        """`of_seed` of so many seeds, which are 0, 1, …: the values of all trainings."""
+        runs: Runs = {}
+        for seed in range(seeds):
+            for name, run in self.of_seed(seed, epochs, quick):
+                runs.setdefault(name, []).append(run)
+                said = (f"{text(key, value)} {key}" for key, value in run.items() if isinstance(value, float))
+                print(f"seed {seed}, {name}: {', '.join(said)}", flush=True)
+        return runs
+
+
+@dataclass(frozen=True)
+class MethodStudy(Study):
+    """Methods, or settings of them, side by side. All of a seed see the same views in the same order.
+
+    Attributes:
+        variants: what is compared, by name.
         views: of a seed, and so many epochs.
         measure: what a network is worth, untrained and trained.
         at_end: values of an epoch, beside the means of its steps.
@@ -223,40 +257,20 @@ class Study:
     """
 
     variants: Mapping[str, Variant]
-    title: str
-    tables: Callable[[Runs], dict[str, list[Row]]]
-    draw: Callable[[Runs], Figure]
     views: Callable[[int, int], SharedViews] = SharedViews
     measure: AtEnd = worth
     at_end: AtEnd | None = None
     after: Callable[[list[Run]], Run] | None = None
 
-    @one_thread()
-    def train(self, epochs: int, seeds: int, quick: bool) -> Runs:
-        """Train every variant with every seed. All of a seed see the same views in the same order.
-
-        Args:
-            epochs: of each training.
-            seeds: how many; they are 0, 1, …
-            quick: two steps an epoch.
-
-        Returns:
-            The values of all trainings, and before them of the untrained networks.
-        """
-        runs: Runs = {UNTRAINED: [], **{name: [] for name in self.variants}}
-        for seed in range(seeds):
-            shared = self.views(seed, epochs)
-            for name, variant in self.variants.items():
-                shared.hparams.batch_size = variant.batch_size
-                module = variant.module(seed)
-                if len(runs[UNTRAINED]) == seed:
-                    runs[UNTRAINED].append(self.measure(module, shared))
-                means = train(module, shared, epochs, quick, self.at_end)
-                run = self.measure(module, shared) | (self.after(means) if self.after else {})
-                runs[name].append(run)
-                said = (f"{text(key, value)} {key}" for key, value in run.items() if isinstance(value, float))
-                print(f"seed {seed}, {name}: {', '.join(said)}", flush=True)
-        return runs
+    def of_seed(self, seed: int, epochs: int, quick: bool) -> Iterator[tuple[str, Run]]:
+        shared = self.views(seed, epochs)
+        for number, (name, variant) in enumerate(self.variants.items()):
+            shared.hparams.batch_size = variant.batch_size
+            module = variant.module(seed)
+            if number == 0:
+                yield UNTRAINED, self.measure(module, shared)
+            means = train(module, shared, epochs, quick, self.at_end)
+            yield name, self.measure(module, shared) | (self.after(means) if self.after else {})
 
 
 QUICK = {"epochs": 2, "seeds": 2}

@@ -8,7 +8,20 @@ from matplotlib.figure import Figure
 
 from ..methods import ConIC
 from ..parsing import PositiveFinite
-from .common import MEASURES, Row, Run, Runs, Study, Variant, command, differences, dots, over, table
+from .common import (
+    MEASURES,
+    MethodStudy,
+    Row,
+    Run,
+    Runs,
+    Study,
+    Variant,
+    command,
+    differences,
+    dots,
+    over,
+    table,
+)
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.5, 5.0)  # the paper chooses 2.5
 LABELS = {f"α = {weight:g}": f"{weight:g}" for weight in WEIGHTS}
@@ -43,7 +56,7 @@ def study(
         batch_size: images a step.
         learning_rate: at the start of the cosine.
     """
-    return Study(
+    return MethodStudy(
         variants={
             name: Variant(ConIC, {"learning_rate": learning_rate, "consistency_weight": weight}, batch_size)
             for name, weight in zip(LABELS, WEIGHTS, strict=True)

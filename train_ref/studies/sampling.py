@@ -22,6 +22,7 @@ from ..methods import ConIC
 from ..parsing import LossWeight, PositiveFinite
 from .common import (
     MEASURES,
+    MethodStudy,
     Row,
     Run,
     Runs,
@@ -99,7 +100,7 @@ def study(
     if active >= count:
         raise UsageError(f"active is {active}: all {count} rows are, and nothing is sampled")
     settings = {"learning_rate": learning_rate, "consistency_weight": consistency_weight}
-    return Study(
+    return MethodStudy(
         variants={
             FULL: Variant(ConIC, settings, batch_size),
             COMPENSATED: Variant(ConIC, {**settings, "active": active}, batch_size),

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 
 from ..methods import ConIC, Method
 from ..parsing import NonNegativeFinite, PositiveFinite, PositiveLossWeight
-from .common import Row, Run, Runs, SharedViews, Study, Variant, command, differences, table
+from .common import MethodStudy, Row, Run, Runs, SharedViews, Study, Variant, command, differences, table
 
 IMAGES, VIEWS = 8, 20
 BANDWIDTH = 0.04  # the kernel's standard deviation; features have norm 1
@@ -127,7 +127,7 @@ def study(
         larger_weight: another α, the paper's for everything else.
     """
     settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "dim": 2}
-    return Study(
+    return MethodStudy(
         variants={
             f"α = {weight:g}": Variant(ConIC, {**settings, "consistency_weight": weight}, batch_size=IMAGES)
             for weight in (0.0, consistency_weight, larger_weight)
