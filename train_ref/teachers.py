@@ -121,7 +121,8 @@ class Distillation(nn.Module):
         L = −(1 − α) Σ_{(x, y) ∈ D_L} log P_S(y|x) − α Σ_{x ∈ D} Σ_y P_T(y|x; τ) log P_S(y|x; τ)
 
     Both sums are divided by the number of a batch's images: the loss is the mean of those that processes with
-    equal shares have. The teacher sees the student's views, as in the authors' code, and stays as it is.
+    equal shares have. As in the authors' code, the teacher's sum is multiplied by τ², by which the speed of
+    learning does not depend on τ (Hinton et al., 2015), and the teacher sees the student's views.
 
     Args:
         teacher: (B, …) to logits (B, classes).
@@ -149,7 +150,7 @@ class Distillation(nn.Module):
         with torch.no_grad():
             softened = (self.teacher(images).float() / self.temperature).softmax(dim=1)  # P_T, (B, classes)
         logits = logits.float()
-        loss = self.weight * F.cross_entropy(logits / self.temperature, softened)
+        loss = self.weight * self.temperature**2 * F.cross_entropy(logits / self.temperature, softened)
         if self.weight < 1:
             known = F.cross_entropy(logits, labels, ignore_index=UNKNOWN, reduction="sum") / len(labels)
             loss = loss + (1 - self.weight) * known

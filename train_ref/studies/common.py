@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import DrawnViews, Views
 from ..errors import UsageError
 from ..evaluation import Score, extract_features, format_table, knn_accuracy, probe_score
-from ..files import replacing, writable, write_text
+from ..figures import WIDTH, one_legend, save
+from ..files import writable, write_text
 from ..methods import Method
 
 UNTRAINED = "untrained"
@@ -313,10 +314,16 @@ class Runner:
             "tables": study.tables(runs),
             "runs": runs,
         }
-        figure = study.draw(runs)
-        figure.suptitle(study.title)
-        keep(result, figure, path)
+        keep(result, self.figure(result), path)
         return result
+
+    def figure(self, result: Mapping[str, Any]) -> Figure:
+        """The study's figure, from what its JSON holds."""
+        study = self.describe(**result["settings"])
+        figure = study.draw(result["runs"])
+        figure.suptitle(study.title)
+        one_legend(figure)
+        return figure
 
 
 def command(name: str) -> Callable[[Callable[..., Study]], Runner]:
@@ -396,11 +403,15 @@ def texts(rows: Sequence[Row]) -> list[dict[str, str]]:
 def dots(axes: Axes, runs: Runs, variants: Mapping[str, str], value: str, **line: Any) -> None:
     """A value against variants, each with its label: a pale line a seed, and mean and deviation over them."""
     values = np.array([[run[value] for run in runs[name]] for name in variants])  # (variants, seeds)
-    places = range(len(variants))
-    deviation = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
-    style = {"marker": "o", "capsize": 4, "zorder": 2} | line
+    places, seeds = range(len(variants)), values.shape[1]
+    deviation = values.std(axis=1, ddof=1) if seeds > 1 else None
+    style = {"marker": "o", "capsize": 4, "zorder": 2, "label": over(seeds)} | line
     mean, *_ = axes.errorbar(places, values.mean(axis=1), deviation, **style)
-    axes.plot(places, values, color=mean.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
+    each = {"color": mean.get_color(), "alpha": 0.3, "linewidth": 0.8, "zorder": 1}
+    if style.get("linestyle") == "none":
+        each |= {"linestyle": "none", "marker": "o", "markersize": 4, "markeredgewidth": 0}
+    axes.plot(places, values, **each)
+    axes.plot([], [], **each | {"label": "a seed"})
     axes.set_xticks(places, variants.values())
     axes.margins(x=0.15)
     axes.set_title(value, fontsize=10)
@@ -408,18 +419,20 @@ def dots(axes: Axes, runs: Runs, variants: Mapping[str, str], value: str, **line
 
 
 def panels(runs: Runs, rows: Sequence[Mapping[str, str]]) -> Figure:
-    """What features are worth, a panel a measure: in each row of panels, variants with their labels."""
-    figure = Figure(figsize=(10, 3.5 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(MEASURES), sharey="col", squeeze=False)
+    """What features are worth, a column a measure: in each row of panels, variants with their labels."""
+    figure = Figure(figsize=(WIDTH, 1 + 2.6 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(MEASURES), sharey="col", sharex="row", squeeze=False)
     for row, labels in zip(grid, rows, strict=True):
         for axes, measure in zip(row, MEASURES, strict=True):
             dots(axes, runs, labels, measure)
+    for axes in grid[1:].flat:
+        axes.set_title("")  # that of the column is at its head
     return figure
 
 
 def over(seeds: int) -> str:
     """What `dots` has drawn."""
-    return f"mean and standard deviation over {seeds} seeds, a pale line a seed"
+    return f"mean ± standard deviation over {seeds} seeds"
 
 
 def result_file(name: str, directory: str) -> Path:
@@ -430,8 +443,7 @@ def result_file(name: str, directory: str) -> Path:
 def keep(result: dict[str, Any], figure: Figure, path: Path) -> None:
     """Leave a study's result and, beside it, its figure; print the tables, each under its title."""
     write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    with replacing(path.with_suffix(".png")) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save(figure, path.with_suffix(".png"))
     for title, rows in result["tables"].items():
         print(f"\n{title}:\n\n{format_table(texts(rows))}")
     print(f"\nFigure and numbers are kept in {path.parent}", flush=True)

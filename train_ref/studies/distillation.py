@@ -36,7 +36,6 @@ from .common import (
     command,
     differences,
     dots,
-    over,
     table,
     train,
 )
@@ -159,15 +158,15 @@ class DistillationStudy(Study):
 def study(
     epochs: PositiveInt = 15,
     seeds: PositiveInt = 5,
-    batch_size: PositiveInt = 64,
-    learning_rate: PositiveFinite = 0.06,
+    batch_size: PositiveInt = 32,
+    learning_rate: PositiveFinite = 0.03,
     labelled_batch_size: PositiveInt = 256,
     steps: PositiveInt = 200,
     layer_learning_rate: PositiveFinite = 0.5,
-    backbone_learning_rate: PositiveFinite = 0.002,
+    backbone_learning_rate: PositiveFinite = 0.1,
     scratch_learning_rate: PositiveFinite = 0.1,
-    student_epochs: PositiveInt = 30,
-    student_learning_rate: PositiveFinite = 0.1,
+    student_epochs: PositiveInt = 20,
+    student_learning_rate: PositiveFinite = 0.05,
     weight_decay: NonNegativeFinite = 1e-4,
     self_temperature: Temperature = 0.1,
     temperature: Temperature = 1.0,
@@ -194,7 +193,7 @@ def study(
         temperature: τ where it is smaller.
     """
     return DistillationStudy(
-        title=f"Learning digits from few labels: {over(seeds)}",
+        title="Learning digits from few labels",
         tables=tables,
         draw=draw,
         settings=dict(locals()),

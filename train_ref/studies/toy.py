@@ -13,6 +13,7 @@ from sklearn.neighbors import KernelDensity
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from ..figures import WIDTH
 from ..methods import ConIC, Method
 from ..parsing import NonNegativeFinite, PositiveFinite, PositiveLossWeight
 from .common import MethodStudy, Row, Run, Runs, SharedViews, Study, Variant, command, differences, table
@@ -23,6 +24,7 @@ WITHIN, BETWEEN = "angle within an image, °", "angle between images, °"
 NEAREST = "nearest view is of the same image, %"
 MEASURES = (WITHIN, BETWEEN, NEAREST)
 CLASSIFICATION, CONSISTENCY = "classification loss", "consistency loss"
+COLORS = colormaps["tab10"].colors  # of the images
 DIRECTIONS = "directions of the views, °"  # (IMAGES, VIEWS)
 
 
@@ -97,7 +99,7 @@ def density(directions: np.ndarray, axis: np.ndarray) -> np.ndarray:
 def picture(directions: np.ndarray, axis: np.ndarray) -> np.ndarray:
     """Densities (G, G, 3) of each image's views (IMAGES, VIEWS) on white, as opaque as they are high."""
     drawn = np.ones((len(axis), len(axis), 3))
-    for views, color in zip(directions, colormaps["tab10"].colors, strict=False):
+    for views, color in zip(directions, COLORS, strict=False):
         values = density(views, axis)
         opacity = (values / values.max())[..., None]
         drawn = drawn * (1 - opacity) + np.array(color) * opacity
@@ -132,7 +134,7 @@ def study(
             f"α = {weight:g}": Variant(ConIC, {**settings, "consistency_weight": weight}, batch_size=IMAGES)
             for weight in (0.0, consistency_weight, larger_weight)
         },
-        title=f"Densities of {VIEWS} views of each of eight images, a colour an image",
+        title=f"Where {VIEWS} views of each of eight images lie on the circle: densities",
         tables=tables,
         draw=draw,
         views=EightImages,
@@ -155,12 +157,16 @@ def draw(runs: Runs) -> Figure:
     _, *variants = runs
     seeds = min(len(runs[variants[0]]), 4)
     axis = np.linspace(-1.2, 1.2, 241)
-    figure = Figure(figsize=(2.6 * seeds, 2.8 * len(variants)), layout="constrained")
-    panels = figure.subplots(len(variants), seeds, squeeze=False)
+    figure = Figure(figsize=(WIDTH, 1 + WIDTH / seeds * len(variants)), layout="constrained")
+    panels = figure.subplots(len(variants), seeds, squeeze=False, sharex=True, sharey=True)
     for row, name in zip(panels, variants, strict=True):
+        row[0].set_ylabel(name)
         for seed, axes in enumerate(row):
             directions = np.array(runs[name][seed][DIRECTIONS])
             axes.imshow(picture(directions, axis), origin="lower", extent=(-1.2, 1.2, -1.2, 1.2))
-            axes.set_title(f"{name}, seed {seed}", fontsize=10)
             axes.set(xticks=(), yticks=())
+    for seed, axes in enumerate(panels[0]):
+        axes.set_title(f"seed {seed}", fontsize=10)
+    for image, color in zip(range(IMAGES), COLORS, strict=False):
+        axes.plot([], [], "o", color=color, label=f"image {image + 1}")
     return figure
