@@ -234,8 +234,8 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = self.criterion(self(images), labels, images)
-        self.log("loss", loss, prog_bar=True)
-        self.values = {"loss": loss.detach()}
+        self.values = {"loss": mean(loss.detach())}  # of all processes
+        self.log("loss", self.values["loss"], prog_bar=True)
         # To look at a loss is to wait for a GPU, which therefore is asked as often as values are logged.
         if self.device.type == "cpu" or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
             self.check_loss()
@@ -245,7 +245,7 @@ class Classifier(LightningModule):
         self.check_loss()
 
     def check_loss(self) -> None:
-        if not mean(self.values["loss"]).isfinite():  # of all processes, which stop together
+        if not self.values["loss"].isfinite():  # in all processes, which stop together
             raise UsageError(
                 f"the training diverged: its loss is not finite after {self.trainer.global_step} steps; "
                 "lower the learning rate"

@@ -157,7 +157,7 @@ class DistillationStudy(Study):
 @command("distillation")
 def study(
     epochs: PositiveInt = 15,
-    seeds: PositiveInt = 5,
+    seeds: PositiveInt = 4,
     batch_size: PositiveInt = 32,
     learning_rate: PositiveFinite = 0.03,
     labelled_batch_size: PositiveInt = 256,
