@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from .files import replacing
 
 WIDTH = 10.0  # inches: where a page shrinks it to a text's width, letters are nearly as large as the text's
-LETTERS, SYMBOL = 140, 8  # of nine points in a line of that width, and as many as a legend's symbol takes
+LETTERS, SYMBOL = 140, 12  # of nine points in a line of that width, and as many as a legend's symbol takes
 
 
 def one_legend(figure: Figure) -> None:

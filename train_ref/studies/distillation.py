@@ -8,8 +8,9 @@ images. All its trainings have views of the pre-training: to draw others would t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 from ..classifiers import Batches, Classifier, LabelledImages, Schedule, fit
 from ..evaluate import for_few_labels
 from ..evaluation import labelled_subset
+from ..figures import WIDTH
 from ..methods import SimCLR
 from ..networks import FEATURES, network
 from ..parsing import NonNegativeFinite, PositiveFinite, Temperature
@@ -90,8 +92,51 @@ class OneOfTheViews(Dataset):
 
 
 @dataclass(frozen=True)
+class Learning:
+    """Trainings of a seed, on the views of its pre-training.
+
+    Attributes:
+        settings: the study's, by their names.
+    """
+
+    seed: int
+    views: SharedViews
+    settings: Mapping[str, Any]
+    quick: bool
+
+    @cached_property
+    def images(self) -> LabelledImages:
+        return LabelledImages(dataset="digits", image_size=self.views.hparams.image_size)
+
+    def from_labels(self, net: NewNet, labelled: np.ndarray, layer: float, backbone: float) -> Classifier:
+        """A network that has learned from these labels, with rates for a whole batch of them."""
+        batch_size, steps = self.settings["labelled_batch_size"], 2 if self.quick else self.settings["steps"]
+        scale, epochs = for_few_labels(len(labelled), batch_size, epochs=1, min_steps=steps)
+        schedule = Schedule(scale * layer, scale * backbone)
+        return self._learn(net, labelled, batch_size, epochs, schedule)
+
+    def from_teacher(self, net: NewNet, teacher: Classifier, temperature: float) -> Classifier:
+        """A network that has learned what a teacher says of all images."""
+        rate, decay = self.settings["student_learning_rate"], self.settings["weight_decay"]
+        everything, batch_size = np.arange(len(self.images.labels)), self.settings["batch_size"]
+        epochs = 2 if self.quick else self.settings["student_epochs"]
+        schedule = Schedule(rate, rate, weight_decay=decay)
+        criterion = Distillation(teacher, temperature)
+        return self._learn(net, everything, batch_size, epochs, schedule, criterion)
+
+    def _learn(self, net: NewNet, chosen: np.ndarray, batch_size: int, epochs: int, *how: Any) -> Classifier:
+        seed_everything(self.seed, verbose=False)
+        classifier = Classifier(*net(), self.images.classes, *how)
+        train, test = OneOfTheViews(self.views, chosen, self.seed), self.images.plain(train=False)
+        batches = Batches(self.images, train, test, batch_size, self.seed)
+        quietly = {"enable_progress_bar": False, "limit_train_batches": 2 if self.quick else None}
+        fit(classifier, batches, epochs, accelerator="cpu", devices=1, **quietly)
+        return classifier
+
+
+@dataclass(frozen=True)
 class DistillationStudy(Study):
-    """The steps, one after another, for each part of the labels.
+    """The three steps, for each part of the labels.
 
     Attributes:
         settings: the study's, by their names.
@@ -105,50 +150,25 @@ class DistillationStudy(Study):
         views = SharedViews(seed, epochs, batch_size=pretraining.batch_size)
         module = pretraining.module(seed)
         train(module, views, epochs, quick)
-        images = LabelledImages(dataset="digits", image_size=views.hparams.image_size)
-        test = images.plain(train=False)
 
-        def learn(net: NewNet, chosen: np.ndarray, batch_size: int, epochs: int, **how: Any) -> Classifier:
-            """A classifier after its training on the chosen images."""
-            seed_everything(seed, verbose=False)
-            classifier = Classifier(*net(), images.classes, **how)
-            batches = Batches(images, OneOfTheViews(views, chosen, seed), test, batch_size, seed)
-            quietly = {"enable_progress_bar": False, "limit_train_batches": 2 if quick else None}
-            fit(classifier, batches, epochs, accelerator="cpu", devices=1, **quietly)
-            return classifier
+        def pretrained() -> tuple[nn.Module, int]:
+            return copy.deepcopy(module.backbone), FEATURES["convnet"]
 
-        def from_labels(net: NewNet, layer: float, backbone: float) -> Classifier:
-            batch_size = settings["labelled_batch_size"]
-            scale, lasting = for_few_labels(len(labelled), batch_size, 1, 2 if quick else settings["steps"])
-            return learn(
-                net, labelled, batch_size, lasting, schedule=Schedule(scale * layer, scale * backbone)
-            )
-
-        def from_teacher(net: NewNet, temperature: float) -> Classifier:
-            rate = settings["student_learning_rate"]
-            return learn(
-                net,
-                np.arange(len(images.labels)),
-                settings["batch_size"],
-                settings["student_epochs"] if not quick else 2,
-                schedule=Schedule(rate, rate, weight_decay=settings["weight_decay"]),
-                criterion=Distillation(teacher, temperature),
-            )
-
+        learning = Learning(seed, views, settings, quick)
+        scratch = settings["scratch_learning_rate"], settings["scratch_learning_rate"]
+        rates = settings["layer_learning_rate"], settings["backbone_learning_rate"]
         runs: dict[str, Run] = {name: {} for name in LABELS}
         for column, fraction in FRACTIONS.items():
-            labelled = labelled_subset(images.labels, fraction, seed)
-            scratch = settings["scratch_learning_rate"]
+            labelled = labelled_subset(learning.images.labels, fraction, seed)
             learned = {
-                SUPERVISED: from_labels(convnet, scratch, scratch),
-                SMALL_SUPERVISED: from_labels(smaller, scratch, scratch),
+                SUPERVISED: learning.from_labels(convnet, labelled, *scratch),
+                SMALL_SUPERVISED: learning.from_labels(smaller, labelled, *scratch),
             }
             if column != ALL:
-                rates = settings["layer_learning_rate"], settings["backbone_learning_rate"]
-                teacher = from_labels(lambda: (copy.deepcopy(module.backbone), FEATURES["convnet"]), *rates)
+                teacher = learning.from_labels(pretrained, labelled, *rates)
                 learned[FINE_TUNED] = teacher
-                learned[SELF] = from_teacher(convnet, settings["self_temperature"])
-                learned[SMALL] = from_teacher(smaller, settings["temperature"])
+                learned[SELF] = learning.from_teacher(convnet, teacher, settings["self_temperature"])
+                learned[SMALL] = learning.from_teacher(smaller, teacher, settings["temperature"])
             for name, classifier in learned.items():
                 runs[name][column] = classifier.percent()["top-1"]
         yield from runs.items()
@@ -208,9 +228,10 @@ def tables(runs: Runs) -> dict[str, list[Row]]:
 
 
 def draw(runs: Runs) -> Figure:
-    """A panel for each part of the labels, and a line where all labels lead the network to."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    """A panel for each part of the labels, and a line where all of them lead the network to."""
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     for axes, column in zip(figure.subplots(1, 2, sharex=True), (ONE, TEN), strict=True):
         dots(axes, runs, LABELS, column, linestyle="none")
-        axes.axhline(np.mean([run[ALL] for run in runs[SUPERVISED]]), color="0.5", linestyle="--")
+        everything = np.mean([run[ALL] for run in runs[SUPERVISED]])
+        axes.axhline(everything, color="0.5", linestyle="--", label="from scratch, with all labels")
     return figure
