@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from .files import replacing
 
 WIDTH = 10.0  # inches: where a page shrinks it to a text's width, letters are nearly as large as the text's
-LETTERS, SYMBOL = 140, 12  # of nine points in a line of that width, and as many as a legend's symbol takes
+LETTERS, SYMBOL = 140, 8  # of nine points in a line of that width, and as many as a legend's symbol takes
 
 
 def one_legend(figure: Figure) -> None:
@@ -20,8 +20,12 @@ def one_legend(figure: Figure) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             known.setdefault(label, handle)
-    lines = math.ceil(sum(len(label) + SYMBOL for label in known) / LETTERS)
-    columns = math.ceil(len(known) / lines)
+    lengths = [len(label) + SYMBOL for label in known]
+
+    def width(columns: int) -> int:
+        return sum(max(column) for column in np.array_split(lengths, columns))  # as matplotlib fills them
+
+    columns = max((each for each in range(1, len(known) + 1) if width(each) <= LETTERS), default=1)
     figure.legend(
         known.values(), known.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )
