@@ -18,6 +18,11 @@ from .parsing import NonNegativeFinite, PositiveFinite, Seed, Temperature
 from .teachers import CLASSIFIER, Distillation, Teacher, keep_classifier, lesson, load_teacher
 
 STUDENT = "student"  # the folder of its training
+# Options that figures depend on, as they were said.
+TOLD = (
+    "unlabelled", "weight", "epochs", "batch_size", "learning_rate", "weight_decay", "seed", "devices",
+    "precision",
+)  # fmt: skip
 
 # The paper's: 0.1 where the student's network is the teacher's, 1 where it is a smaller one.
 SELF_TEMPERATURE, SMALLER_TEMPERATURE = 0.1, 1.0
@@ -99,9 +104,9 @@ def distill(
                 Distillation(teacher.classifier(), temperature, weight),
             )
             accuracies = fit(student, batches, epochs, **computing, **run.training(STUDENT))
-            told = evaluator.backbone._replace(method="distill", arch=arch, stem=stem, data=evaluator.data)
+            facts = evaluator.backbone._replace(method="distill", arch=arch, stem=stem, data=evaluator.data)
             path = run.begin() / STUDENT / CLASSIFIER
-            keep_classifier(student, path, told, teacher.labelled.numpy(), images.digest())
+            keep_classifier(student, path, facts, teacher.labelled.numpy(), images.digest())
             run.finish(STUDENT, accuracies)
         known = accuracies_of(teacher.classifier(), batches, **computing)
         rows = [
@@ -113,22 +118,8 @@ def distill(
             }
             for name in accuracies
         ]
-        told = {
-            "arch": arch,
-            "stem": stem,
-            "unlabelled": unlabelled,
-            "images": len(taught),
-            "temperature": temperature,
-            "weight": weight,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "seed": seed,
-            "devices": devices,
-            "precision": precision,
-        }
-        evaluator.report(rows, told)
+        chosen = {"arch": arch, "stem": stem, "temperature": temperature, "images": len(taught)}
+        evaluator.report(rows, {name: settings[name] for name in TOLD} | chosen)
     return rows
 
 

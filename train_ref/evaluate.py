@@ -242,7 +242,7 @@ def finetune(
         rates["from scratch"] = (scratch_learning_rate, scratch_learning_rate)
     evaluator = Evaluator("finetune", checkpoint, **options)
     images, arch = evaluator.images, evaluator.backbone.arch
-    told_of_classifiers = evaluator.backbone._replace(method="finetune", data=evaluator.data)
+    facts = evaluator.backbone._replace(method="finetune", data=evaluator.data)
     unseen = set(range(images.classes)) - set(images.labels.tolist())
     if unseen:
         raise UsageError(f"max_images leaves no training image of {len(unseen)} of {images.classes} classes")
@@ -278,7 +278,7 @@ def finetune(
                         )
                         if name == "fine-tuned" and seed < keep:
                             path = run.begin() / place / CLASSIFIER
-                            keep_classifier(classifier, path, told_of_classifiers, labelled, images.digest())
+                            keep_classifier(classifier, path, facts, labelled, images.digest())
                         run.finish(place, accuracies)
                     results[name].append(accuracies)
                 text = ", ".join(f"{name} {runs[-1]['top-1']:.1f} %" for name, runs in results.items())
