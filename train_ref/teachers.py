@@ -17,7 +17,6 @@ from .checkpoints import AtomicCheckpointIO
 from .classifiers import Classifier, LabelledImages, LabelledViews, Schedule
 from .data import Transform
 from .errors import UsageError
-from .networks import FEATURES
 
 CLASSIFIER = "classifier.ckpt"  # in the folder of its training
 LAYER = "layer."  # the linear layer's tensors in the state_dict of a classifier's file
@@ -45,7 +44,7 @@ class Teacher(NamedTuple):
 
     def classifier(self) -> Classifier:
         """The whole network, as it is."""
-        features = FEATURES[self.backbone.arch]
+        features = self.layer["weight"].shape[1]
         classifier = Classifier(self.backbone.network, features, self.classes, Schedule(learning_rate=0.0))
         classifier.layer.load_state_dict(self.layer)
         return classifier.requires_grad_(False)
