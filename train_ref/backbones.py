@@ -16,6 +16,7 @@ from .networks import is_network, network, timm_name
 
 KEYS = ("method", "hyper_parameters", "datamodule_hyper_parameters", "state_dict", "epoch", "global_step")
 PREFIX = "encoder.0."  # the backbone's tensors in the state_dict of every method
+LABELLED = ("finetune", "distill")  # commands whose classifiers, which learned from labels, are kept alike
 
 
 class Backbone(NamedTuple):
@@ -24,7 +25,7 @@ class Backbone(NamedTuple):
     Attributes:
         path: the checkpoint.
         network: in float32 on the CPU.
-        method: a name in `KINDS`.
+        method: what has trained it: a name in `KINDS`, or the command that did.
         arch: a name that `network` takes.
         stem: how a ResNet starts.
         data: the arguments of `Views` in the training.
@@ -83,7 +84,7 @@ def load_backbone(path: str | Path) -> Backbone:
     checkpoint = read_checkpoint(path)
     settings, method = checkpoint["hyper_parameters"], checkpoint["method"]
     arch, stem = settings.get("arch"), settings.get("stem")
-    if method not in KINDS or not is_network(arch):
+    if method not in (*KINDS, *LABELLED) or not is_network(arch):
         raise UsageError(f"{path} is a checkpoint of method {method} and network {arch}, which are unknown")
     net = network(arch, stem)
     tensors = checkpoint["state_dict"].items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,9 +119,24 @@ class LabelledImages(Views):
         workers = self.hparams.num_workers > 0
         return TrainingLoader(dataset, order, persistent_workers=workers, **self._loading())
 
-    def digest(self) -> str:
-        """A digest of the labels and, in a folder, of the images' names: others would give other figures."""
-        digest = hashlib.sha256()
+    def more(self, root: str) -> Dataset:
+        """The training images of another folder, nobody looks at whose labels.
+
+        Raises:
+            UsageError: there is no such folder, or it holds none.
+        """
+        try:
+            return Views(dataset="folder", root=root)._dataset(train=True)
+        except UsageError as error:
+            raise UsageError(f"unlabelled: {str(error).removeprefix('data.')}") from error
+
+    def digest(self, more: Dataset | None = None) -> str:
+        """A digest of the labels and, in a folder, of the images' names: others would give other figures.
+
+        Args:
+            more: images of another folder, if there are any, that figures depend on, too.
+        """
+        digest = hashlib.sha256() if more is None else hashlib.sha256(more.digest().encode())
         for train, images in self.sets.items():
             chosen = self.indices[train]
             names = images.digest(chosen) if isinstance(images, StoredImages) else ""
@@ -145,17 +162,26 @@ class Batches(ResumableData):
 
 
 class Schedule(NamedTuple):
-    """SGD with momentum 0.9 and no weight decay: learning rates at the start, and how they fall step by step.
+    """SGD with momentum 0.9: learning rates at the start, and how they fall step by step.
 
     Attributes:
         learning_rate: of the linear layer.
         backbone_learning_rate: None leaves the backbone as it is.
         cosine: down to 0; else a tenth after 60 % and a hundredth after 80 % of the steps.
+        weight_decay: of all parameters that are trained.
     """
 
     learning_rate: float
     backbone_learning_rate: float | None = None
     cosine: bool = True
+    weight_decay: float = 0.0
+
+
+class LabelLoss(nn.CrossEntropyLoss):
+    """Cross-entropy of labels and logits, the loss of a classifier that learns from labels alone."""
+
+    def forward(self, logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        return super().forward(logits, labels)  # other losses look at the images, too
 
 
 class Classifier(LightningModule):
@@ -167,9 +193,18 @@ class Classifier(LightningModule):
         features: of the backbone.
         classes: labels are below this.
         schedule: of the learning rates.
+        criterion: the loss of logits (B, classes), labels (B,) and images (B, …): by default `LabelLoss`.
+            What it holds is in no checkpoint.
     """
 
-    def __init__(self, backbone: nn.Module, features: int, classes: int, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        features: int,
+        classes: int,
+        schedule: Schedule,
+        criterion: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.schedule = schedule
         self.frozen = schedule.backbone_learning_rate is None
@@ -177,7 +212,7 @@ class Classifier(LightningModule):
         self.layer = nn.Linear(features, classes)
         nn.init.normal_(self.layer.weight, std=0.01)  # as MoCo's
         nn.init.zeros_(self.layer.bias)
-        self.criterion = nn.CrossEntropyLoss()
+        self.criterion = criterion or LabelLoss()
         self.accuracies = nn.ModuleDict(
             {f"top-{k}": MulticlassAccuracy(classes, top_k=k, average="micro") for k in (1, 5) if k < classes}
         )
@@ -198,9 +233,9 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = self.criterion(self(images), labels)
-        self.log("loss", loss, prog_bar=True)
-        self.values = {"loss": loss.detach()}
+        loss = self.criterion(self(images), labels, images)
+        self.values = {"loss": mean(loss.detach())}  # of all processes
+        self.log("loss", self.values["loss"], prog_bar=True)
         # To look at a loss is to wait for a GPU, which therefore is asked as often as values are logged.
         if self.device.type == "cpu" or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
             self.check_loss()
@@ -210,21 +245,23 @@ class Classifier(LightningModule):
         self.check_loss()
 
     def check_loss(self) -> None:
-        if not mean(self.values["loss"]).isfinite():  # of all processes, which stop together
+        if not self.values["loss"].isfinite():  # in all processes, which stop together
             raise UsageError(
                 f"the training diverged: its loss is not finite after {self.trainer.global_step} steps; "
                 "lower the learning rate"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.frozen:  # the backbone is in the checkpoint that is evaluated
-            tensors = checkpoint["state_dict"].items()
-            checkpoint["state_dict"] = {name: x for name, x in tensors if not name.startswith("backbone.")}
+        tensors, known = checkpoint["state_dict"].items(), self._known()
+        checkpoint["state_dict"] = {name: x for name, x in tensors if name not in known}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.frozen:
-            backbone = {f"backbone.{name}": x for name, x in self.backbone.state_dict().items()}
-            checkpoint["state_dict"] = backbone | checkpoint["state_dict"]
+        checkpoint["state_dict"] = self._known() | checkpoint["state_dict"]
+
+    def _known(self) -> dict[str, Tensor]:
+        """Tensors that training does not change: they are in the checkpoint that is evaluated."""
+        fixed = {"criterion": self.criterion} | ({"backbone": self.backbone} if self.frozen else {})
+        return {f"{name}.{key}": x for name, part in fixed.items() for key, x in part.state_dict().items()}
 
     def on_checkpoint_saved(self) -> None:
         """Nothing of a classifier is kept elsewhere than in the checkpoint."""
@@ -244,7 +281,7 @@ class Classifier(LightningModule):
         if not self.frozen:
             rate = self.schedule.backbone_learning_rate
             groups.append({"params": self.backbone.parameters(), "lr": rate})
-        optimizer = torch.optim.SGD(groups, momentum=0.9)
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=self.schedule.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         if self.schedule.cosine:
             scheduler = CosineAnnealingLR(optimizer, steps)
@@ -256,27 +293,49 @@ class Classifier(LightningModule):
 def fit(
     classifier: Classifier, batches: Batches, epochs: int, ckpt_path: Path | None = None, **settings: Any
 ) -> dict[str, float]:
-    """Train a classifier; returns its accuracies on the test images in percent: top-1 and, of more than five
-    classes, top-5.
+    """Train a classifier; returns its accuracies on the test images, as `accuracies_of` does.
 
     Args:
         ckpt_path: the checkpoint to go on from.
         **settings: arguments of Lightning's Trainer. Without any, nothing is kept.
     """
+    trainer = _trainer(max_epochs=epochs, **settings)
+    lines_in_place_of_a_bar(trainer)
+    with _what_is_meant():
+        trainer.fit(classifier, batches, ckpt_path=ckpt_path)
+        trainer.test(classifier, batches, verbose=False)
+    return classifier.percent()
+
+
+def accuracies_of(classifier: Classifier, batches: Batches, **settings: Any) -> dict[str, float]:
+    """The accuracies of a classifier on the test images in percent: top-1 and, of more than five classes,
+    top-5.
+
+    Args:
+        **settings: arguments of Lightning's Trainer.
+    """
+    with _what_is_meant():
+        _trainer(enable_progress_bar=False, **settings).test(classifier, batches, verbose=False)
+    return classifier.percent()
+
+
+def _trainer(**settings: Any) -> Trainer:
+    """Lightning's, which keeps nothing unless the settings say so."""
     keeping_nothing = {"logger": False, "enable_checkpointing": False}
-    trainer = Trainer(
-        max_epochs=epochs,
+    return Trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         plugins=[AtomicCheckpointIO()],
         **{**keeping_nothing, **settings},
     )
-    lines_in_place_of_a_bar(trainer)
+
+
+@contextmanager
+def _what_is_meant() -> Iterator[None]:
+    """Without Lightning's warnings of what is done here on purpose."""
     with warnings.catch_warnings():
-        # A frozen backbone is meant to be in evaluation mode, and a loader without workers is asked for.
-        # Few labels are few batches, fewer than there are between two that are logged.
+        # A frozen network is meant to be in evaluation mode, and a loader without workers is asked for. Few
+        # labels are few batches, fewer than there are between two that are logged.
         for told in ("in eval mode", "does not have many workers", "logging interval"):
             warnings.filterwarnings("ignore", message=f".*{told}")
-        trainer.fit(classifier, batches, ckpt_path=ckpt_path)
-        trainer.test(classifier, batches, verbose=False)
-    return classifier.percent()
+        yield

@@ -33,7 +33,9 @@ class Command:
         return getattr(import_module(f".{module}", __package__), name)
 
 
-CHECKPOINT = "runs/digits_moco_v2_co2/version_0/last.ckpt"  # as the recipe says
+RUN = "runs/digits_moco_v2_co2/version_0"  # as the recipe says
+CHECKPOINT = f"{RUN}/last.ckpt"
+TEACHER = f"{RUN}/finetune/version_0/fraction_0.1/seed_0/fine-tuned/classifier.ckpt"
 
 STUDIES = {
     "co2": Command(
@@ -60,6 +62,11 @@ STUDIES = {
         "what sampling the classifier's rows does to ConIC's loss",
         "studies.sampling:study",
         ("--quick true", "--active 144 --seeds 5"),
+    ),
+    "distillation": Command(
+        "what a network that was fine-tuned on few labels teaches itself and a smaller one",
+        "studies.distillation:study",
+        ("--quick true", "--seeds 3 --self_temperature 1"),
     ),
     "toy": Command(
         "ConIC on eight images with features of two dimensions",
@@ -124,6 +131,11 @@ COMMANDS = {
         "evaluates a checkpoint by training it on a few of the labels",
         "evaluate:finetune",
         (f"{CHECKPOINT} --seeds 2", f"{CHECKPOINT} --fractions [0.05] --from_scratch false"),
+    ),
+    "distill": Command(
+        "lets a fine-tuned classifier label images that have none, and teach a network",
+        "distill:distill",
+        (TEACHER, f"{TEACHER} --arch convnet", f"{TEACHER} --unlabelled ~/more --resume last"),
     ),
     "export": Command(
         "writes a checkpoint's backbone for other programs",

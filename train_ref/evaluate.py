@@ -1,5 +1,5 @@
 """The commands ``knn``, ``linear``, ``finetune`` and ``export``: what a checkpoint's features are worth, and
-its backbone for other programs.
+its backbone for other programs. What ``distill`` shares with them is here, too.
 
 Each takes any checkpoint that this trainer wrote and prints a table. Every evaluation keeps its settings and
 its figures in a folder of its own; those that train keep checkpoints and the values of their steps too, and
@@ -35,6 +35,7 @@ from .evaluation_run import Run, directory_of, options_of, plain, resumable, say
 from .files import verified_sha256, writable, write_text
 from .networks import network
 from .parsing import PositiveFinite, Seed
+from .teachers import CLASSIFIER, keep_classifier
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Rows = list[dict[str, Any]]
@@ -173,6 +174,12 @@ def linear(
     return rows
 
 
+def for_few_labels(labels: int, batch_size: int, epochs: int, min_steps: int) -> tuple[float, int]:
+    """By what rates are multiplied, and how many epochs there are, where labels may be less than a batch."""
+    steps = max(1, labels // batch_size)  # an epoch
+    return min(1, labels / batch_size), max(epochs, math.ceil(min_steps / steps))
+
+
 # 20 epochs of 256 images a batch with a cosine from these two rates, and no weight decay: Barlow Twins
 # (Zbontar et al., ICML 2021) on 1 % of ImageNet's labels; SwAV's protocol has 20 epochs too. From scratch,
 # 0.002 would hardly move a network: all of it learns at 0.1, usual on ImageNet for 256 images (Goyal et al.,
@@ -192,6 +199,7 @@ def finetune(
     scratch_learning_rate: PositiveFinite = 0.1,
     devices: PositiveInt = 1,
     precision: Precision = "32-true",
+    keep: NonNegativeInt = 1,
     every_n_steps: PositiveInt | None = None,
     resume: str | None = None,
     **options: Any,
@@ -199,7 +207,9 @@ def finetune(
     """Semi-supervised learning: the backbone, and a linear layer on it, learn from a few of the labels.
 
     Each training has a folder of its own in the run's. One that is done leaves its accuracies, its steps and
-    its logs, but no checkpoint: they would be many, each as large as the network.
+    its logs, but no checkpoint: they would be many, each twice as large as the network. The first seed's
+    fine-tuned classifiers are kept, as fraction_<part>/seed_0/fine-tuned/classifier.ckpt: distill makes
+    teachers of them, and knn, linear, finetune and export take them as they take checkpoints.
 
     Args:
         checkpoint: a file that the training wrote, ``last.ckpt`` in a run's directory.
@@ -215,6 +225,7 @@ def finetune(
         scratch_learning_rate: of all its layers, likewise.
         devices: how many GPUs, or processes.
         precision: of the computation.
+        keep: of each fraction, the fine-tuned classifiers of so many seeds; each is as large as the network.
         every_n_steps: write a checkpoint as often, besides those at the end of every epoch.
         resume: go on with a run that was stopped, with its settings: "last", the newest one of this
             checkpoint that is not finished, or a run's folder.
@@ -232,6 +243,7 @@ def finetune(
         rates["from scratch"] = (scratch_learning_rate, scratch_learning_rate)
     evaluator = Evaluator("finetune", checkpoint, **options)
     images, arch = evaluator.images, evaluator.backbone.arch
+    facts = evaluator.backbone._replace(method="finetune", data=evaluator.data)
     unseen = set(range(images.classes)) - set(images.labels.tolist())
     if unseen:
         raise UsageError(f"max_images leaves no training image of {len(unseen)} of {images.classes} classes")
@@ -244,10 +256,7 @@ def finetune(
             for seed in range(seeds):
                 labelled = labelled_subset(images.labels, fraction, seed)
                 train, test = images.augmented(labelled, seed), images.plain(train=False)
-                steps = max(1, len(labelled) // batch_size)  # an epoch
-                # Where more epochs make up for fewer steps, there are not more checkpoints.
-                longer = max(1, math.ceil(min_steps / steps / epochs))
-                scale = min(1, len(labelled) / batch_size)
+                scale, lasting = for_few_labels(len(labelled), batch_size, epochs, min_steps)
                 for name, (layer, backbone) in rates.items():
                     place = f"fraction_{fraction}/seed_{seed}/{name.replace(' ', '_')}"
                     accuracies = run.accuracies(place)
@@ -257,15 +266,20 @@ def finetune(
                         if name == "fine-tuned":
                             net = copy.deepcopy(evaluator.backbone.network)
                         schedule = Schedule(scale * layer, scale * backbone)
+                        classifier = Classifier(net, net.num_features, images.classes, schedule)
                         accuracies = fit(
-                            Classifier(net, net.num_features, images.classes, schedule),
+                            classifier,
                             Batches(images, train, test, batch_size, seed),
-                            max(epochs, math.ceil(min_steps / steps)),
+                            lasting,
                             accelerator=evaluator.device.type,
                             enable_progress_bar=False,
                             **computing,
-                            **run.training(place, every_n_epochs=longer),
+                            # Where more epochs make up for fewer steps, there are not more checkpoints.
+                            **run.training(place, every_n_epochs=math.ceil(lasting / epochs)),
                         )
+                        if name == "fine-tuned" and seed < keep:
+                            path = run.begin() / place / CLASSIFIER
+                            keep_classifier(classifier, path, facts, labelled, images.digest())
                         run.finish(place, accuracies)
                     results[name].append(accuracies)
                 text = ", ".join(f"{name} {runs[-1]['top-1']:.1f} %" for name, runs in results.items())
@@ -370,15 +384,20 @@ class Evaluator:
         self.max_images = max_images
         self.images = LabelledImages(max_images, **self.data)
 
-    def run(self, settings: Mapping[str, Any]) -> Run:
-        """The run of the command, new or resumed, from the values of its arguments."""
+    def run(self, settings: Mapping[str, Any], images: str | None = None) -> Run:
+        """The run of the command, new or resumed, from the values of its arguments.
+
+        Args:
+            settings: these values.
+            images: a digest of what the figures depend on, by default of the labelled images.
+        """
         defaults = inspect.signature(Evaluator).parameters.values()
         known = {each.name: each.default for each in defaults if each.default is not each.empty}
         config = {
             "command": self.command,
             "checkpoint": str(self.backbone.path.absolute()),
             "sha256": self.sha256,
-            "images": self.images.digest(),
+            "images": images or self.images.digest(),
             "options": options_of(settings, known),
             "data": {name: plain(value) for name, value in self.data.items()},
         }

@@ -28,8 +28,9 @@ from .runs import CONFIG_FILE, LAST, LATEST, remove_unless_begun
 
 DONE = "accuracies.json"  # of one training of several
 
-# What does not change the figures, or is checked by other means: `root` is where the images have moved to.
-MAY_CHANGE = {"accelerator", "every_n_steps", "num_workers", "output", "root"}
+# What does not change the figures, or is checked by other means: `root` and `unlabelled` are where the images
+# have moved to.
+MAY_CHANGE = {"accelerator", "every_n_steps", "num_workers", "output", "root", "unlabelled"}
 
 say = rank_zero_only(functools.partial(print, flush=True))
 

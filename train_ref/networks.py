@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -48,7 +49,7 @@ def network(arch: str, stem: Stem = "imagenet") -> nn.Module:
         UsageError: timm is not installed or has no such network, or it would have another stem.
     """
     if arch == "convnet":
-        return _convnet()
+        return convnet((32, 64, 128))
     if arch not in get_args(ResNet):
         return _of_timm(timm_name(arch), stem)
     net = getattr(torchvision.models, arch)()
@@ -60,9 +61,10 @@ def network(arch: str, stem: Stem = "imagenet") -> nn.Module:
     return net
 
 
-def _convnet() -> nn.Module:
-    widths, layers = (3, 32, 64, 128), []
-    for inputs, outputs, stride in zip(widths, widths[1:], (1, 2, 2), strict=False):
+def convnet(widths: Sequence[int]) -> nn.Module:
+    """ "convnet" with so many channels after each of its three convolutions."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in zip((3, *widths), widths, (1, 2, 2), strict=False):
         layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)]
         layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())

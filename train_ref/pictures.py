@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from .colours import denormalized
 from .evaluation import Features, Score, nearest
-from .files import replacing
+from .figures import save
 
 QUERIES, NEIGHBOURS = 6, 5
 CANDIDATES = 1000  # test images that are chosen from
@@ -183,8 +183,7 @@ def overview(epochs: Sequence[Mapping[str, float]], shown: Gallery | None, path:
         left, right = figure.subfigures(1, 2, width_ratios=(1, 2.2))
         curves(left.subplots(panels, 1), epochs)
         draw_gallery(right.subplots(), shown)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save(figure, path, dpi=110)
 
 
 def curves(panels: Sequence[Axes], epochs: Sequence[Mapping[str, float]]) -> None:

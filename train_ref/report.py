@@ -12,9 +12,11 @@ from typing import Any
 from .commands import STUDIES
 from .errors import UsageError
 from .evaluation import cells
+from .figures import save
 from .markdown import replace, table
 from .parsing import empty_parser
 from .studies.common import texts
+from .validate import draw
 
 DESCRIPTION = """\
 Puts the tables of studies and validations into a document.
@@ -102,8 +104,11 @@ def report(args: list[str], called: str, examples: str) -> None:
         "folder", nargs="?", default="docs/figures", metavar="FOLDER", help="of the JSON files"
     )
     parser.add_argument("--document", default="docs/results.md", help="in Markdown, with the markers")
+    parser.add_argument("--redraw", action="store_true", help="the figures beside the JSON files, too")
     given = parser.parse_args(args)
     told = put(Path(given.folder), Path(given.document))
+    if given.redraw:
+        redraw(Path(given.folder))
     print(f"{given.document} tells what {given.folder} has of {', '.join(told)}")
 
 
@@ -130,6 +135,15 @@ def put(source: Path, target: Path) -> list[str]:
         raise UsageError(f"folder: {source} has no results of studies or validations")
     replace(target, texts)
     return list(texts)
+
+
+def redraw(source: Path) -> None:
+    """Draw the figures of studies and validations in a folder anew, from the JSON files beside them."""
+    for file in sorted(source.glob("*.json")):
+        figure, name = file.with_suffix(".png"), file.stem
+        if figure.exists() and (name in STUDIES or name.startswith("validate")):
+            with results_in([file]) as (result,):
+                save(STUDIES[name].function().figure(result) if name in STUDIES else draw(result), figure)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from .comparison import Compared, CompareGradients, Eager, relative
 from .data import Views
 from .errors import UsageError
 from .evaluation import format_table
-from .files import replacing, writable, write_text
+from .figures import WIDTH, caption, one_legend, save
+from .files import writable, write_text
 from .machine import describe
 from .memory import PeakMemory
 from .methods import METHODS, Method, MoCo, method_name
@@ -52,6 +53,14 @@ FLOAT64_DRIFT = 1e-8  # whatever the eager runs do
 
 Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
 Criterion = Callable[[Method], nn.Module]  # from a method, with whose own criterion it may compute
+
+# How curves are drawn: what is wide and pale lies below what is thin.
+EAGER = {"color": "#56B4E9", "linewidth": 4, "alpha": 0.6}
+FUSED = {"color": "#D55E00", "linewidth": 1}
+PERMUTED = {"color": "0.6", "linewidth": 1}
+ALLOWED = {"color": "0.3", "linewidth": 1, "linestyle": "--"}
+SMALLEST_DIFFERENCE = 5e-17  # that is drawn: half of float64's last bit
+PRECISIONS = {"32-true": "float32", "64-true": "float64", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
 
 # The options that numbers and curves depend on.
 KEPT_SETTINGS = (
@@ -373,7 +382,7 @@ class Validation:
         }
         write_text(file, json.dumps(result, indent=1) + "\n")
         if self.free:
-            draw(verdicts, file.with_suffix(".png"))
+            save(draw(result), file.with_suffix(".png"))
 
     def tell(self, verdicts: list[Verdict]) -> None:
         """Print the table, and by which rule each has passed or failed."""
@@ -404,30 +413,67 @@ def available(backend: str) -> None:
         raise UsageError(f"backend: {backend} cannot serve here: {status}")
 
 
-def draw(verdicts: list[Verdict], path: Path) -> None:
-    """Both curves of each method and, below them, how far fused and permuted eager runs are from eager."""
+def draw(result: Mapping[str, Any]) -> Figure:
+    """Both curves of each method and, below them, how far the fused one and those of eager code with its keys
+    in another order are from eager, relative to it, from what `Validation.keep` has left."""
+    settings, verdicts = result["settings"], result["verdicts"]
     columns = min(5, len(verdicts))
     rows = math.ceil(len(verdicts) / columns)
-    figure = Figure(figsize=(3.2 * columns, 5 * rows), layout="constrained")
-    grid = figure.subplots(2 * rows, columns, squeeze=False, sharex=True)
-    pairs = grid.reshape(rows, 2, columns).transpose(0, 2, 1).reshape(-1, 2)
+    figure = Figure(figsize=(WIDTH, 1 + 3.4 * rows), layout="constrained")
+    # Losses differ from method to method, differences have one scale for all.
+    heights = figure.subplots(2 * rows, columns, squeeze=False, sharex=True).reshape(rows, 2, columns)
+    pairs = heights.transpose(0, 2, 1).reshape(-1, 2)
     for (curves, differences), verdict in zip(pairs, verdicts, strict=False):
-        eager = np.array(verdict.eager.curve)
-        curves.plot(eager, label="eager", linewidth=3, alpha=0.4)
-        curves.plot(verdict.fused.curve, label="fused", linewidth=1)
-        curves.set_title(verdict.method)
-        for run in verdict.permuted:
-            differences.semilogy(np.abs(np.array(run.curve) - eager), color="0.7", label="eager, permuted")
-        differences.semilogy(np.abs(np.array(verdict.fused.curve) - eager), color="C1", label="fused")
-        differences.set_xlabel("step")
+        eager = np.array(verdict["eager"]["curve"])
+        curves.plot(eager, label="eager", **EAGER)
+        curves.plot(verdict["fused"]["curve"], label="fused", **FUSED)
+        curves.set_title(verdict["method"], fontsize=10)
+        differences.sharey(pairs[0][1])
+        for run in verdict["permuted"]:
+            differences.plot(relative_difference(run, eager), label="eager, other order of keys", **PERMUTED)
+        differences.plot(relative_difference(verdict["fused"], eager), label="fused", **FUSED)
+        if settings["precision"] == "64-true":
+            differences.axhline(FLOAT64_DRIFT, label="what validate allows", **ALLOWED)
+        for axes in (curves, differences):
+            axes.grid(alpha=0.3)
+            axes.tick_params(labelsize=8)
     for axes in pairs[len(verdicts) :].flat:
         axes.remove()
-    curves, differences = pairs[0]
-    curves.set_ylabel("loss")
-    curves.legend()
-    differences.set_ylabel("difference from eager")
-    handles, labels = differences.get_legend_handles_labels()
-    legend = dict(zip(labels, handles, strict=True))  # each once
-    differences.legend(legend.values(), legend.keys())
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    _, first = pairs[0]
+    first.set_yscale("log")
+    first.set_ylim(bottom=SMALLEST_DIFFERENCE)
+    for (curves, differences), place in zip(pairs, range(len(verdicts)), strict=False):
+        if place % columns == 0:
+            curves.set_ylabel("loss")
+            differences.set_ylabel("relative\ndifference\nfrom eager")
+        else:
+            differences.tick_params(labelleft=False)
+        if place + columns >= len(verdicts):
+            differences.set_xlabel("step")
+    caption(figure, seen(result))
+    one_legend(figure)
+    return figure
+
+
+def relative_difference(run: Mapping[str, Any], eager: np.ndarray) -> np.ndarray:
+    """Of a curve, step by step; what is equal is at the lower edge of the picture."""
+    return np.maximum(np.abs(np.array(run["curve"]) - eager) / np.abs(eager), SMALLEST_DIFFERENCE)
+
+
+def seen(result: Mapping[str, Any]) -> str:
+    """What `draw` shows, in words and numbers."""
+    settings, verdicts = result["settings"], result["verdicts"]
+
+    def largest(*values: str) -> str:
+        return f"{max(verdict[value] for verdict in verdicts for value in values):.0e}"
+
+    apart = largest("loss_difference", "gradient_difference")
+    told = (
+        f"A {settings['network']} trains {settings['steps']} steps in {PRECISIONS[settings['precision']]}, "
+        "with fused losses and with eager ones, freely, from the same weights on the same views. At the same "
+        f"weights, losses and gradients differ by {apart} at most. Training makes roundings grow, those of "
+        "fused losses as those of eager code whose keys are merely in another order"
+    )
+    if settings["precision"] != "64-true":
+        return f"{told}, until all curves part."
+    return f"{told}: curves lie on each other, and are {largest('drift')} apart at most (root mean square)."

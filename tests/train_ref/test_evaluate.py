@@ -303,6 +303,7 @@ def test_few_labels_are_learnt_at_lower_rates_and_for_more_epochs(checkpoint, tm
         "epochs": 4,
         "min_steps": 50,
         "seeds": 1,
+        "keep": 0,  # for there is nothing that was trained
         "output": str(tmp_path / "it.json"),
     }
     evaluate.finetune(

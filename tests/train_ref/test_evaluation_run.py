@@ -20,6 +20,7 @@ from jsonargparse.typing import PositiveFloat
 from lightning.pytorch import Callback
 
 from train_ref import classifiers, evaluate
+from train_ref.commands import COMMANDS
 from train_ref.errors import UsageError
 from train_ref.evaluation_run import claim_version
 
@@ -61,13 +62,13 @@ def evaluate_with(stop: Callback | None, command: str, source: Path, **settings)
     """Run a command with a callback that may stop it: returns what it returned, or None if it exited."""
     trainer = classifiers.Trainer
 
-    def with_stop(*, callbacks, **arguments):
+    def with_stop(*, callbacks=(), **arguments):
         return trainer(callbacks=[*callbacks, *([stop] if stop else [])], **arguments)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(classifiers, "Trainer", with_stop)
         try:
-            return getattr(evaluate, command)(str(source), accelerator="cpu", **settings)
+            return COMMANDS[command].function()(str(source), accelerator="cpu", **settings)
         except SystemExit:
             return None
 

@@ -46,6 +46,16 @@ ROWS = {
         6,
     ),
     "sampling": (["full softmax, another seed", "sampled, compensated", "sampled, not compensated"], 2),
+    "distillation": (
+        [
+            "from scratch",
+            "fine-tuned",
+            "fine-tuned, then distilled",
+            "smaller network, from scratch",
+            "distilled into the smaller network",
+        ],
+        4,
+    ),
     "toy": (["untrained", "α = 0", "α = 0.1", "α = 2.5"], 2),
 }
 

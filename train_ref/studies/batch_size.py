@@ -5,9 +5,10 @@ from __future__ import annotations
 from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
+from ..figures import WIDTH
 from ..methods import ConIC, SimCLR
 from ..parsing import PositiveFinite, Temperature
-from .common import MEASURES, Runs, Study, Variant, accuracy, command, dots, over
+from .common import MEASURES, MethodStudy, Runs, Study, Variant, accuracy, command, dots, over
 
 SIZES = (16, 32, 64, 128)
 METHODS = {"ConIC": ConIC, "SimCLR": SimCLR}
@@ -36,7 +37,7 @@ def study(
     rates = {"ConIC": conic_learning_rate, "SimCLR": simclr_learning_rate}
     others = {"ConIC": {}, "SimCLR": {"temperature": simclr_temperature}}
     *smaller, largest = SIZES
-    return Study(
+    return MethodStudy(
         variants={
             f"{name}, {size}": Variant(
                 METHODS[name], {"learning_rate": rates[name] * size / 64, **others[name]}, size
@@ -44,7 +45,7 @@ def study(
             for name in METHODS
             for size in SIZES
         },
-        title=f"ConIC and SimCLR on digits: {over(seeds)}",
+        title="ConIC and SimCLR on digits",
         tables=accuracy([(f"{name}, {size}", f"{name}, {largest}") for name in METHODS for size in smaller]),
         draw=draw,
     )
@@ -52,11 +53,10 @@ def study(
 
 def draw(runs: Runs) -> Figure:
     """A panel a measure, with a line a method against the size."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, len(MEASURES), sharex=True), MEASURES, strict=True):
         for name in METHODS:
             labels = {f"{name}, {size}": str(size) for size in SIZES}
-            dots(axes, runs, labels, measure, label=name)
+            dots(axes, runs, labels, measure, label=f"{name}, {over(len(runs[f'{name}, {SIZES[0]}']))}")
         axes.set_xlabel("images a batch")
-    axes.legend()
     return figure

@@ -6,7 +6,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from ..methods import MOCO_V1, MOCO_V2, MoCo
 from ..parsing import PositiveFinite
-from .common import Study, Variant, accuracy, command, over, panels
+from .common import MethodStudy, Study, Variant, accuracy, command, panels
 
 # Name: label in the figure, version, α. The paper's α are 10 for v1 and 0.3 for v2; the recipe's for digits
 # is 1 for v1.
@@ -50,12 +50,12 @@ def study(
         {name: label for name, (label, which, _) in VARIANTS.items() if which is version}
         for version in (MOCO_V1, MOCO_V2)
     ]
-    return Study(
+    return MethodStudy(
         variants={
             name: Variant(MoCo, {**version, **settings, "consistency_weight": weight}, batch_size)
             for name, (_, version, weight) in VARIANTS.items()
         },
-        title=f"MoCo on digits: {over(seeds)}",
+        title="MoCo on digits",
         tables=accuracy(PAIRS),
         draw=lambda runs: panels(runs, rows),
     )

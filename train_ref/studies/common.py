@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import DrawnViews, Views, finished_together
 from ..errors import UsageError
 from ..evaluation import Score, extract_features, format_table, knn_accuracy, probe_score
-from ..files import replacing, writable, write_text
+from ..figures import WIDTH, one_legend, save
+from ..files import writable, write_text
 from ..methods import Method
 
 UNTRAINED = "untrained"
@@ -211,14 +213,47 @@ def one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Study:
-    """What is trained to answer a question, what of it is measured, and how that is told.
+class Study(ABC):
+    """What is trained to answer a question, and how that is told.
 
     Attributes:
-        variants: what is compared, by name.
         title: heads the figure.
         tables: from all trainings, rows by the table's title.
         draw: the figure, from all trainings.
+    """
+
+    title: str
+    tables: Callable[[Runs], dict[str, list[Row]]]
+    draw: Callable[[Runs], Figure]
+
+    @abstractmethod
+    def of_seed(self, seed: int, epochs: int, quick: bool) -> Iterator[tuple[str, Run]]:
+        """Train every variant with a seed: their names, and what they came to.
+
+        Args:
+            seed: of all that is random.
+            epochs: of each training.
+            quick: two steps an epoch.
+        """
+
+    @one_thread()
+    def train(self, epochs: int, seeds: int, quick: bool) -> Runs:
+        """`of_seed` of so many seeds, which are 0, 1, …: the values of all trainings."""
+        runs: Runs = {}
+        for seed in range(seeds):
+            for name, run in self.of_seed(seed, epochs, quick):
+                runs.setdefault(name, []).append(run)
+                said = (f"{text(key, value)} {key}" for key, value in run.items() if isinstance(value, float))
+                print(f"seed {seed}, {name}: {', '.join(said)}", flush=True)
+        return runs
+
+
+@dataclass(frozen=True)
+class MethodStudy(Study):
+    """Methods, or settings of them, side by side. All of a seed see the same views in the same order.
+
+    Attributes:
+        variants: what is compared, by name.
         views: of a seed, and so many epochs.
         measure: what a network is worth, untrained and trained.
         at_end: values of an epoch, beside the means of its steps.
@@ -226,40 +261,20 @@ class Study:
     """
 
     variants: Mapping[str, Variant]
-    title: str
-    tables: Callable[[Runs], dict[str, list[Row]]]
-    draw: Callable[[Runs], Figure]
     views: Callable[[int, int], SharedViews] = SharedViews
     measure: AtEnd = worth
     at_end: AtEnd | None = None
     after: Callable[[list[Run]], Run] | None = None
 
-    @one_thread()
-    def train(self, epochs: int, seeds: int, quick: bool) -> Runs:
-        """Train every variant with every seed. All of a seed see the same views in the same order.
-
-        Args:
-            epochs: of each training.
-            seeds: how many; they are 0, 1, …
-            quick: two steps an epoch.
-
-        Returns:
-            The values of all trainings, and before them of the untrained networks.
-        """
-        runs: Runs = {UNTRAINED: [], **{name: [] for name in self.variants}}
-        for seed in range(seeds):
-            shared = self.views(seed, epochs)
-            for name, variant in self.variants.items():
-                shared.hparams.batch_size = variant.batch_size
-                module = variant.module(seed)
-                if len(runs[UNTRAINED]) == seed:
-                    runs[UNTRAINED].append(self.measure(module, shared))
-                means = train(module, shared, epochs, quick, self.at_end)
-                run = self.measure(module, shared) | (self.after(means) if self.after else {})
-                runs[name].append(run)
-                said = (f"{text(key, value)} {key}" for key, value in run.items() if isinstance(value, float))
-                print(f"seed {seed}, {name}: {', '.join(said)}", flush=True)
-        return runs
+    def of_seed(self, seed: int, epochs: int, quick: bool) -> Iterator[tuple[str, Run]]:
+        shared = self.views(seed, epochs)
+        for number, (name, variant) in enumerate(self.variants.items()):
+            shared.hparams.batch_size = variant.batch_size
+            module = variant.module(seed)
+            if number == 0:
+                yield UNTRAINED, self.measure(module, shared)
+            means = train(module, shared, epochs, quick, self.at_end)
+            yield name, self.measure(module, shared) | (self.after(means) if self.after else {})
 
 
 QUICK = {"epochs": 2, "seeds": 2}
@@ -302,10 +317,16 @@ class Runner:
             "tables": study.tables(runs),
             "runs": runs,
         }
-        figure = study.draw(runs)
-        figure.suptitle(study.title)
-        keep(result, figure, path)
+        keep(result, self.figure(result), path)
         return result
+
+    def figure(self, result: Mapping[str, Any]) -> Figure:
+        """The study's figure, from what its JSON holds."""
+        study = self.describe(**result["settings"])
+        figure = study.draw(result["runs"])
+        figure.suptitle(study.title)
+        one_legend(figure)
+        return figure
 
 
 def command(name: str) -> Callable[[Callable[..., Study]], Runner]:
@@ -385,11 +406,15 @@ def texts(rows: Sequence[Row]) -> list[dict[str, str]]:
 def dots(axes: Axes, runs: Runs, variants: Mapping[str, str], value: str, **line: Any) -> None:
     """A value against variants, each with its label: a pale line a seed, and mean and deviation over them."""
     values = np.array([[run[value] for run in runs[name]] for name in variants])  # (variants, seeds)
-    places = range(len(variants))
-    deviation = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
-    style = {"marker": "o", "capsize": 4, "zorder": 2} | line
+    places, seeds = range(len(variants)), values.shape[1]
+    deviation = values.std(axis=1, ddof=1) if seeds > 1 else None
+    style = {"marker": "o", "capsize": 4, "zorder": 2, "label": over(seeds)} | line
     mean, *_ = axes.errorbar(places, values.mean(axis=1), deviation, **style)
-    axes.plot(places, values, color=mean.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
+    each = {"color": mean.get_color(), "alpha": 0.3, "linewidth": 0.8, "zorder": 1}
+    if style.get("linestyle") == "none":
+        each |= {"linestyle": "none", "marker": "o", "markersize": 4, "markeredgewidth": 0}
+    axes.plot(places, values, **each)
+    axes.plot([], [], **each | {"label": "a seed"})
     axes.set_xticks(places, variants.values())
     axes.margins(x=0.15)
     axes.set_title(value, fontsize=10)
@@ -397,18 +422,20 @@ def dots(axes: Axes, runs: Runs, variants: Mapping[str, str], value: str, **line
 
 
 def panels(runs: Runs, rows: Sequence[Mapping[str, str]]) -> Figure:
-    """What features are worth, a panel a measure: in each row of panels, variants with their labels."""
-    figure = Figure(figsize=(10, 3.5 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(MEASURES), sharey="col", squeeze=False)
+    """What features are worth, a column a measure: in each row of panels, variants with their labels."""
+    figure = Figure(figsize=(WIDTH, 1 + 2.6 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(MEASURES), sharey="col", sharex="row", squeeze=False)
     for row, labels in zip(grid, rows, strict=True):
         for axes, measure in zip(row, MEASURES, strict=True):
             dots(axes, runs, labels, measure)
+    for axes in grid[1:].flat:
+        axes.set_title("")  # that of the column is at its head
     return figure
 
 
 def over(seeds: int) -> str:
     """What `dots` has drawn."""
-    return f"mean and standard deviation over {seeds} seeds, a pale line a seed"
+    return f"mean ± standard deviation over {seeds} seeds"
 
 
 def result_file(name: str, directory: str) -> Path:
@@ -419,8 +446,7 @@ def result_file(name: str, directory: str) -> Path:
 def keep(result: dict[str, Any], figure: Figure, path: Path) -> None:
     """Leave a study's result and, beside it, its figure; print the tables, each under its title."""
     write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    with replacing(path.with_suffix(".png")) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save(figure, path.with_suffix(".png"))
     for title, rows in result["tables"].items():
         print(f"\n{title}:\n\n{format_table(texts(rows))}")
     print(f"\nFigure and numbers are kept in {path.parent}", flush=True)

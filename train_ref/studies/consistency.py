@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 from jsonargparse.typing import PositiveInt
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from ..figures import WIDTH
 from ..methods import ConIC
 from ..parsing import PositiveFinite
-from .common import MEASURES, Row, Run, Runs, Study, Variant, command, differences, dots, over, table
+from .common import (
+    MEASURES,
+    MethodStudy,
+    Row,
+    Run,
+    Runs,
+    Study,
+    Variant,
+    command,
+    differences,
+    dots,
+    table,
+)
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.5, 5.0)  # the paper chooses 2.5
 LABELS = {f"α = {weight:g}": f"{weight:g}" for weight in WEIGHTS}
@@ -43,12 +57,12 @@ def study(
         batch_size: images a step.
         learning_rate: at the start of the cosine.
     """
-    return Study(
+    return MethodStudy(
         variants={
             name: Variant(ConIC, {"learning_rate": learning_rate, "consistency_weight": weight}, batch_size)
             for name, weight in zip(LABELS, WEIGHTS, strict=True)
         },
-        title=f"ConIC on digits: {over(seeds)}",
+        title="ConIC on digits",
         tables=tables,
         draw=draw,
         after=losses,
@@ -68,17 +82,17 @@ def tables(runs: Runs) -> dict[str, list[Row]]:
 
 
 def draw(runs: Runs) -> Figure:
-    """Losses and measures against α, and the classification loss against the epoch."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    *panels, curves = figure.subplots(2, 3).flat
-    for axes, column in zip(panels, (CLASSIFICATION, CONSISTENCY, *MEASURES), strict=True):
+    """The classification loss against the epoch; losses and, below them, measures against α."""
+    figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
+    (curves, *losses), measures = figure.subplots(2, 3)
+    for axes, column in zip((*losses, *measures), (CLASSIFICATION, CONSISTENCY, *MEASURES), strict=True):
         dots(axes, runs, LABELS, column)
+        axes.sharex(losses[0])
         axes.set_xlabel("consistency weight α")
-    for name in LABELS:
+    for name, color in zip(LABELS, colormaps["viridis"](np.linspace(0, 0.9, len(LABELS))), strict=True):
         mean = np.mean([run[CURVE] for run in runs[name]], axis=0)
-        curves.plot(range(1, len(mean) + 1), mean, label=name)
+        curves.plot(range(1, len(mean) + 1), mean, label=name, color=color)
     curves.set_title(CURVE, fontsize=10)
     curves.set_xlabel("epoch")
     curves.grid(alpha=0.3)
-    curves.legend()
     return figure

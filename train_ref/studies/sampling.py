@@ -18,10 +18,12 @@ from contrastive_ops import conic_loss
 
 from ..data import Digits
 from ..errors import UsageError
+from ..figures import WIDTH
 from ..methods import ConIC
 from ..parsing import LossWeight, PositiveFinite
 from .common import (
     MEASURES,
+    MethodStudy,
     Row,
     Run,
     Runs,
@@ -99,7 +101,7 @@ def study(
     if active >= count:
         raise UsageError(f"active is {active}: all {count} rows are, and nothing is sampled")
     settings = {"learning_rate": learning_rate, "consistency_weight": consistency_weight}
-    return Study(
+    return MethodStudy(
         variants={
             FULL: Variant(ConIC, settings, batch_size),
             COMPENSATED: Variant(ConIC, {**settings, "active": active}, batch_size),
@@ -145,15 +147,17 @@ def distances(runs: Runs) -> list[Row]:
 
 def draw(runs: Runs) -> Figure:
     """Both losses of every variant against the epoch: mean over the seeds, and a band of their deviation."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, (loss, title) in zip(figure.subplots(1, 2), TITLES.items(), strict=True):
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, (loss, title) in zip(panels, TITLES.items(), strict=True):
         for name, style in ((FULL, "-"), (COMPENSATED, "--"), (PLAIN, ":")):
             values = np.array([run[loss] for run in runs[name]])  # (seeds, epochs)
             mean, deviation = values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
             epochs = np.arange(1, len(mean) + 1)
             (line,) = axes.plot(epochs, mean, style, label=name)
             axes.fill_between(epochs, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2)
-        axes.set(title=title, xlabel="epoch", ylabel="classification loss of a view")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-        axes.legend()
+    panels[0].set_ylabel("classification loss of a view")
     return figure

@@ -6,7 +6,7 @@ from jsonargparse.typing import PositiveInt
 
 from ..methods import SimCLR
 from ..parsing import PositiveFinite, Temperature
-from .common import Study, Variant, accuracy, command, over, panels
+from .common import MethodStudy, Study, Variant, accuracy, command, panels
 
 TEMPERATURES = (0.5, 0.1)  # SimCLR's for small images, and for ImageNet
 # The paper's text gives no α for SimCLR. 0.3 is its α for MoCo v2, 1 is there to see a larger one.
@@ -44,7 +44,7 @@ def study(
     """
     settings = {"learning_rate": learning_rate, "consistency_temperature": consistency_temperature}
     rows = [{name_of(τ, α): label(τ, α) for α in WEIGHTS} for τ in TEMPERATURES]
-    return Study(
+    return MethodStudy(
         variants={
             name_of(τ, α): Variant(
                 SimCLR, {**settings, "temperature": τ, "consistency_weight": α}, batch_size
@@ -52,7 +52,7 @@ def study(
             for τ in TEMPERATURES
             for α in WEIGHTS
         },
-        title=f"SimCLR on digits: {over(seeds)}",
+        title="SimCLR on digits",
         tables=accuracy([(name_of(τ, α), name_of(τ, PLAIN)) for τ in TEMPERATURES for α in WITH_CO2]),
         draw=lambda runs: panels(runs, rows),
     )

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from ..data import finished_together
+from ..figures import WIDTH
 from ..methods import ConIC, Method
 from ..parsing import NonNegativeFinite, PositiveFinite, PositiveLossWeight
-from .common import Row, Run, Runs, SharedViews, Study, Variant, command, differences, table
+from .common import MethodStudy, Row, Run, Runs, SharedViews, Study, Variant, command, differences, table
 
 IMAGES, VIEWS = 8, 20
 BANDWIDTH = 0.04  # the kernel's standard deviation; features have norm 1
@@ -24,6 +25,7 @@ WITHIN, BETWEEN = "angle within an image, °", "angle between images, °"
 NEAREST = "nearest view is of the same image, %"
 MEASURES = (WITHIN, BETWEEN, NEAREST)
 CLASSIFICATION, CONSISTENCY = "classification loss", "consistency loss"
+COLORS = colormaps["tab10"].colors  # of the images
 DIRECTIONS = "directions of the views, °"  # (IMAGES, VIEWS)
 
 
@@ -95,7 +97,7 @@ def density(directions: np.ndarray, axis: np.ndarray) -> np.ndarray:
 def picture(directions: np.ndarray, axis: np.ndarray) -> np.ndarray:
     """Densities (G, G, 3) of each image's views (IMAGES, VIEWS) on white, as opaque as they are high."""
     drawn = np.ones((len(axis), len(axis), 3))
-    for views, color in zip(directions, colormaps["tab10"].colors, strict=False):
+    for views, color in zip(directions, COLORS, strict=False):
         values = density(views, axis)
         opacity = (values / values.max())[..., None]
         drawn = drawn * (1 - opacity) + np.array(color) * opacity
@@ -125,12 +127,12 @@ def study(
         larger_weight: another α, the paper's for everything else.
     """
     settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "dim": 2}
-    return Study(
+    return MethodStudy(
         variants={
             f"α = {weight:g}": Variant(ConIC, {**settings, "consistency_weight": weight}, batch_size=IMAGES)
             for weight in (0.0, consistency_weight, larger_weight)
         },
-        title=f"Densities of {VIEWS} views of each of eight images, a colour an image",
+        title=f"Where {VIEWS} views of each of eight images lie on the circle: densities",
         tables=tables,
         draw=draw,
         views=EightImages,
@@ -153,12 +155,16 @@ def draw(runs: Runs) -> Figure:
     _, *variants = runs
     seeds = min(len(runs[variants[0]]), 4)
     axis = np.linspace(-1.2, 1.2, 241)
-    figure = Figure(figsize=(2.6 * seeds, 2.8 * len(variants)), layout="constrained")
-    panels = figure.subplots(len(variants), seeds, squeeze=False)
+    figure = Figure(figsize=(WIDTH, 1 + WIDTH / seeds * len(variants)), layout="constrained")
+    panels = figure.subplots(len(variants), seeds, squeeze=False, sharex=True, sharey=True)
     for row, name in zip(panels, variants, strict=True):
+        row[0].set_ylabel(name)
         for seed, axes in enumerate(row):
             directions = np.array(runs[name][seed][DIRECTIONS])
             axes.imshow(picture(directions, axis), origin="lower", extent=(-1.2, 1.2, -1.2, 1.2))
-            axes.set_title(f"{name}, seed {seed}", fontsize=10)
             axes.set(xticks=(), yticks=())
+    for seed, axes in enumerate(panels[0]):
+        axes.set_title(f"seed {seed}", fontsize=10)
+    for image, color in zip(range(IMAGES), COLORS, strict=False):
+        axes.plot([], [], "o", color=color, label=f"image {image + 1}")
     return figure
