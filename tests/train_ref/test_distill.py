@@ -18,7 +18,8 @@ from train_ref.backbones import load_backbone
 from train_ref.classifiers import Batches, Classifier, LabelledImages, Schedule, accuracies_of, fit
 from train_ref.errors import UsageError
 from train_ref.evaluate import finetune, knn
-from train_ref.teachers import UNKNOWN, Distillation, lesson, load_teacher
+from train_ref.stored import UNLABELLED
+from train_ref.teachers import Distillation, lesson, load_teacher
 
 from .conftest import RECIPES, values_of
 from .test_evaluation_run import Stop, StopBeforeTheTest, evaluate_with, figures_of, send
@@ -76,7 +77,7 @@ def check_equal(one: Path, other: Path) -> None:
 def test_the_loss_is_the_papers_in_float64(temperature, weight):
     random = torch.Generator().manual_seed(0)
     logits, answers = (torch.randn(6, 4, generator=random) for _ in range(2))
-    labels = torch.tensor([2, UNKNOWN, 0, UNKNOWN, UNKNOWN, 3])
+    labels = torch.tensor([2, UNLABELLED, 0, UNLABELLED, UNLABELLED, 3])
     logits.requires_grad_()
     criterion = Distillation(torch.nn.Identity(), temperature, weight)
     loss = criterion(logits, labels, answers)
@@ -89,7 +90,7 @@ def test_the_loss_is_the_papers_in_float64(temperature, weight):
     taught, known = -(q * np.log(p)).sum(), 0.0
     gradient = weight * temperature * (p - q) / 6
     for i, label in enumerate(labels.tolist()):
-        if label != UNKNOWN:
+        if label != UNLABELLED:
             answer = np.exp(f[i]) / np.exp(f[i]).sum()
             known -= np.log(answer[label])
             gradient[i] += (1 - weight) * (answer - np.eye(4)[label]) / 6
@@ -112,7 +113,7 @@ def test_labels_that_are_not_known_are_not_looked_at():
     views = lesson(images, None, known, seed=0)
     told = [views[0, i][1] for i in range(len(views))]
     assert len(told) == 20
-    assert [i for i, label in enumerate(told) if label != UNKNOWN] == [3, 11]
+    assert [i for i, label in enumerate(told) if label != UNLABELLED] == [3, 11]
     assert [told[i] for i in known] == images.labels[known].tolist()
 
 
