@@ -6,8 +6,9 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
-# A file of tests on each core, in processes of one thread: on two cores all take half as long.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(shell nproc) --dist=loadfile
+# A file of tests on each core, in processes of one thread: on two cores all take half as long. tests/conftest.py says
+# which files come first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(shell nproc) --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all quick dist test-installed test-oldest asan emulate bench gpu lint format clean
 

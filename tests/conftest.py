@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,6 +37,14 @@ def another_package(tree: Path, package: Path) -> str:
 
 if wrong := another_package(Path(__file__).resolve().parents[1], Path(contrastive_ops.__path__[0])):
     pytest.exit(wrong, returncode=4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests come first: where each core takes a file at a time, those with quick tests
+    alone fill what is left at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
 
 # Timings mean nothing here, and a failure must come back: no deadline, examples from a fixed seed.
 settings.register_profile(

@@ -730,7 +730,7 @@ def test_the_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) 
 
 @compiles
 @pytest.mark.skipif(bool(gpu_emulator.REQUESTED), reason="this is such a process")
-@pytest.mark.parametrize("architecture", ["sm_75", pytest.param("sm_80", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("architecture", ["sm_75", pytest.param("sm_80", marks=pytest.mark.thorough)])
 def test_kernels_as_compiled_are_right(architecture: str) -> None:
     """In every dtype and layout; `make emulate` runs the whole harness."""
     environment = {"GPU_EMULATOR": architecture, "HYPOTHESIS_PROFILE": "interpreted"}

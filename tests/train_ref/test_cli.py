@@ -54,7 +54,7 @@ def test_a_run_prints_its_table_and_leaves_its_files(train_ref, tmp_path):
         assert 0 <= row["trained"]["mean"] <= 100
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_runs_leave_the_same_picture_whatever_the_order_of_sets(tmp_path):
     command = [sys.executable, "-m", "train_ref", "fit", "--config", "synthetic", *SMALL]
     runs = []

@@ -48,9 +48,7 @@ def train(which: str, devices: int, folder: Path, *options: str, name: str = "")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "which", mostly_thorough(SETTINGS, ("moco", "simclr", "conic_accumulated").__contains__)
-)
+@pytest.mark.parametrize("which", mostly_thorough(SETTINGS, ("moco", "conic_accumulated").__contains__))
 def test_two_processes_are_one(tmp_path, which):
     with ThreadPoolExecutor() as pool:
         check_same_training(which, *pool.map(lambda devices: train(which, devices, tmp_path), (1, 2)))

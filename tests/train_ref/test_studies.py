@@ -61,7 +61,7 @@ ROWS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", mostly_thorough(STUDIES, ("toy", "co2", "simclr").__contains__))
+@pytest.mark.parametrize("name", mostly_thorough(STUDIES, ("toy", "co2").__contains__))
 def test_a_quick_study_leaves_its_figure_and_its_numbers(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
