@@ -40,8 +40,8 @@ if wrong := another_package(Path(__file__).resolve().parents[1], Path(contrastiv
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests come first: where each core takes a file at a time, those with quick tests
-    alone fill what is left at the end."""
+    """Files with the most slow tests come first: where each core takes a file at a time, those with quick
+    tests alone fill what is left at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

@@ -19,8 +19,8 @@ FILES = {
 }  # fmt: skip
 
 
-# A loss's whole harness takes minutes there. Its three steps are in "seam", and what is compiled of it runs in
-# the emulator.
+# A loss's whole harness takes minutes there. Its three steps are in "seam", and what is compiled of it runs
+# in the emulator.
 QUICK = ("seam", "rows_ops", "triton")
 
 
