@@ -45,6 +45,10 @@ def cifar(source: str, output: str) -> None:
             raise UsageError(f"source: {source} has neither CIFAR-10's batches.meta nor CIFAR-100's meta")
         fine = meta == "meta"
         classes = unpickled(files[meta], meta)["fine_label_names" if fine else "label_names"]
+        if outside := [name for name in classes if Path(name).name != name or name == ".."]:
+            raise UsageError(
+                f"source: {meta} has a class called {outside[0]!r}, which is no name of a folder"
+            )
         trains, tests = (("train",), ("test",)) if fine else (cifar_10_batches(files), ("test_batch",))
         for part, names in zip(PARTS, (trains, tests), strict=True):
             number = 0
@@ -211,7 +215,7 @@ class Smaller:
         _, height, width = image.shape
         shorter = min(height, width)
         if shorter <= self.size:
-            return image
+            return image.clone()  # for a part of other images' memory takes all of it to another process
         return resized(image, self.size * height // shorter, self.size * width // shorter)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
@@ -13,7 +13,7 @@ from .errors import UsageError
 from .evaluate import Evaluator, Precision, Rows
 from .evaluation import Score
 from .evaluation_run import resumable
-from .networks import Architecture, Stem, network
+from .networks import Architecture, ResNet, Stem, network
 from .parsing import NonNegativeFinite, PositiveFinite, Seed, Temperature
 from .teachers import CLASSIFIER, Distillation, Teacher, keep_classifier, lesson, load_teacher
 
@@ -58,7 +58,7 @@ def distill(
     Args:
         checkpoint: the teacher, a classifier.ckpt that finetune or distill has kept.
         arch: the student's network; by default the teacher's.
-        stem: how a ResNet starts; by default as the teacher's.
+        stem: how a ResNet of torchvision's starts; by default as the teacher's.
         unlabelled: a folder of more images to learn from, train/<class>/<image>, whatever their classes are.
         temperature: τ of both networks' answers; by default the paper's, 0.1 where the networks are the same,
             and else 1.
@@ -84,7 +84,9 @@ def distill(
     images = evaluator.images
     check(teacher, evaluator, weight)
     more = None if unlabelled is None else images.more(unlabelled)
-    arch, stem = arch or teacher.backbone.arch, stem or teacher.backbone.stem
+    arch = arch or teacher.backbone.arch
+    if stem is None:
+        stem = teacher.backbone.stem if arch in (teacher.backbone.arch, *get_args(ResNet)) else "imagenet"
     same = (arch, stem) == (teacher.backbone.arch, teacher.backbone.stem)
     if temperature is None:
         temperature = SELF_TEMPERATURE if same else SMALLER_TEMPERATURE

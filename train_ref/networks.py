@@ -205,6 +205,7 @@ class SynchronizedBatchNorm(_AnyBatchNorm):
     """Batch norm with the statistics of all processes' rows, on any device; as many rows in each process."""
 
     def by_batch(self, x: Tensor) -> Tensor:
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # in which sums are taken
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1, *[1] * (x.ndim - 2)]
         count = distributed.world_size() * x.numel() // self.num_features
@@ -216,4 +217,4 @@ class SynchronizedBatchNorm(_AnyBatchNorm):
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale.view(shape) + self.bias.view(shape)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(dtype)

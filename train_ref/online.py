@@ -274,7 +274,13 @@ class OnlineEvaluation(Callback):
         if rank() == 0:
             chunk = max(1, SIMILARITIES // (4 * len(train.labels)))
             settings = {"k": self.k, "temperature": self.temperature, "chunk_size": chunk}
-            accuracies["knn_accuracy"] = knn_accuracy(train, test, device=module.device, **settings)
+            try:
+                accuracy = knn_accuracy(train, test, device=module.device, **settings)
+            except (
+                torch.OutOfMemoryError
+            ):  # the training needs the GPU's memory; a CPU has more, and is slower
+                accuracy = knn_accuracy(train, test, **settings)
+            accuracies["knn_accuracy"] = accuracy
             if self.probe is not None:
                 accuracies["probe_accuracy"] = self.probe.accuracy(test)
         accuracies, *_ = gather_objects(accuracies)

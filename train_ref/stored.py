@@ -6,6 +6,8 @@ import hashlib
 import io
 import os
 import tarfile
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -83,7 +85,9 @@ class Folder(StoredImages):
 
     def __init__(self, root: str | Path, transform: Transform | None = None) -> None:
         root = Path(root)
-        if any(entry.is_dir() for entry in os.scandir(root)):
+        with os.scandir(root) as entries:
+            has_classes = any(entry.is_dir() for entry in entries)
+        if has_classes:
             classes, numbers = find_classes(root)
             found = make_dataset(root, numbers, IMG_EXTENSIONS)
         else:
@@ -112,7 +116,7 @@ class Shards(StoredImages):
         root = Path(root)
         shards = shards_of(root)
         path = root / INDEX
-        index = read_index(path) if path.exists() else scan(shards)
+        index = read_index(path, "places", "shards") if path.exists() else scan(shards)
         if index["shards"].tolist() != list(map(size_and_name, shards)):
             raise UsageError(f"data.root: {path} is an index of other shards; make it again")
         self.shards, self.places = shards, index["places"]
@@ -138,7 +142,7 @@ class Decoded(StoredImages):
 
     def __init__(self, root: str | Path, transform: Transform | None = None) -> None:
         root = Path(root)
-        index = read_index(root / INDEX)
+        index = read_index(root / INDEX, "shapes")
         self.shapes = index["shapes"]  # (N, 2) heights and widths
         sizes = 3 * self.shapes.astype(np.int64).prod(axis=1)
         self.offsets = np.concatenate([[0], sizes.cumsum()])
@@ -151,7 +155,11 @@ class Decoded(StoredImages):
     @cached_property
     def pixels(self) -> Tensor:
         """All images' pixels, which are read from the disk as they are looked at."""
-        return torch.from_numpy(np.memmap(self.root / PIXELS, mode="c"))
+        # A mapping that could be written to would have to fit into memory.
+        mapped = np.memmap(self.root / PIXELS, mode="r")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable")
+            return torch.from_numpy(mapped)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "pixels"}  # each process maps
@@ -173,7 +181,7 @@ def open_images(root: Path, transform: Transform | None = None) -> StoredImages:
         if (root / PIXELS).is_file():
             images: StoredImages = Decoded(root, transform)
         else:
-            images = (Shards if shards_of(root) else Folder)(root, transform)
+            images = (Shards if holds_shards(root) else Folder)(root, transform)
     except FileNotFoundError as error:  # a class without images
         raise UsageError(f"data.root holds a folder without images: {error}") from None
     if not len(images):
@@ -189,16 +197,32 @@ def shards_of(root: Path) -> list[Path]:
     return sorted(root.glob("*.tar"))
 
 
+def holds_shards(root: Path) -> bool:
+    """Whether images are in shards. Raises UsageError where some are beside them, which nobody would see."""
+    shards = shards_of(root)
+    others = (each for each in root.iterdir() if is_image(each.name) or each.is_dir())
+    if shards and (other := next((each for each in others if not each.name.startswith(".")), None)):
+        raise UsageError(
+            f"data.root: {root} holds {shards[0].name}, as shards are called, and {other.name} beside it: "
+            "leave shards or images there, not both"
+        )
+    return bool(shards)
+
+
 def size_and_name(shard: Path) -> str:
     return f"{shard.stat().st_size} {shard.name}"
 
 
-def read_index(path: Path) -> dict[str, np.ndarray]:
+def read_index(path: Path, *columns: str) -> dict[str, np.ndarray]:
+    """What `write_index` wrote, with these of its `more`."""
     try:
         with np.load(path) as index:
-            return dict(index)
-    except (OSError, ValueError) as error:
+            read = dict(index)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"data.root: {path} cannot be read: {error}") from error
+    if missing := {"names", "targets", "classes", *columns} - read.keys():
+        raise UsageError(f"data.root: {path} is no index of these images: it has no {sorted(missing)[0]}")
+    return read
 
 
 def write_index(path: Path, names: Sequence[str], targets: Any, classes: Sequence[str], **more: Any) -> None:

@@ -82,6 +82,17 @@ def test_norms_of_timm_keep_their_activation(kind):
         torch.testing.assert_close(replaced.train()(images), parts)
 
 
+def test_synchronized_statistics_of_half_precision_are_summed_in_float32(monkeypatch):
+    monkeypatch.setattr("train_ref.distributed.differentiable_sum", lambda x: x)  # of one process
+    norm = SynchronizedBatchNorm(8, 1)
+    wide = copy.deepcopy(norm)
+    rows = (3 + torch.randn(64, 8, 4, 4)).bfloat16()
+    out = norm.by_batch(rows)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, wide.by_batch(rows.float()).bfloat16())
+    torch.testing.assert_close(norm.running_mean, wide.running_mean, rtol=0, atol=0)
+
+
 def test_a_transformer_has_no_batch_norm():
     assert has_batch_norm(network("resnet18"))
     assert has_batch_norm(network("timm/test_efficientnet"))

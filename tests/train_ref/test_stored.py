@@ -17,7 +17,7 @@ from PIL import Image
 from train_ref import convert, evaluate
 from train_ref.data import labels_of
 from train_ref.errors import UsageError
-from train_ref.stored import INDEX, PIXELS, UNLABELLED, Decoded, Folder, Shards, open_images
+from train_ref.stored import INDEX, PIXELS, UNLABELLED, Decoded, Folder, Shards, open_images, write_index
 
 
 def picture(number: int, height: int = 20, width: int = 26) -> Image.Image:
@@ -133,6 +133,36 @@ def test_decoded_images_are_smaller_and_never_larger(folder, tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UsageError, match=r"pixels.bin has .* bytes of"):
         open_images(tmp_path / "packed" / "train")
+
+
+def test_decoded_images_may_be_more_than_there_is_memory(tmp_path):
+    sides = 1 << 20, 1 << 17  # two images of 384 GiB
+    write_index(tmp_path / INDEX, ["a", "b"], [0, 1], ["x", "y"], shapes=np.array([sides, sides]))
+    with (tmp_path / PIXELS).open("wb") as file:
+        file.truncate(2 * 3 * sides[0] * sides[1])
+    images = Decoded(tmp_path)
+    assert images.read(1).shape == (3, *sides)
+    assert not images.read(1)[:, -2:, :2].any()
+
+
+def test_shards_and_images_in_one_folder_are_refused(folder, tmp_path):
+    """As archives are left beside what was in them."""
+    archive(folder / "train" / "cat.tar", {"a.png": encoded(picture(0))})
+    with pytest.raises(UsageError, match=r"holds cat\.tar, as shards are called, and (cat|dog) beside it"):
+        open_images(folder / "train")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "another"])
+def test_a_damaged_index_is_named(folder, tmp_path, damage):
+    root = sharded(folder, tmp_path / "shards", numbered=False) / "train"
+    index = root / INDEX
+    if damage == "another":
+        np.savez(index, names=np.array([b"a"]), targets=np.array([0]), classes=np.array(["x"]))
+    else:
+        write_index(index, ["a"], [0], ["x"], shards=np.array([""]), places=np.zeros((1, 3)))
+        index.write_bytes(index.read_bytes()[: 200 if damage == "cut" else 0])
+    with pytest.raises(UsageError, match=str(index)):
+        open_images(root)
 
 
 def test_an_index_of_shards_is_used_and_refused_when_they_have_changed(folder, tmp_path, monkeypatch):
@@ -269,6 +299,18 @@ def test_a_pickle_that_is_a_program_does_not_run(tmp_path, capsys):
     with pytest.raises(UsageError, match=r"meta is no file of CIFAR's: it wants .*print"):
         convert.cifar(str(tmp_path / "source"), str(tmp_path / "out"))
     assert "a program ran" not in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/b", ".."])
+def test_a_class_of_another_folder_is_refused(tmp_path, name):
+    files = cifar_files(hundred=False)
+    (tmp_path / "source").mkdir()
+    for file, data in files.items():
+        (tmp_path / "source" / file).write_bytes(data)
+    (tmp_path / "source" / "batches.meta").write_bytes(pickle.dumps({"label_names": ["cat", name]}))
+    with pytest.raises(UsageError, match=f"has a class called '{name}'"):
+        convert.cifar(str(tmp_path / "source"), str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
