@@ -337,11 +337,11 @@ class Views(ResumableData):
             raise UsageError(f"data.image_size is {image_size}, and must be {SMALLEST} at least")
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the training images, and the test images too: a mistake is better known before the training.
+        """Open the training images: a mistake is better known before the training.
 
         Raises:
-            UsageError: there is no such folder, its classes differ, it holds fewer images than a batch, or
-                views are too small for their augmentation.
+            UsageError: there is no such folder, it holds fewer images than a batch, or views are too small
+                for their augmentation.
         """
         name = self.hparams.augmentation
         for option in ("image_size", *(["small_size"] if self.hparams.small_views else [])):
@@ -352,10 +352,6 @@ class Views(ResumableData):
                     "blur takes in as many pixels to each side"
                 )
         self.train_images = self._dataset(train=True)
-        if self.lacks_for_evaluation() is None:
-            test_images = self._dataset(train=False)
-            if getattr(self.train_images, "classes", None) != getattr(test_images, "classes", None):
-                raise UsageError("data.root must hold the same classes under train/ and val/")
         count, batch = len(self.train_images), self.hparams.batch_size
         if count < batch:
             raise UsageError(f"data.batch_size is {batch}, but there are only {count} training images")
@@ -373,6 +369,14 @@ class Views(ResumableData):
             return f"the training images in {self.train_images.root} have no labels, as <class>/<image> has"
         if self._part(train=False) is None:
             return f"data.root has no folder {Path(self.hparams.root, 'val')} of images to evaluate on"
+        try:
+            test_images = self._dataset(train=False)
+        except UsageError as error:
+            return str(error)
+        if (labels_of(test_images) == UNLABELLED).any():
+            return f"the test images in {test_images.root} have no labels, as <class>/<image> has"
+        if test_images.classes != self.train_images.classes:
+            return "data.root must hold the same classes under train/ and val/, and has others"
         return None
 
     @property

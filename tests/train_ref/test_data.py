@@ -360,10 +360,28 @@ def test_a_set_that_cannot_be_opened_is_a_usage_error(make_views, settings, mess
         make_views(**settings).setup()
 
 
-def test_test_images_of_other_classes_are_refused_before_the_training(make_views, folder):
-    shutil.rmtree(folder / "val" / "dog")
-    with pytest.raises(UsageError, match="same classes"):
-        make_views(dataset="folder", root=str(folder)).setup()
+@pytest.mark.parametrize(
+    ("val", "message"),
+    [
+        ("other classes", "same classes"),
+        ("unlabelled", "the test images in .*val have no labels"),
+        ("empty", "a folder without images"),
+    ],
+)
+def test_only_an_evaluation_asks_for_its_images(make_views, folder, val, message):
+    if val == "other classes":
+        shutil.rmtree(folder / "val" / "dog")
+    else:
+        images = sorted((folder / "val" / "cat").iterdir())
+        shutil.move(folder / "val", folder / "moved")
+        (folder / "val").mkdir()
+        if val == "unlabelled":
+            shutil.copy(folder / "moved" / "cat" / images[0].name, folder / "val")
+    views = make_views(dataset="folder", root=str(folder))
+    views.setup()
+    next(iter(views.train_dataloader()))
+    with pytest.raises(UsageError, match=message):
+        views.evaluation_labels()
 
 
 def test_a_folder_without_images_is_a_usage_error(make_views, tmp_path):
