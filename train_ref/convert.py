@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .augmentations import resized
+from .augmentations import Resize
 from .errors import UsageError
 from .files import replacing
 from .images import naming
@@ -209,14 +209,12 @@ class Smaller:
     """An image whose shorter side has no more than so many pixels."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size, self.resize = size, Resize(size, square=False)
 
     def __call__(self, image: Tensor) -> Tensor:
-        _, height, width = image.shape
-        shorter = min(height, width)
-        if shorter <= self.size:
+        if min(image.shape[1:]) <= self.size:
             return image.clone()  # for a part of other images' memory takes all of it to another process
-        return resized(image, self.size * height // shorter, self.size * width // shorter)
+        return self.resize(image)
 
 
 def pack_part(images: StoredImages, folder: Path, num_workers: int) -> None:

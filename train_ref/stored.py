@@ -8,6 +8,7 @@ import os
 import tarfile
 import warnings
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -29,7 +30,7 @@ UNLABELLED = -1
 INDEX, PIXELS = "index.npz", "pixels.bin"
 
 
-class StoredImages(Dataset):
+class StoredImages(Dataset, ABC):
     """Images (3, H, W) of bytes and their labels. Whatever fails with one names it.
 
     Args:
@@ -61,8 +62,9 @@ class StoredImages(Dataset):
             image = self.read(index)
             return (image if self.transform is None else self.transform(image)), int(self.targets[index])
 
+    @abstractmethod
     def read(self, index: int) -> Tensor:
-        raise NotImplementedError
+        """An image as it is stored, (3, H, W) of bytes."""
 
     def path(self, index: int) -> str:
         """Where an image is, as messages have it."""
@@ -120,7 +122,7 @@ class Shards(StoredImages):
         if index["shards"].tolist() != list(map(size_and_name, shards)):
             raise UsageError(f"data.root: {path} is an index of other shards; make it again")
         self.shards, self.places = shards, index["places"]
-        names = [name.decode(errors="surrogateescape") for name in index["names"].tolist()]
+        names = names_in(index)
         super().__init__(root, names, index["targets"], index["classes"].tolist(), transform)
 
     def read(self, index: int) -> Tensor:
@@ -149,7 +151,7 @@ class Decoded(StoredImages):
         found = (root / PIXELS).stat().st_size
         if found != self.offsets[-1]:
             raise UsageError(f"data.root: {root / PIXELS} has {found:,} bytes of {self.offsets[-1]:,}")
-        names = [name.decode(errors="surrogateescape") for name in index["names"].tolist()]
+        names = names_in(index)
         super().__init__(root, names, index["targets"], index["classes"].tolist(), transform)
 
     @cached_property
@@ -223,6 +225,11 @@ def read_index(path: Path, *columns: str) -> dict[str, np.ndarray]:
     if missing := {"names", "targets", "classes", *columns} - read.keys():
         raise UsageError(f"data.root: {path} is no index of these images: it has no {sorted(missing)[0]}")
     return read
+
+
+def names_in(index: dict[str, np.ndarray]) -> list[str]:
+    """The images' names, which stand in an index as they do in a file system."""
+    return [name.decode(errors="surrogateescape") for name in index["names"].tolist()]
 
 
 def write_index(path: Path, names: Sequence[str], targets: Any, classes: Sequence[str], **more: Any) -> None:

@@ -31,6 +31,15 @@ def signals():
 
 
 @pytest.fixture
+def one_thread(signals):
+    """More cost more than they gain in trainings as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def make_method():
     """An untrained method by its kind's name, with a network of three convolutions."""
 

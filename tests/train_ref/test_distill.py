@@ -24,17 +24,10 @@ from train_ref.teachers import Distillation, lesson, load_teacher
 from .conftest import RECIPES, values_of
 from .test_evaluation_run import Stop, StopBeforeTheTest, evaluate_with, figures_of, send
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGES = 48
 TINY = {"epochs": 2, "batch_size": 12, "max_images": 36}  # six steps
-
-
-@pytest.fixture(autouse=True)
-def one_thread(signals):
-    """More cost more than they gain here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

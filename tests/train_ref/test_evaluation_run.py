@@ -26,6 +26,8 @@ from train_ref.evaluation_run import claim_version
 
 from .conftest import values_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINEAR = {
     "learning_rate": PositiveFloat(1.0),  # as the command line passes it
     "epochs": 2,
@@ -41,15 +43,6 @@ FINETUNE = {
     "batch_size": 5,
     "max_images": 60,
 }  # four trainings of two steps
-
-
-@pytest.fixture(autouse=True)
-def one_thread(signals):
-    """More cost more than they gain here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
