@@ -97,11 +97,11 @@ gpu:
 	$(PYTHON) -m bench.parts --seconds $(SECONDS) --output $(OUT)
 
 # The documentation's site, in build/site. It is built from source alone, so its environment has no torch. A link to nothing,
-# an anchor that is not there and a page that the navigation lacks end it. (The variable silences what the theme's authors say
-# about a later MkDocs.)
+# an anchor that is not there and a page that the navigation lacks are warnings, which end it; with --quiet MkDocs would not
+# count them. (The variable silences what the theme's authors say about a later MkDocs.)
 DOCS := build/docs
 docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 
 $(DOCS)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(DOCS)

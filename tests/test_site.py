@@ -137,6 +137,15 @@ def test_a_page_for_another_project_shows_lines_and_equality(page: Path) -> None
     assert re.search(r"assert_close\(our_gradients?, their_gradients?\)", block)
 
 
+def test_a_warning_ends_the_build() -> None:
+    settings = config()
+    assert settings["strict"] is True
+    checks = settings["validation"]["nav"] | settings["validation"]["links"]
+    assert set(checks.values()) == {"warn"}
+    (build,) = re.findall(r"^\t.*mkdocs build.*$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert not re.search(r"\s(-q|--quiet|--no-strict)\b", build)  # quiet warnings are not counted
+
+
 def test_nothing_is_fetched_from_elsewhere() -> None:
     settings = config()
     assert settings["theme"]["font"] is False

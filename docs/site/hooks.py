@@ -13,8 +13,8 @@ import os
 import posixpath
 import re
 import tomllib
-from importlib import resources
-from pathlib import Path, PurePosixPath
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     sources = {there: ROOT / path for path, there in OUTSIDE.items()}
-    sources[FONT] = resources.files("ziamath") / "fonts" / PurePosixPath(FONT).name
+    sources[FONT] = Path(find_spec("ziamath").origin).parent / "fonts" / Path(FONT).name
     for there, path in sources.items():
         files.append(File.generated(config, there, abs_src_path=os.fspath(path)))
     return files
