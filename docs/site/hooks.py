@@ -116,7 +116,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     return CODE_OR_LINK.sub(replaced, markdown)
 
 
-def on_page_content(content: str, **_: object) -> str:
+def on_page_content(content: str, page: Page, **_: object) -> str:
     """Formulas become MathML, which browsers draw by themselves."""
     from latex2mathml.converter import convert
 
@@ -124,4 +124,7 @@ def on_page_content(content: str, **_: object) -> str:
         display = "block" if found[1] == "div" else "inline"
         return convert(html.unescape(found[2]).strip(), display=display)
 
-    return FORMULA.sub(drawn, content)
+    content = FORMULA.sub(drawn, content)
+    if 'class="arithmatex"' in content:
+        log.warning(f"{source(page.file.src_uri)} has a formula that was not understood")
+    return content
