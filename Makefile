@@ -10,7 +10,7 @@ CSRC := $(shell find csrc -type f)
 # which files come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(shell nproc) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all quick dist test-installed test-oldest asan emulate bench gpu lint format clean
+.PHONY: demo test test-all quick dist docs test-installed test-oldest asan emulate bench gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m train_ref fit --config digits_moco_v2_co2
@@ -95,6 +95,21 @@ OUT ?= bench/results
 SECONDS ?= 7200
 gpu:
 	$(PYTHON) -m bench.parts --seconds $(SECONDS) --output $(OUT)
+
+# The documentation's site, in build/site. It is built from source alone, so its environment has no torch. A link to nothing,
+# an anchor that is not there and a page that the navigation lacks are warnings, which end it; with --quiet MkDocs would not
+# count them. (The variable silences what the theme's authors say about a later MkDocs.)
+DOCS := build/docs
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
+$(DOCS)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], \
+		sep='\n')" > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
+		--requirement $(DOCS)/requirements.txt
+	touch $@
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .

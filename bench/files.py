@@ -10,6 +10,7 @@ from train_ref.markdown import replace
 
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).resolve().parents[1] / "README.md"
+DROP_IN = README.parent / "docs/drop_in"
 # Suffixes of results that are not the losses'.
 OTHERS = ("-instances", "-stores", "-demo", "-parts", "-views")
 

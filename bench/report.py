@@ -2,7 +2,8 @@
 
 For `<stem>.json` it writes `<stem>.md`, `<stem>-time.png` and `<stem>-memory.png` beside it. With `--readme`
 it replaces what stands between the markers in README.md too: the benchmark's table, and that of `make demo`,
-which is of the newest `*-demo.json` in bench/results, a copy of the `evaluation.json` that the run left.
+which is of the newest `*-demo.json` in bench/results, a copy of the `evaluation.json` that the run left; and
+the tables of docs/drop_in.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.cases import GRIDS, PROBLEMS, WITHOUT_CONSISTENCY_GRADIENT
-from bench.files import README, RESULTS, loss_results, newest_result, replace_in_readme
+from bench.files import DROP_IN, README, RESULTS, loss_results, newest_result, replace_in_readme
 from train_ref import evaluation
-from train_ref.markdown import table
+from train_ref.markdown import replace, table
 
 LOSSES = {
     "co2": "CO2",
@@ -55,6 +56,13 @@ PEER_COLORS = dict(
 FUSED_COLORS = ("#d1495b", "#e08e45", "#2a9d6f")
 
 PLOTTED = {"loss": "co2", "B": 256, "D": 128}
+DROP_INS = {  # the losses that a page of docs/drop_in tells of
+    "moco": ("info_nce", "co2"),
+    "lightly": ("nt_xent", "info_nce", "co2"),
+    "solo_learn": ("info_nce", "nt_xent"),
+    "simclr": ("nt_xent", "nt_xent_co2"),
+    "instdisc": ("conic",),
+}
 README_DIM = 128  # the D that the README tells of; B and K are the loss's
 
 Records = dict[str, dict]  # of one size, by implementation
@@ -237,9 +245,42 @@ def readme_headline(results: Sequence[Result]) -> str:
 
 def readme_section(result: Result) -> str:
     """Every loss and dtype at one size, speed-ups at all sizes, where peers are ahead, and the plots."""
+    pictures = (
+        f"![{title}]({os.path.relpath(result.beside(suffix), README.parent)})"
+        for title, suffix in (
+            ("Time of a step against the number of keys", "-time.png"),
+            ("Peak memory of a step against the number of keys", "-memory.png"),
+        )
+    )
+    return "\n\n".join(
+        (
+            headline_table(result, result.values("loss")),
+            "Speed-ups over eager PyTorch / over torch.compile at other sizes, B × K:",
+            *speed_ups(result),
+            peers_ahead(result),
+            *pictures,
+        )
+    )
+
+
+def drop_in_section(page: str, results: Iterable[Result]) -> str:
+    """The losses of a page of docs/drop_in on each machine that has measured them, and where to read more."""
+    sections = []
+    for result in results:
+        if losses := [loss for loss in DROP_INS[page] if loss in result.values("loss")]:
+            report = os.path.relpath(result.beside(".md"), DROP_IN)
+            sections += [
+                headline_table(result, losses),
+                f"[All sizes, and how they were measured]({report}).",
+            ]
+    return "\n\n".join(sections)
+
+
+def headline_table(result: Result, losses: Iterable[str]) -> str:
+    """Losses in every dtype at the size that the README tells of, beside their peers."""
     headlines = {
         loss: {"loss": loss, "D": README_DIM} | dict(zip("BK", PROBLEMS[loss].headline, strict=True))
-        for loss in result.values("loss")
+        for loss in losses
     }
     told = {impl for where in headlines.values() for impl in result.impls(**where)}
     impls = [impl for impl in result.impls() if impl in told]
@@ -258,22 +299,11 @@ def readme_section(result: Result) -> str:
         grid = GRIDS["cuda" if result.on_gpu else "cpu"].peers[loss]
         unmeasured = [peer for peer in partial if peer in grid and peer not in result.values("impl", **where)]
         rows += [(f"{LOSSES[loss]} by {PARTIAL[peer]}", *spent({}, impls, ())) for peer in unmeasured]
-    pictures = (
-        f"![{title}]({os.path.relpath(result.beside(suffix), README.parent)})"
-        for title, suffix in (
-            ("Time of a step against the number of keys", "-time.png"),
-            ("Peak memory of a step against the number of keys", "-memory.png"),
-        )
-    )
     return "\n\n".join(
         (
             table(("", *map(label, impls), "speed-up over eager"), rows),
             f"Forward and backward of B rows against K (B × K), D = {README_DIM}: median time, and peak "
             f"memory beyond the input. {result.caption}.",
-            "Speed-ups over eager PyTorch / over torch.compile at other sizes, B × K:",
-            *speed_ups(result),
-            peers_ahead(result),
-            *pictures,
         )
     )
 
@@ -416,7 +446,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results in JSON")
     parser.add_argument(
-        "--readme", action="store_true", help="put their tables and the demo's into README.md"
+        "--readme", action="store_true", help="put their tables and the demo's into README.md and docs"
     )
     arguments = parser.parse_args()
     files = arguments.files or [result.path for result in newest_results()]
@@ -430,6 +460,8 @@ def main() -> None:
         replace_in_readme("benchmark", "\n\n".join(map(readme_section, results)))
         if demo := newest_result("-demo"):
             replace_in_readme("demo", demo_section(json.loads(demo.read_text(encoding="utf-8"))))
+        for page in DROP_INS:
+            replace(DROP_IN / f"{page}.md", {"measured": drop_in_section(page, results)})
 
 
 if __name__ == "__main__":

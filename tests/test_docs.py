@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from bench.files import README, newest_result
+from bench.files import DROP_IN, README, newest_result
 from train_ref.markdown import parts
 
 MODULES = (
@@ -38,3 +38,10 @@ def test_the_readme_tells_the_newest_benchmarks() -> None:
 def test_the_readme_tells_the_newest_demonstration() -> None:
     report = pytest.importorskip("bench.report")
     assert parts(README, "demo")[1] == report.demo_section(json.loads(newest_result("-demo").read_text()))
+
+
+def test_the_pages_for_other_projects_tell_the_newest_benchmarks() -> None:
+    report = pytest.importorskip("bench.report")
+    results = report.newest_results()
+    for page in report.DROP_INS:
+        assert parts(DROP_IN / f"{page}.md", "measured")[1] == report.drop_in_section(page, results), page
