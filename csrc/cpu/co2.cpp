@@ -54,7 +54,7 @@ class CO2 {
     const Positives<T> positive(query_, key_);
     std::vector<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
     for_each_tile([&](const Step& step) {
-      step.product.load(step.keys, false);
+      step.product.load(step.keys, false, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         similarities(step, panel);
         add_tile<kInstance, kConsistency>(step.s, step.y, step.keys.rows,
@@ -74,7 +74,7 @@ class CO2 {
 
     std::vector<T> parts(ranges_ * rows_ * dim_);
     for_each_tile([&](const Step& step) {
-      step.product.load(step.keys, true);
+      step.product.load(step.keys, true, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         similarities(step, panel);
         replace_by_gradient<kInstance, kConsistency>(step.s, step.y, step.keys.rows, temperatures_,
@@ -97,7 +97,7 @@ class CO2 {
     std::vector<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
     std::vector<T> parts(ranges_ * rows_ * dim_);
     for_each_tile([&](const Step& step) {
-      step.product.load(step.keys, true);
+      step.product.load(step.keys, true, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         similarities(step, panel);
         Exponentials<T> exponentials{step.s, kScale};
@@ -122,6 +122,7 @@ class CO2 {
   struct Step {
     Product& product;
     Matrix keys;
+    const Matrix* next;  // the keys after them, if there are any in the range
     int64_t range, first_panel, last_panel;
     T *s, *y;  // (kTile x kPanel) each
   };
@@ -151,9 +152,15 @@ class CO2 {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task / ranges_ * block_panels_, last = std::min(first + block_panels_, panels_);
         const int64_t range = task % ranges_;
-        for (int64_t tile = range * tiles_ / ranges_; tile < (range + 1) * tiles_ / ranges_; ++tile) {
-          const Matrix keys = queue_.slice(tile * kTile, std::min((tile + 1) * kTile, queue_.rows));
-          function(Step{product, keys, range, first, last, s.data(), y.data()});
+        const int64_t end_tile = (range + 1) * tiles_ / ranges_;
+        const auto keys_of = [this](int64_t tile) {
+          return queue_.slice(tile * kTile, std::min((tile + 1) * kTile, queue_.rows));
+        };
+        for (int64_t tile = range * tiles_ / ranges_; tile < end_tile; ++tile) {
+          const bool is_last = tile + 1 == end_tile;
+          const Matrix next = keys_of(is_last ? tile : tile + 1);
+          function(Step{product, keys_of(tile), is_last ? nullptr : &next, range, first, last, s.data(),
+                        y.data()});
         }
       }
     });
