@@ -259,6 +259,21 @@ class TestGradient:
         actual = fused(query, key, queue, **settings, backend=backend)
         assert_near(actual, oracle(query, key, queue, **settings), allowed, 1e-6 * longest)
 
+    @pytest.mark.parametrize("consistency_weight", [0.0, 1.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_maxima_that_grow_with_every_key(
+        self, backend: str, dtype: torch.dtype, consistency_weight: float
+    ) -> None:
+        """What was added up before is relative to another maximum, and all but the last keys hardly count."""
+        require(backend, dtype)
+        query, key, queue = Case(batch=5, keys=1000, dim=24, dtype=dtype).tensors()
+        queue = queue[(queue.double() @ query[0].double()).argsort()]
+        settings = {"temperature": 0.07, "consistency_temperature": 0.04}
+        settings["consistency_weight"] = consistency_weight
+        allowed = (1e-6, 1e-5) if dtype == torch.float32 else (1e-3, 2e-2)
+        actual = fused(query, key, queue, **settings, backend=backend)
+        assert_near(actual, oracle(query, key, queue, **settings), allowed)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(("longest", "count"), [(8.63, 1), (8.63, 64), (8.75, 16), (6.9, 1), (14.0, 1)])
     def test_keys_whose_exponentials_float32_just_holds(

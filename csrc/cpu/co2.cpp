@@ -10,9 +10,13 @@
 // Between them the ranges' statistics are merged, and after them their gradients, in a fixed order: equal
 // input on equal threads gives equal bits. Nothing is ever kept per pair but one tile of one panel.
 //
+// InfoNCE alone, which has no consistency term, takes one pass: its gradient is sum_j e^{s_j/tau} n_j but for a
+// factor of the row, so what was added up moves with the row's maximum, as its sum does.
+//
 // Bound by arithmetic. A pair costs 5 products of 2 D operations and 6 exponentials: at 256 x 65536 x 128
 // that is 21.5 GFLOP, 46 ms on two cores of 234 GFLOP/s each, beside about 6 ms of exponentials and sums; a
-// tile is read from memory once a pass (64 MiB in all). docs/performance.md has what was measured.
+// tile is read from memory once a pass (64 MiB in all). InfoNCE takes 2 products and 1 exponential.
+// docs/performance.md has what was measured.
 
 #include <numeric>
 
@@ -34,6 +38,7 @@ class CO2 {
 
  public:
   using T = typename Product::Sum;
+  static constexpr bool kInOnePass = !kConsistency;
 
   CO2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue, const CO2Settings& settings)
       : query_(Matrix(query), settings.normalize),
@@ -53,7 +58,7 @@ class CO2 {
     const Positives<T> positive(query_, key_);
     std::vector<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
     for_each_tile([&](const Step& step) {
-      step.product.load(step.keys, false);
+      step.product.load(step.keys, false, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         similarities(step, panel);
         add_tile<kInstance, kConsistency>(step.s, step.y, step.keys.rows,
@@ -61,16 +66,7 @@ class CO2 {
                                           statistics[step.range * panels_ + panel]);
       }
     });
-
-    auto [partial, part] = empty_records<CO2Partial>({ranges_, query_.count});
-    for (int64_t range = 0; range < ranges_; ++range)
-      for (int64_t row = 0; row < query_.count; ++row)
-        *part++ = statistics[range * panels_ + row / kPanel<T>].row(row % kPanel<T>);
-    auto [rows, known] = empty_records<CO2Row>({query_.count});
-    for (int64_t row = 0; row < query_.count; ++row)
-      known[row] = {
-          .norm_query = query_.norm[row], .norm_key = key_.norm[row], .positive = positive.similarity[row]};
-    return {partial, rows};
+    return records(statistics, positive);
   }
 
   // dL/dq (B, D), of completed rows.
@@ -80,34 +76,49 @@ class CO2 {
     for (int64_t row = 0; row < query_.count; ++row)
       panel_coefficients[row / kPanel<T>].set(row % kPanel<T>, coefficients(known[row]));
 
-    std::vector<T> partial(ranges_ * rows_ * dim_);  // (ranges, panels, D, lanes)
+    std::vector<T> parts(ranges_ * rows_ * dim_);
     for_each_tile([&](const Step& step) {
-      step.product.load(step.keys, true);
+      step.product.load(step.keys, true, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         similarities(step, panel);
         replace_by_gradient<kInstance, kConsistency>(step.s, step.y, step.keys.rows, temperatures_,
                                                      panel_coefficients[panel]);
-        step.product.accumulate(step.s, &partial[(step.range * panels_ + panel) * kPanel<T> * dim_]);
+        step.product.accumulate(step.s, part(parts, step.range, panel));
       }
     });
+    return finish_gradient(known, parts, [](int64_t, int64_t) { return 1.0; });
+  }
 
-    // dL/dq^ = sum_j g_j n_j + (dL/ds_+) k^, then dq = (dq^ - q^ (q^.dq^)) / |q|.
-    at::Tensor gradient = empty({query_.count, dim_}, c10::CppTypeToScalarType<T>::value);
-    T* out = gradient.mutable_data_ptr<T>();
-    at::parallel_for(0, query_.count, 1, [&](int64_t begin, int64_t end) {
-      std::vector<double> grad(dim_);
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t panel = row / kPanel<T>, lane = row % kPanel<T>;
-        for (int64_t d = 0; d < dim_; ++d) {
-          grad[d] = known[row].grad_positive * key_.unit(row)[d];
-          for (int64_t range = 0; range < ranges_; ++range)
-            grad[d] += partial[((range * panels_ + panel) * dim_ + d) * kPanel<T> + lane];
-        }
-        if (normalize_) differentiate_norm(grad.data(), query_.unit(row), query_.norm[row], dim_);
-        std::copy(grad.begin(), grad.end(), out + row * dim_);
+  // Both at once, of the instance term alone: its gradient is sum_j e^{s_j/tau} n_j but for a factor, which
+  // `complete` tells by giving the completed rows (B, 11) for the statistics.
+  template <typename Complete>
+  at::Tensor statistics_and_gradient(const Complete& complete) const
+    requires(kInOnePass)
+  {
+    // As large as half precision takes them: of float16 those below 6e-8 would be lost.
+    constexpr T kScale = std::is_same_v<Operand, at::Half> ? T(1 << 14) : T(1);
+    const Positives<T> positive(query_, key_);
+    std::vector<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
+    std::vector<T> parts(ranges_ * rows_ * dim_);
+    for_each_tile([&](const Step& step) {
+      step.product.load(step.keys, true, step.next);
+      for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
+        similarities(step, panel);
+        Exponentials<T> exponentials{step.s, kScale};
+        add_tile<kInstance, kConsistency>(step.s, step.y, step.keys.rows,
+                                          &positive.threshold[panel * kPanel<T>], temperatures_,
+                                          statistics[step.range * panels_ + panel], exponentials);
+        T* sums = part(parts, step.range, panel);
+        scale_lanes(sums, dim_, exponentials.of_older);
+        step.product.accumulate(step.s, sums);
       }
     });
-    return gradient;
+    const at::Tensor rows = std::apply(complete, records(statistics, positive));
+    const Records<CO2Row> known(rows);
+    return finish_gradient(known, parts, [&](int64_t range, int64_t row) {
+      const double max_s = statistics[range * panels_ + row / kPanel<T>].max_s[row % kPanel<T>];
+      return known[row].instance / kScale * std::exp((max_s - known[row].max_s) / temperatures_.instance);
+    });
   }
 
  private:
@@ -115,6 +126,7 @@ class CO2 {
   struct Step {
     Product& product;
     Matrix keys;
+    const Matrix* next;  // the keys after them, if there are any in the range
     int64_t range, first_panel, last_panel;
     T *s, *y;  // (kTile x kPanel) each
   };
@@ -144,12 +156,60 @@ class CO2 {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task / ranges_ * block_panels_, last = std::min(first + block_panels_, panels_);
         const int64_t range = task % ranges_;
-        for (int64_t tile = range * tiles_ / ranges_; tile < (range + 1) * tiles_ / ranges_; ++tile) {
-          const Matrix keys = queue_.slice(tile * kTile, std::min((tile + 1) * kTile, queue_.rows));
-          function(Step{product, keys, range, first, last, s.data(), y.data()});
+        const int64_t end_tile = (range + 1) * tiles_ / ranges_;
+        const auto keys_of = [this](int64_t tile) {
+          return queue_.slice(tile * kTile, std::min((tile + 1) * kTile, queue_.rows));
+        };
+        for (int64_t tile = range * tiles_ / ranges_; tile < end_tile; ++tile) {
+          const bool is_last = tile + 1 == end_tile;
+          const Matrix next = keys_of(is_last ? tile : tile + 1);
+          function(Step{product, keys_of(tile), is_last ? nullptr : &next, range, first, last, s.data(),
+                        y.data()});
         }
       }
     });
+  }
+
+  std::tuple<at::Tensor, at::Tensor> records(const std::vector<PanelStatistics<T>>& statistics,
+                                             const Positives<T>& positive) const {
+    auto [partial, part] = empty_records<CO2Partial>({ranges_, query_.count});
+    for (int64_t range = 0; range < ranges_; ++range)
+      for (int64_t row = 0; row < query_.count; ++row)
+        *part++ = statistics[range * panels_ + row / kPanel<T>].row(row % kPanel<T>);
+    auto [rows, known] = empty_records<CO2Row>({query_.count});
+    for (int64_t row = 0; row < query_.count; ++row)
+      known[row] = {
+          .norm_query = query_.norm[row], .norm_key = key_.norm[row], .positive = positive.similarity[row]};
+    return {partial, rows};
+  }
+
+  // What a range of keys adds to the gradient of a panel (D, lanes), of all parts (ranges, panels, D, lanes).
+  T* part(std::vector<T>& parts, int64_t range, int64_t panel) const {
+    return &parts[(range * panels_ + panel) * kPanel<T> * dim_];
+  }
+
+  // dL/dq^ = sum_j g_j n_j + (dL/ds_+) k^, then dq = (dq^ - q^ (q^.dq^)) / |q|. The sums over keys are those
+  // of the ranges, each times `factor(range, row)`.
+  template <typename Factor>
+  at::Tensor finish_gradient(const Records<CO2Row>& known, const std::vector<T>& parts,
+                             const Factor& factor) const {
+    at::Tensor gradient = empty({query_.count, dim_}, c10::CppTypeToScalarType<T>::value);
+    T* out = gradient.mutable_data_ptr<T>();
+    at::parallel_for(0, query_.count, 1, [&](int64_t begin, int64_t end) {
+      std::vector<double> grad(dim_);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t panel = row / kPanel<T>, lane = row % kPanel<T>;
+        for (int64_t d = 0; d < dim_; ++d) grad[d] = known[row].grad_positive * key_.unit(row)[d];
+        for (int64_t range = 0; range < ranges_; ++range) {
+          const double times = factor(range, row);
+          const T* sums = &parts[(range * panels_ + panel) * kPanel<T> * dim_ + lane];
+          for (int64_t d = 0; d < dim_; ++d) grad[d] += times * sums[d * kPanel<T>];
+        }
+        if (normalize_) differentiate_norm(grad.data(), query_.unit(row), query_.norm[row], dim_);
+        std::copy(grad.begin(), grad.end(), out + row * dim_);
+      }
+    });
+    return gradient;
   }
 
   void similarities(const Step& step, int64_t panel) const {
@@ -204,7 +264,17 @@ auto with_passes(const at::Tensor& query, const at::Tensor& key, const at::Tenso
 Losses co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& queue,
            const CO2Settings& settings, bool compute_gradient) {
   return with_passes(query, key, queue, settings, [&](const auto& passes) {
-    using T = typename std::decay_t<decltype(passes)>::T;
+    using Passes = std::decay_t<decltype(passes)>;
+    using T = typename Passes::T;
+    if constexpr (Passes::kInOnePass)
+      if (compute_gradient) {
+        Losses losses;
+        std::get<4>(losses) = passes.statistics_and_gradient([&](const auto& partial, const auto& rows) {
+          losses = merge_rows<T>(partial, rows, settings);
+          return std::get<4>(losses);
+        });
+        return losses;
+      }
     const auto [partial, rows] = passes.statistics();
     const auto [loss, instance, consistency, rank, completed] = merge_rows<T>(partial, rows, settings);
     const at::Tensor gradient = compute_gradient

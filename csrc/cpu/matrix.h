@@ -178,4 +178,12 @@ void differentiate_norm(Grad* grad, const T* unit, double norm, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d) grad[d] = static_cast<Grad>((grad[d] - unit[d] * radial) * inverse);
 }
 
+// Multiplies each column of a matrix (rows x panel) by its factor, in place.
+template <typename T>
+void scale_lanes(T* matrix, int64_t rows, const T* factors) {
+  if (std::all_of(factors, factors + kPanel<T>, [](T factor) { return factor == 1; })) return;
+  for (int64_t i = 0; i < rows * kPanel<T>; i += kWidth<T>)
+    (Vec<T>::loadu(matrix + i) * Vec<T>::loadu(factors + i % kPanel<T>)).store(matrix + i);
+}
+
 }  // namespace contrastive_ops

@@ -17,6 +17,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <type_traits>
+#include <utility>
 
 #include "matrix.h"
 
@@ -54,27 +55,45 @@ inline void product_block(int64_t depth, const T* a, int64_t a_row, int64_t a_de
     }
 }
 
+// Brings numbers into the second-level cache. The chip's own prefetching ends with each page of memory, which
+// is eight rows of 128 floats.
+template <typename T>
+inline void fetch(const T* numbers, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(numbers + i, 0, 2);
+}
+
 // Terms that are summed one after another. Longer sums are made of such chains, or their error would grow
 // with the square root of the length: at D = 128 chains of 32 halve the error, for 2 % of the time.
 inline constexpr int64_t kChain = 32;
 
+// Rows that are to be multiplied next, laid out like `a`, are fetched meanwhile from `ahead`, if not null.
 template <bool kAdd, typename T>
-void product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* out) {
+void product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* out,
+             const T* ahead = nullptr) {
   // As many sums as leave registers for the operands: 16 of 32, or 12 of the 16 that AVX2 and SSE have.
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
   constexpr int kBlock = 8;
 #else
   constexpr int kBlock = 6;
 #endif
-  const int64_t chain = std::min(depth, kChain);
+  const auto rows_of = [&]<int kRows>(int64_t r) {
+    const T* row = a + r * a_row;
+    T* to = out + r * kPanel<T>;
+    const auto chain = [&]<bool kAddTo>(int64_t first, int64_t terms) {
+      if (ahead)
+        for (int64_t i = 0; i < kRows; ++i) fetch(ahead + (r + i) * a_row + first * a_depth, terms);
+      product_block<kRows, kAddTo>(terms, row + first * a_depth, a_row, a_depth, b + first * kPanel<T>, to);
+    };
+    int64_t done = std::min(depth, kChain);
+    chain.template operator()<kAdd>(0, done);
+    for (; done < depth; done += kChain)
+      chain.template operator()<true>(done, std::min(depth - done, kChain));
+  };
   int64_t r = 0;
-  for (; r + kBlock <= rows; r += kBlock)
-    product_block<kBlock, kAdd>(chain, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
-  for (; r + 4 <= rows; r += 4)
-    product_block<4, kAdd>(chain, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
-  for (; r < rows; ++r) product_block<1, kAdd>(chain, a + r * a_row, a_row, a_depth, b, out + r * kPanel<T>);
-  if (chain < depth)
-    product<true>(rows, depth - chain, a + chain * a_depth, a_row, a_depth, b + chain * kPanel<T>, out);
+  for (; r + kBlock <= rows; r += kBlock) rows_of.template operator()<kBlock>(r);
+  for (; r + 4 <= rows; r += 4) rows_of.template operator()<4>(r);
+  for (; r < rows; ++r) rows_of.template operator()<1>(r);
 }
 
 template <typename T>
@@ -105,11 +124,14 @@ class DirectProduct {
         }
   }
 
-  void load(const Matrix& keys, bool /*transposed_too*/) {
+  // `next` is the tile that is to be loaded after this one, if there is one.
+  void load(const Matrix& keys, bool /*transposed_too*/, const Matrix* next = nullptr) {
     count_ = keys.rows;
+    ahead_ = nullptr;
     if (keys.dtype == c10::CppTypeToScalarType<T>::value && keys.column_stride == 1) {
       tile_ = static_cast<const T*>(keys.data);
       row_stride_ = keys.row_stride, column_stride_ = 1;
+      if (next && next->rows == count_) ahead_ = static_cast<const T*>(next->data);
       return;
     }
     // Converted, and gathered where the strides would jump through memory.
@@ -120,8 +142,10 @@ class DirectProduct {
     tile_ = buffer_;
   }
 
-  void similarities(const Operand* queries, T* out) const {
-    product<false>(count_, dim_, tile_, row_stride_, column_stride_, queries, out);
+  // The first time for a tile, the next one is fetched.
+  void similarities(const Operand* queries, T* out) {
+    product<false>(count_, dim_, tile_, row_stride_, column_stride_, queries, out,
+                   std::exchange(ahead_, nullptr));
   }
 
   void accumulate(const T* weights, T* grad) const {
@@ -145,7 +169,7 @@ class DirectProduct {
 
   int64_t dim_, count_ = 0, row_stride_ = 0, column_stride_ = 0;
   Operand* buffer_;
-  const T* tile_ = nullptr;
+  const T *tile_ = nullptr, *ahead_ = nullptr;
 };
 
 // brgemm takes its right operand with pairs of rows interleaved: [depth / 2][columns][2].
@@ -219,7 +243,7 @@ class LibraryProduct {
   }
 
   // `transposed_too` must be set before `accumulate`.
-  void load(const Matrix& keys, bool transposed_too) {
+  void load(const Matrix& keys, bool transposed_too, const Matrix* next = nullptr) {
     count_ = keys.rows;
     const bool same = keys.dtype == c10::CppTypeToScalarType<T>::value;
     if (keys.row_stride == 1 && keys.column_stride != 1) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "../row_math.h"
 #include "vector.h"
@@ -86,10 +87,26 @@ struct PanelCoefficients {
   }
 };
 
+// What add_tile does with a tile's e^{a/tau} but adding them up: nothing.
+struct Dropped {
+  static constexpr bool kKept = false;
+};
+
+// Or it puts them, times a scale, where s was, and says what its predecessors have to be multiplied with to be
+// relative to the same maxima.
+template <typename T>
+struct Exponentials {
+  static constexpr bool kKept = true;
+  T* in_place_of_s;
+  T scale;
+  T of_older[kPanel<T>] = {};
+};
+
 // Adds a tile's similarities s and y (keys x panel). `threshold` holds each row's s_+, for the rank.
-template <bool kInstance, bool kConsistency, typename T>
+template <bool kInstance, bool kConsistency, typename T, typename Kept = Dropped>
 void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Temperatures& temperatures,
-              PanelStatistics<T>& total) {
+              PanelStatistics<T>& total, Kept&& kept = {}) {
+  constexpr bool kKept = std::decay_t<Kept>::kKept;
   constexpr int64_t kRun = 16;  // keys whose terms are summed before they join the tile's sums
   const Vec<T> scale(static_cast<T>(M_LOG2E / temperatures.instance));
   const Vec<T> scale_c(static_cast<T>(M_LOG2E / temperatures.consistency));
@@ -114,7 +131,11 @@ void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Te
       for (int64_t j = run; j < std::min(run + kRun, keys); ++j) {
         const auto s_j = load_s(j), a = s_j - max_s;
         rank = rank + s_j.gt(positive);
-        if constexpr (kInstance) run_instance = run_instance + exp2_nonpositive(a * scale);
+        if constexpr (kInstance) {
+          const auto e_instance = exp2_nonpositive(a * scale);
+          run_instance = run_instance + e_instance;
+          if constexpr (kKept) (e_instance * kept.scale).store(kept.in_place_of_s + j * kPanel<T> + lane);
+        }
         if constexpr (kConsistency) {
           const auto b = load_y(j) - max_y, d = a - b;
           const auto e_query = exp2_nonpositive(a * scale_c), e_key = exp2_nonpositive(b * scale_c);
@@ -143,7 +164,11 @@ void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Te
       for (int64_t i = 0; i < kWidth<T>; ++i) d_sum[lane + i] += shifts[i] * z[lane + i];
     };
     merge(total.rank, Vec<T>(T(1)), rank);
-    if constexpr (kInstance) merge(total.z_instance, exp2_nonpositive(moved_s * scale), z_instance);
+    if constexpr (kInstance) {
+      const auto of_older = exp2_nonpositive(moved_s * scale);
+      merge(total.z_instance, of_older, z_instance);
+      if constexpr (kKept) of_older.store(kept.of_older + lane);
+    }
     if constexpr (kConsistency) {
       shift(total.d_query, total.z_query, moved_s - moved_y);
       shift(total.d_key, total.z_key, moved_s - moved_y);
