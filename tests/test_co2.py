@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from contrastive_ops import co2_loss, consistency_loss, info_nce_loss
 from tests.cases import (
     DTYPES,
-    INTERPRETED,
+    FULL_SIZE,
     LAYOUTS,
     PAPERS,
     Case,
@@ -152,7 +152,7 @@ class TestAccuracy:
     @pytest.mark.parametrize("settings", PAPERS)
     def test_at_full_size(self, backend: str, settings: dict) -> None:
         """K = 65536, where sums are long: a float sum taken term by term would be off by 1e-5."""
-        case = Case(batch=16, keys=4096 if INTERPRETED else 65536, dim=128, **settings)
+        case = Case(batch=16, keys=FULL_SIZE, dim=128, **settings)
         actual = fused(*case.tensors(), **case.settings(), backend=backend)
         assert_near(actual, oracle(*case.tensors(), **case.settings()), (1e-6, 1e-5))
 

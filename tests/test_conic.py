@@ -17,7 +17,7 @@ from contrastive_ops import ConICLoss, conic_loss
 from contrastive_ops._contract import PendingStep, SGDSettings
 from tests.cases import (
     DTYPES,
-    INTERPRETED,
+    FULL_SIZE,
     LAYOUTS,
     ConICCase,
     conic_cases,
@@ -153,7 +153,7 @@ class TestAccuracy:
 
     @pytest.mark.parametrize("sampled", [1, 20])
     def test_at_full_size(self, backend: str, sampled: int) -> None:
-        case = ConICCase(batch=8, rows=4096 if INTERPRETED else 65536, dim=128, sampled=sampled)
+        case = ConICCase(batch=8, rows=FULL_SIZE, dim=128, sampled=sampled)
         expected = conic_oracle(*case.tensors(), **case.settings())
         actual = conic_loss_and_gradients(conic_loss, *case.tensors(), **case.settings(), backend=backend)
         assert_near(actual, expected, (1e-6, 1e-5, 1e-5))

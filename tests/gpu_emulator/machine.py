@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .memory import Array, GlobalMemory, SharedMemory
+from .memory import Array, Bytes, GlobalMemory, SharedMemory
 from .ptx import BYTES, Fault, Instruction, Kernel, UnknownInstruction
 
 THREADS_AT_ONCE = 2048
@@ -45,9 +45,9 @@ class Blocks:
         self.memory, self.parameters = memory, parameters
         self.shared = SharedMemory(shared, count, threads // 32)
         # Not yet landed: group, threads, bytes, data.
-        self.copies: list[tuple[Array, Array, Array, Array]] = []
+        self.copies: list[tuple[Array, Array, Bytes, Array]] = []
         self.committed = np.zeros(self.count, np.int64)  # groups of copies, a thread
-        self.products: list[tuple[int, int, Array]] = []  # in flight: group, first thread, bytes read
+        self.products: list[tuple[int, int, Bytes]] = []  # in flight: group, first thread, bytes read
         self.committed_products = np.zeros(self.count // 128 + 1, np.int64)
 
     def all(self, mask: Mask) -> Array:

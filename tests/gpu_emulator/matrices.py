@@ -5,6 +5,7 @@ Products are exact and added up in float64, and rounded to float32 once an instr
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -30,21 +31,27 @@ def _numbers(bits: Array, kind: str) -> Array:
     return bits.view(np.float16).astype(np.float64)
 
 
+@functools.cache
+def _order(registers: int, each: int, rows: int) -> Array:
+    """Which number of a warp's (registers, 32, each) has each place of a matrix."""
+    depth, columns = 4 * each, 4 * each * registers * 8 // rows
+    order = np.empty((rows, columns), np.int64)
+    for i in range(registers):
+        row, first = 8 * (i % (rows // 8)) + _GROUP, depth * (i // (rows // 8)) + each * _IN_GROUP
+        for j in range(each):
+            order[row, first + j] = (32 * i + _LANE) * each + j
+    return order
+
+
 def _fragment(registers: list[Array], kind: str, rows: int) -> Array:
     """(warps, rows, depth) of registers of (warps, 32): each has one number of TF32, or two of a half.
 
     Registers go through the rows by eights first, then through the depth.
     """
     each = 1 if kind == "tf32" else 2
-    depth = 4 * each
-    matrix = np.empty((registers[0].shape[0], rows, depth * len(registers) * 8 // rows))
-    for i, register in enumerate(registers):
-        row, first = 8 * (i % (rows // 8)) + _GROUP, depth * (i // (rows // 8)) + each * _IN_GROUP
-        numbers = np.ascontiguousarray(register).view(np.uint32 if each == 1 else np.uint16)
-        numbers = _numbers(numbers, kind).reshape(-1, 32, each)
-        for j in range(each):
-            matrix[:, row, first + j] = numbers[:, :, j]
-    return matrix
+    bits = np.stack(registers, 1).view(np.uint32 if each == 1 else np.uint16)
+    numbers = bits.reshape(len(bits), -1)[:, _order(len(registers), each, rows)]
+    return _numbers(numbers, kind)
 
 
 def _mma(decoder: Decoder, match: Match, operands: Operands) -> Execute:
@@ -104,6 +111,16 @@ def _quad_pairs(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     return execute
 
 
+@functools.lru_cache(1 << 12)
+def _tile(descriptor: int, rows: int, depth: int, size: int, transposed: bool) -> tuple[Array, Array]:
+    """`tile_bytes`, and the chunks of 16 bytes that they lie in, which are the tile's own."""
+    at = tile_bytes(descriptor, rows, depth, size, transposed)
+    chunks = np.unique(at // 16) * 16
+    if 16 * chunks.size != size * np.unique(at).size:
+        raise UnknownInstruction("a tile that shares chunks of 16 bytes with another")
+    return at, chunks
+
+
 def tile_bytes(descriptor: int, rows: int, depth: int, size: int, transposed: bool) -> Array:
     """(rows, depth) offsets of the first bytes of an operand in shared memory, by its descriptor.
 
@@ -148,12 +165,12 @@ def _wgmma(decoder: Decoder, match: Match, operands: Operands) -> Execute:
 
     def from_shared(b: Blocks, descriptor: int, group: int, rows: int, transposed: int) -> Array:
         block = int(b.block[128 * group])
-        at = tile_bytes(descriptor, rows, depth, size, bool(transposed)).reshape(-1).astype(np.uint64)
-        index = b.shared.bytes_of(at, np.full(at.size, block), size)
-        b.shared.product_begins(index, block)
-        b.products.append((int(b.committed_products[group]), group, index))
-        bits = b.shared.data[index].view(np.uint32 if size == 4 else np.uint16)
-        return _numbers(bits.reshape(rows, depth), kind)
+        at, chunks = _tile(descriptor, rows, depth, size, bool(transposed))
+        read = b.shared.bytes_of(chunks, block, 16)
+        b.shared.product_begins(read, block)
+        b.products.append((int(b.committed_products[group]), group, read))
+        memory = b.shared.data.view(np.uint32 if size == 4 else np.uint16)
+        return _numbers(memory[(at + block * b.shared.size) // size], kind)
 
     def execute(b: Blocks, mask: Mask) -> None:
         active = b.active_warps(mask)
@@ -171,13 +188,15 @@ def _wgmma(decoder: Decoder, match: Match, operands: Operands) -> Execute:
                 left = from_shared(b, int(left_values[0][first]), int(group), 64, transposed_a)
             right = from_shared(b, int(right_values[first]), int(group), columns, transposed_b)
             product[group] = left @ right.T
-        product = product.reshape(-1, 16, columns)
-        for i, (put, total) in enumerate(zip(puts, totals, strict=True)):
-            row, column = _GROUP + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * _IN_GROUP + i % 2
-            before = np.float32(0)
-            if add.any():
-                before = np.where(add, total(b).view(np.float32), before)
-            put(b, mask, (product[:, row, column].reshape(-1) + before).astype(np.float32))
+        # The registers of a warp's 16 rows: (warps, halves, 8, columns / 8, 4, 2) in that order.
+        product = product.reshape(-1, 2, 8, columns // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
+        product = product.reshape(columns // 2, -1)
+        adds_some, adds_all = add.any(), add.all()
+        for put, total, part in zip(puts, totals, product, strict=True):
+            if adds_some:
+                before = total(b).view(np.float32)
+                part = part + (before if adds_all else np.where(add, before, np.float32(0)))
+            put(b, mask, part.astype(np.float32))
 
     return execute
 
@@ -194,11 +213,11 @@ def _wait_products(decoder: Decoder, match: Match, operands: Operands) -> Execut
 
     def execute(b: Blocks, mask: Mask) -> None:
         waiting, rest = set((b.active_warps(mask) // 4).tolist()), []
-        for number, group, index in b.products:
+        for number, group, read in b.products:
             if group in waiting and number < b.committed_products[group] - left:
-                b.shared.product_ends(index)
+                b.shared.product_ends(read)
             else:
-                rest.append((number, group, index))
+                rest.append((number, group, read))
         b.products = rest
 
     return execute

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,6 +86,16 @@ class GlobalMemory:
             self._buffers[buffer][index] = data[chosen]
 
 
+class Bytes(NamedTuple):
+    """Bytes of shared memory, as those rows of it, if it is laid out in rows of `width` bytes."""
+
+    rows: Array
+    width: int
+
+    def of(self, chosen: Array) -> Bytes:
+        return Bytes(self.rows[chosen], self.width)
+
+
 class SharedMemory:
     """The shared memory of blocks that run at once, one after the other in one array.
 
@@ -100,69 +110,76 @@ class SharedMemory:
         self._reader = np.zeros(self.data.size, np.int32)
         self._copied = np.zeros(self.data.size, np.int16)  # into by how many copies in flight
         self._multiplied = np.zeros(self.data.size, np.int16)  # by how many products in flight
+        self._copies = self._products = 0  # in flight, of all bytes
         self._warps = warps
         self.epoch = np.ones(blocks, np.int32)
 
-    def bytes_of(self, address: Array, block: Array, width: int) -> Array:
-        """(addresses, width) indices into the memory, after a look at bounds and alignment."""
+    def bytes_of(self, address: Array, block: Array | int, width: int) -> Bytes:
+        """Those of accesses, after a look at bounds and alignment."""
         offset = address.astype(np.int64)
         if offset.size and (int(offset.min()) < 0 or int(offset.max()) + width > self._limit):
             raise Fault(f"shared memory out of bounds: byte {int(offset.max())} of {self._limit}")
-        if (offset % width).any():
+        if (offset & (width - 1)).any():
             raise Fault(f"an access of {width} bytes of shared memory is not aligned")
-        index: Array = (offset + block * self.size)[:, None] + np.arange(width)
-        return index
+        return Bytes((offset + block * self.size) // width, width)
 
     def _stamps(self, block: Array, warp: Array) -> tuple[Array, Array]:
         first = self.epoch[block] * (self._warps + 1)
         return first[:, None], (first + warp)[:, None]
 
-    def touch(self, index: Array, block: Array, warp: Array, write: bool) -> None:
+    def touch(self, which: Bytes, block: Array, warp: Array, write: bool) -> None:
         """Notes who touches bytes, and raises a fault where that is a race. `warp` counts within a block."""
-        if self._copied[index].any():
+        rows, width = which
+        if self._copies and _rows(self._copied, width)[rows].any():
             raise Fault("race: shared memory is touched into which a copy is in flight")
         first, stamp = self._stamps(block, warp)
-        writer = self._writer[index]
+        writers, readers = _rows(self._writer, width), _rows(self._reader, width)
+        writer = writers[rows]
         if ((writer >= first) & (writer != stamp)).any():
             raise Fault(
                 f"race: {'a write' if write else 'a read'} of what another warp wrote, and no barrier"
             )
-        reader = self._reader[index]
+        reader = readers[rows]
         others = (reader >= first) & (reader != stamp)
         if not write:
-            self._reader[index] = np.where(others, first + self._warps, stamp)
+            readers[rows] = np.where(others, first + self._warps, stamp)
             return
         if others.any():
             raise Fault("race: a write of what another warp read, and no barrier")
-        if self._multiplied[index].any():
+        if self._products and _rows(self._multiplied, width)[rows].any():
             raise Fault("race: a write of what a product in flight reads")
-        self._writer[index] = np.broadcast_to(stamp, index.shape)
+        writers[rows] = stamp
 
-    def load(self, index: Array, block: Array, warp: Array) -> Array:
-        self.touch(index, block, warp, False)
-        return self.data[index]
+    def load(self, which: Bytes, block: Array, warp: Array) -> Array:
+        self.touch(which, block, warp, False)
+        return _rows(self.data, which.width)[which.rows]
 
-    def store(self, index: Array, block: Array, warp: Array, data: Array) -> None:
-        self.touch(index, block, warp, True)
-        self.data[index] = data
+    def store(self, which: Bytes, block: Array, warp: Array, data: Array) -> None:
+        self.touch(which, block, warp, True)
+        _rows(self.data, which.width)[which.rows] = data
 
-    def copy_begins(self, index: Array, block: Array, warp: Array) -> None:
-        self.touch(index, block, warp, True)
-        self._copied[index] += 1
+    def copy_begins(self, which: Bytes, block: Array, warp: Array) -> None:
+        self.touch(which, block, warp, True)
+        _rows(self._copied, which.width)[which.rows] += 1
+        self._copies += which.rows.size
 
-    def copy_lands(self, index: Array, block: Array, warp: Array, data: Array) -> None:
-        self._copied[index] -= 1
-        self.store(index, block, warp, data)
+    def copy_lands(self, which: Bytes, block: Array, warp: Array, data: Array) -> None:
+        _rows(self._copied, which.width)[which.rows] -= 1
+        self._copies -= which.rows.size
+        self.store(which, block, warp, data)
 
-    def product_begins(self, index: Array, block: int) -> None:
+    def product_begins(self, which: Bytes, block: int) -> None:
         """A product reads for four warps at once, so a write by any is a race."""
-        if self._copied[index].any():
+        rows, width = which
+        if self._copies and _rows(self._copied, width)[rows].any():
             raise Fault("race: a product reads shared memory into which a copy is in flight")
         first = self.epoch[block] * (self._warps + 1)
-        if (self._writer[index] >= first).any():
+        if (_rows(self._writer, width)[rows] >= first).any():
             raise Fault("race: a product reads what was written, and no barrier")
-        self._reader[index] = first + self._warps
-        self._multiplied[index] += 1
+        _rows(self._reader, width)[rows] = first + self._warps
+        _rows(self._multiplied, width)[rows] += 1
+        self._products += rows.size
 
-    def product_ends(self, index: Array) -> None:
-        self._multiplied[index] -= 1
+    def product_ends(self, which: Bytes) -> None:
+        _rows(self._multiplied, which.width)[which.rows] -= 1
+        self._products -= which.rows.size

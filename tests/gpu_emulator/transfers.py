@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .machine import NUMPY, PARAMETER, Blocks, Decoder, Execute, Mask
-from .memory import Array
+from .memory import Array, Bytes
 from .ptx import BYTES, Fault, UnknownInstruction
 
 Match = re.Match[str]
@@ -98,9 +98,9 @@ def _copy(decoder: Decoder, match: Match, operands: Operands) -> Execute:
             raise Fault("a copy of a part of its bytes")
         data = np.zeros((threads.size, size), np.uint8)
         data[valid > 0] = b.memory.load(source(b)[threads][valid > 0], size)
-        index = b.shared.bytes_of(target(b)[threads], b.block[threads], size)
-        b.shared.copy_begins(index, b.block[threads], b.warp[threads])
-        b.copies.append((b.committed[threads], threads, index, data))
+        into = b.shared.bytes_of(target(b)[threads], b.block[threads], size)
+        b.shared.copy_begins(into, b.block[threads], b.warp[threads])
+        b.copies.append((b.committed[threads], threads, into, data))
 
     return execute
 
@@ -117,12 +117,12 @@ def _wait_copies(decoder: Decoder, match: Match, operands: Operands) -> Execute:
 
     def execute(b: Blocks, mask: Mask) -> None:
         waits, rest = b.all(mask), []
-        for group, threads, index, data in b.copies:
+        for group, threads, into, data in b.copies:
             lands = waits[threads] & (group < b.committed[threads] - left)
             some = threads[lands]
-            b.shared.copy_lands(index[lands], b.block[some], b.warp[some], data[lands])
+            b.shared.copy_lands(into.of(lands), b.block[some], b.warp[some], data[lands])
             if not lands.all():
-                rest.append((group[~lands], threads[~lands], index[~lands], data[~lands]))
+                rest.append((group[~lands], threads[~lands], into.of(~lands), data[~lands]))
         b.copies = rest
 
     return execute
@@ -192,7 +192,7 @@ def _reduce(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     return execute
 
 
-def _rows_of_matrix(b: Blocks, address: Array, warps: Array, i: int) -> tuple[Array, Array, Array]:
+def _rows_of_matrix(b: Blocks, address: Array, warps: Array, i: int) -> tuple[Bytes, Array, Array]:
     """Where the 8 rows of the i-th 8 × 8 matrix of each warp lie, by the addresses of its threads."""
     threads = (warps[:, None] * 32 + 8 * i + np.arange(8)).reshape(-1)
     block, warp = b.block[threads], b.warp[threads]
