@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cases import mostly_thorough
+
 from .conftest import RECIPES, values_of
 
 RECIPE = """
@@ -79,7 +81,7 @@ def check_that_it_goes_on(train_ref, tmp_path: Path, which: str, expected: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["moco", "conic_on_disk"])
+@pytest.mark.parametrize("which", mostly_thorough(["moco", "conic_on_disk"], "conic_on_disk".__eq__))
 def test_killed_at_a_random_step(train_ref, tmp_path, which):
     train_ref("fit", "--config", recipe_of(which, "whole", tmp_path))
     process = start("-m", "train_ref", "fit", "--config", recipe_of(which, "killed", tmp_path), cwd=tmp_path)
