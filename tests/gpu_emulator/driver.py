@@ -115,6 +115,15 @@ def _end_launch() -> None:
         raise _failure.pop()
 
 
+def _replay(recorded: Any, arguments: tuple[Any, ...]) -> Any:
+    """Each of its launches may touch all tensors of a call that is replayed."""
+    tensors = recorded.allocate(arguments)
+    _begin_launch(tensors)
+    recorded.launch(tensors, 0)
+    _end_launch()
+    return recorded.results(tensors)
+
+
 def _serve_by_triton(folder: Path, capability: tuple[int, int], multiprocessors: int, emulates: bool) -> None:
     import triton
     from contrastive_ops.kernels import _launch as host
@@ -159,6 +168,8 @@ def _serve_by_triton(folder: Path, capability: tuple[int, int], multiprocessors:
     kernels.refuses = refuses_as_gpu
     chip = host.Chip(capability, multiprocessors)
     setattr(host.TRITON, "device_chip", lambda device: chip)  # noqa: B010
+    if emulates:
+        setattr(host.TRITON, "replay", _replay)  # noqa: B010
 
 
 def _serve_by_cuda(capability: tuple[int, int], multiprocessors: int, emulates: bool) -> None:
@@ -191,6 +202,9 @@ def _serve_by_cuda(capability: tuple[int, int], multiprocessors: int, emulates: 
 
         def run(self, *arguments: Any) -> Run:
             return EmulatedRun(*arguments) if emulates else Run(*arguments)
+
+        def replay(self, recorded: Any, arguments: tuple[Any, ...]) -> Any:
+            return _replay(recorded, arguments) if emulates else super().replay(recorded, arguments)
 
     host.KERNELS = EmulatedKernels()
     setattr(cuda, "unavailable", lambda: None)  # noqa: B010

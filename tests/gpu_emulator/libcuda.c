@@ -94,8 +94,8 @@ CUresult cuFuncGetAttribute(int *value, int attribute, void *function) {
   return *value = attribute == 0 ? 1024 : 0, 0; /* threads of a block */
 }
 CUresult cuFuncSetAttribute(void *function, int attribute, int value) {
-  if (attribute == 8) ((Kernel *)function)->allowed_shared = value;
-  return 0;
+  if (attribute != 8) return 1; /* newer ways to allow more of it, which callers do without */
+  return ((Kernel *)function)->allowed_shared = value, 0;
 }
 CUresult cuFuncLoad(void *function) { return 0; }
 CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
