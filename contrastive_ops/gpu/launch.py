@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._calls import extension, signature
+from .._calls import Known, extension, signature
 from .arguments import Tile
 from .tiles import Tiling
 
@@ -289,7 +289,6 @@ class Tape:
         return [place for place, tensor in enumerate(self._tensors) if is_it(tensor)]
 
 
-_MOST_REPLAYS = 256  # of one function
 _SEEN_ONCE, _NEVER_REPLAYED = "seen once", "never replayed"
 
 
@@ -298,7 +297,7 @@ def replayed(function: F) -> F:
     nothing else: what it does depends on its arguments, but on nothing of tensors except for what is in their
     signature. When it is called for the third time with arguments of a kind, it is not run: what it did the
     second time is done again."""
-    replays: dict[Any, Replay | str] = {}
+    replays: Known[Replay | str] = Known()
 
     def call(kernels: Kernels, *arguments: Any) -> Any:
         if _recording is not None or not kernels.may_replay():
@@ -320,9 +319,7 @@ def replayed(function: F) -> F:
         )
         if not is_recorded:
             if known is None:
-                if len(replays) >= _MOST_REPLAYS:
-                    replays.clear()
-                replays[key] = _SEEN_ONCE
+                replays.remember(key, _SEEN_ONCE)
             return function(kernels, *arguments)
         _threads.tape = tape = Tape(inputs)
         try:
