@@ -38,8 +38,8 @@ def signature(arguments: tuple[Any, ...]) -> bytes | None:
 
 
 def signature_unobserved(arguments: tuple[Any, ...]) -> bytes | None:
-    """Of a call from outside. It has none if a mode, a transform, a tracer or a profiler of PyTorch is there to
-    see it; else PyTorch's dispatcher would come to nothing but an operator's autograd and its kernel."""
+    """Of a call from outside. It has none if a mode, a transform, a tracer or a profiler is there to see it;
+    else PyTorch's dispatcher would come to nothing but an operator's autograd and its kernel."""
     if extension is None or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return None
     return extension.describe_unobserved(arguments)

@@ -104,7 +104,8 @@ class Run:
         numbers: Sequence[type[Any]],
     ) -> None:
         self.loaded = load(program, device)
-        self._name, self._device, self._tensors = program.name, device, tensors
+        self._name, self._device = program.name, device
+        self._tensors, self._numbers = tensors, numbers
         self._types = (*[ctypes.c_void_p] * tensors, *numbers)
         self._launch = driver().cuLaunchKernel
         self._shape = (*grid, threads, 1, 1, self.loaded.shared_bytes)
@@ -123,5 +124,5 @@ class Run:
     def parameters(self, arguments: Sequence[Any]) -> Iterator[Any]:
         """The arguments as the kernel gets them: tensors, and numbers as they lie in memory."""
         yield from arguments[: self._tensors]
-        for kind, number in zip(self._types[self._tensors :], arguments[self._tensors :], strict=True):
+        for kind, number in zip(self._numbers, arguments[self._tensors :], strict=True):
             yield bytes(kind(number))

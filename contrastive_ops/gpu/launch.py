@@ -208,8 +208,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 class Replay(NamedTuple):
-    """A call as it was recorded on a `Tape`: what `csrc/calls` does again, and the launches in it, with what was
-    compiled for each, which lives as long as it is referred to."""
+    """A call as it was recorded on a `Tape`.
+
+    Attributes:
+        compiled: what does it again (`csrc/calls/replay.h`).
+        launched: with each launch, what was compiled for it, which lives as long as it is referred to.
+    """
 
     compiled: Any
     launched: list[tuple[Launch, Any]]
@@ -245,48 +249,42 @@ class Tape:
         shared_bytes: int,
         parameters: Iterable[Tensor | bytes],
     ) -> None:
-        """A launch of what was compiled, which the driver knows as `function`, with its parameters in their
-        order: tensors, of which it gets the addresses, and numbers as they lie in memory."""
-        make, places = extension.Parameter, []
-        for parameter in parameters:
-            if isinstance(parameter, bytes):
-                places.append(make(-1, int.from_bytes(parameter, sys.byteorder)))
-            else:
-                places.append(make(self._place(parameter), 0))
+        """A launch of what was compiled, which the driver knows as `function`, with the kernel's parameters in
+        their order: tensors, of which it gets the addresses, and numbers as they lie in memory."""
+        given = [
+            extension.Parameter(-1, int.from_bytes(each, sys.byteorder))
+            if isinstance(each, bytes)
+            else extension.Parameter(self._place(each), 0)
+            for each in parameters
+        ]
         self._launches.append(
-            extension.Launch(launch.name, function, launch.whole_grid, threads, shared_bytes, places)
+            extension.Launch(launch.name, function, launch.whole_grid, threads, shared_bytes, given)
         )
         self._launched.append((launch, compiled))
 
     def replay(self, results: Tensor | tuple[Tensor, ...]) -> Replay | None:
         """The call as it may be replayed, if it may."""
-        returns_tuple = isinstance(results, tuple)
-        places = [
-            self._places_of(lambda each, x=x: each is x) for x in (results if returns_tuple else (results,))
-        ]
-        if not self.is_whole or any(len(place) != 1 for place in places):
+        place_of = {id(tensor): place for place, tensor in enumerate(self._tensors)}
+        places = [place_of.get(id(each)) for each in ((results,) if isinstance(results, Tensor) else results)]
+        if not self.is_whole or None in places:
             return None
-        allocated = self._tensors[self._inputs :]
         compiled = extension.Replay(
-            [extension.Allocation(each.shape, each.dtype, each.device) for each in allocated],
+            [extension.Allocation(x.shape, x.dtype, x.device) for x in self._tensors[self._inputs :]],
             self._launches,
-            [place for (place,) in places],
-            returns_tuple,
+            places,
+            not isinstance(results, Tensor),
             self._tensors[0].device.index or 0,
         )
         return Replay(compiled, self._launched)
 
     def _place(self, tensor: Tensor) -> int:
-        """That of the tensor which begins where this one does, which may be a view of it: strides are numbers."""
+        """That of the tensor which begins where this does, which may be a view of it: strides are numbers."""
         address = tensor.data_ptr()
-        places = self._places_of(lambda each: each.data_ptr() == address)
+        places = [place for place, each in enumerate(self._tensors) if each.data_ptr() == address]
         if len(places) != 1 or not tensor.numel():
             self.is_whole = False  # PyTorch has made it, of numbers that are others in another call
             return 0
         return places[0]
-
-    def _places_of(self, is_it: Callable[[Tensor], bool]) -> list[int]:
-        return [place for place, tensor in enumerate(self._tensors) if is_it(tensor)]
 
 
 _SEEN_ONCE, _NEVER_REPLAYED = "seen once", "never replayed"

@@ -1,4 +1,5 @@
-// contrastive_ops._calls: what a call of a kind that was seen before needs of the host, in a few microseconds.
+// contrastive_ops._calls: what a call of a kind that was seen before needs of the host, in a few
+// microseconds.
 
 #include <torch/csrc/utils/pybind.h>
 
@@ -12,7 +13,7 @@ namespace {
 
 py::object describe(const py::tuple& arguments) {
   Signature signature;
-  if (!signature.describe_all(arguments.ptr())) return py::none();
+  if (!signature.describe(arguments.ptr())) return py::none();
   return py::reinterpret_steal<py::object>(signature.bytes());
 }
 
@@ -49,7 +50,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def(py::init<std::vector<int64_t>, at::ScalarType, at::Device>());
   py::class_<Parameter>(module, "Parameter").def(py::init<int64_t, uint64_t>());
   py::class_<Launch>(module, "Launch")
-      .def(py::init<std::string, uint64_t, std::vector<unsigned>, unsigned, unsigned, std::vector<Parameter>>());
+      .def(py::init<std::string, uint64_t, std::vector<unsigned>, unsigned, unsigned,
+                    std::vector<Parameter>>());
   py::class_<Replay>(module, "Replay")
       .def(py::init<std::vector<Allocation>, std::vector<Launch>, std::vector<size_t>, bool, int>())
       .def("allocate",

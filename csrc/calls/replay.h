@@ -1,5 +1,5 @@
-// A call of a loss that was recorded (contrastive_ops/gpu/launch.py), to be done again on other tensors: it allocates,
-// and launches kernels that the driver has loaded.
+// A call of a loss that was recorded (contrastive_ops/gpu/launch.py), to be done again on other tensors: it
+// allocates, and launches kernels that the driver has loaded.
 
 #pragma once
 
@@ -13,8 +13,8 @@
 
 namespace contrastive_ops {
 
-// What is called of the CUDA driver. Its library is looked up when the first call is recorded: nothing of CUDA is
-// needed to build this, or to load it.
+// What is called of the CUDA driver. Its library is looked up when the first call is recorded: nothing of
+// CUDA is needed to build this, or to load it.
 class Driver {
  public:
   static const Driver& get() {
@@ -23,8 +23,8 @@ class Driver {
   }
 
   int (*launch_kernel)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned threads_x,
-                       unsigned threads_y, unsigned threads_z, unsigned shared_bytes, void* stream, void** parameters,
-                       void** extra);
+                       unsigned threads_y, unsigned threads_z, unsigned shared_bytes, void* stream,
+                       void** parameters, void** extra);
 
   // In a thread that has not called CUDA's runtime yet no context is.
   void make_context_current(int device) const {
@@ -111,7 +111,8 @@ class Replay {
         result = run(each, stream, parameters.data());
       }
       if (result != 0) {
-        throw std::runtime_error("CUDA driver: cannot launch " + each.name + ": error " + std::to_string(result));
+        throw std::runtime_error("CUDA driver: cannot launch " + each.name + ": error " +
+                                 std::to_string(result));
       }
     }
   }
@@ -121,8 +122,9 @@ class Replay {
 
   int run(const Launch& launch, uint64_t stream, void** parameters) const {
     const std::vector<unsigned>& grid = launch.grid;
-    return driver_.launch_kernel(reinterpret_cast<void*>(launch.function), grid[0], grid[1], grid[2], launch.threads, 1,
-                                 1, launch.shared_bytes, reinterpret_cast<void*>(stream), parameters, nullptr);
+    return driver_.launch_kernel(reinterpret_cast<void*>(launch.function), grid[0], grid[1], grid[2],
+                                 launch.threads, 1, 1, launch.shared_bytes, reinterpret_cast<void*>(stream),
+                                 parameters, nullptr);
   }
 
   std::vector<Allocation> allocations_;

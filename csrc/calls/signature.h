@@ -22,12 +22,12 @@ inline bool dispatch_is_unobserved() {
          at::impl::PythonTorchFunctionTLS::stack_len() == 0 && !at::hasCallbacks();
 }
 
-// Whether a tensor is nothing but numbers on a CPU or a GPU of NVIDIA's: no fake, negated, functional, batched,
-// sparse or inference tensor.
+// Whether a tensor is nothing but numbers on a CPU or a GPU of NVIDIA's: no fake, negated, functional,
+// batched, sparse or inference tensor.
 inline bool is_plain(const at::Tensor& tensor) {
   using c10::DispatchKey, c10::DispatchKeySet;
-  static const DispatchKeySet kCpu({DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU,
-                                    DispatchKey::AutocastCPU});
+  static const DispatchKeySet kCpu(
+      {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
   static const DispatchKeySet kCuda({DispatchKey::CUDA, DispatchKey::ADInplaceOrView,
                                      DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA});
   return tensor.key_set() == kCpu || tensor.key_set() == kCuda;
@@ -41,47 +41,27 @@ inline int64_t reach(const at::Tensor& tensor) {
   return (last + 1) * static_cast<int64_t>(tensor.itemsize());
 }
 
-// Describes arguments one after the other.
+// Describes the arguments of a call.
 //
-// Of a tensor it says dtype, device, sizes and strides, whether it requires a gradient, whether it lies within its
-// storage, and how far from an address divisible by 16 it begins; nothing of its place beyond that, nor of its
-// values. Numbers, flags, names and tuples of them stand for themselves, with their types, for 1, 1.0 and True are
-// equal.
+// Of a tensor it says dtype, device, sizes and strides, whether it requires a gradient, whether it lies
+// within its storage, and how far from an address divisible by 16 it begins; nothing else of its place, and
+// nothing of its values. Numbers, flags, names and tuples of them stand for themselves, with their types, for
+// 1, 1.0 and True are equal.
 class Signature {
  public:
   Signature() {
-    const bool states[] = {c10::GradMode::is_enabled(), at::autocast::is_autocast_enabled(at::kCPU),
-                           at::autocast::is_autocast_enabled(at::kCUDA)};
-    add(states);
+    add(c10::GradMode::is_enabled());
+    for (const auto device : {at::kCPU, at::kCUDA}) add(at::autocast::is_autocast_enabled(device));
   }
 
-  // False where it is something else, of which more than that may matter: a tensor that is not plain, or an object
-  // of another class.
-  bool describe(PyObject* argument) {
-    if (THPVariable_CheckExact(argument)) return describe_tensor(THPVariable_Unpack(argument));
-    if (argument == Py_None) return add('n'), true;
-    if (PyBool_Check(argument)) return add(argument == Py_True ? 't' : 'f'), true;
-    if (PyFloat_CheckExact(argument)) return add('d'), add(PyFloat_AS_DOUBLE(argument)), true;
-    if (PyLong_CheckExact(argument)) {
-      int overflow;
-      const long long value = PyLong_AsLongLongAndOverflow(argument, &overflow);
-      return add('i'), add(value), overflow == 0;
-    }
-    if (PyUnicode_CheckExact(argument)) {
-      Py_ssize_t size;
-      const char* text = PyUnicode_AsUTF8AndSize(argument, &size);
-      if (text == nullptr) return PyErr_Clear(), false;
-      add('s'), add(size);
-      return bytes_.append(text, text + size), true;
-    }
-    return PyTuple_Check(argument) && describe_all(argument);
-  }
-
-  bool describe_all(PyObject* tuple) {
-    const Py_ssize_t size = PyTuple_GET_SIZE(tuple);
-    add('('), add(size);
-    for (Py_ssize_t i = 0; i < size; i++) {
-      if (!describe(PyTuple_GET_ITEM(tuple, i))) return false;
+  // False where an argument is something else, of which more may matter than that: a tensor that is not
+  // plain, an object of a class of its own, or a tuple that has a tensor.
+  bool describe(PyObject* arguments) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments); i++) {
+      PyObject* argument = PyTuple_GET_ITEM(arguments, i);
+      const bool is_tensor = THPVariable_CheckExact(argument);
+      if (!(is_tensor ? describe_tensor(THPVariable_Unpack(argument)) : describe_setting(argument)))
+        return false;
     }
     return true;
   }
@@ -101,6 +81,30 @@ class Signature {
     add(tensor.dim());
     for (const int64_t size : tensor.sizes()) add(size);
     for (const int64_t stride : tensor.strides()) add(stride);
+    return true;
+  }
+
+  bool describe_setting(PyObject* setting) {
+    if (setting == Py_None) return add('n'), true;
+    if (PyBool_Check(setting)) return add(setting == Py_True ? 't' : 'f'), true;
+    if (PyFloat_CheckExact(setting)) return add('d'), add(PyFloat_AS_DOUBLE(setting)), true;
+    if (PyLong_CheckExact(setting)) {
+      int overflow;
+      const long long value = PyLong_AsLongLongAndOverflow(setting, &overflow);
+      return add('i'), add(value), overflow == 0;
+    }
+    if (PyUnicode_CheckExact(setting)) {
+      Py_ssize_t size;
+      const char* text = PyUnicode_AsUTF8AndSize(setting, &size);
+      if (text == nullptr) return PyErr_Clear(), false;
+      add('s'), add(size), bytes_.append(text, text + size);
+      return true;
+    }
+    if (!PyTuple_Check(setting)) return false;
+    add('('), add(PyTuple_GET_SIZE(setting));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(setting); i++) {
+      if (!describe_setting(PyTuple_GET_ITEM(setting, i))) return false;
+    }
     return true;
   }
 
