@@ -90,16 +90,13 @@ class Compiled(NamedTuple):
 
 
 # Numbers as Triton's launcher hands them to a kernel, by their types in its signature.
-_NUMBERS = {
-    "i1": ctypes.c_int8, "i32": ctypes.c_int32, "i64": ctypes.c_int64, "u64": ctypes.c_uint64,
-    "fp32": ctypes.c_float, "fp64": ctypes.c_double,
+_NUMBERS: dict[str, type[Any]] = {
+    "i1": ctypes.c_int8, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64, "u1": ctypes.c_uint8, "u8": ctypes.c_uint8, "u16": ctypes.c_uint16,
+    "u32": ctypes.c_uint32, "u64": ctypes.c_uint64, "fp32": ctypes.c_float, "fp64": ctypes.c_double,
 }  # fmt: skip
-_NO_SCRATCH = (
-    bytes(8),
-    bytes(8),
-)  # every kernel takes addresses of memory of its own last, whether it uses it or not
-
-
+# Every kernel takes the addresses of two pieces of memory of its own last, whether it has any or not.
+_NO_SCRATCH = (bytes(8), bytes(8))
 _MOST_SHARED_BYTES = 228 << 10  # beyond, a launch has to ask for them in another way
 
 
@@ -190,10 +187,9 @@ class TritonLaunch(Launch):
         kernel, run, function, metadata = compiled
         if (tape := current_tape()) is not None:
             self._record(tape, kernel, ordered)
-        # None for what would be told to hooks, and for the hooks before and after.
-        hooks = None, None, None
         stream = driver.get_current_stream(device)
-        run(*self.whole_grid, stream, function, metadata, *hooks, *ordered)
+        # None for what would be told to hooks, and for the hooks before and after.
+        run(*self.whole_grid, stream, function, metadata, None, None, None, *ordered)
 
     def _record(self, tape: Tape, kernel: Any, arguments: Sequence[Any]) -> None:
         """Tells the tape of a launch, as Triton's own launcher would make it."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -249,10 +248,10 @@ class Tape:
         shared_bytes: int,
         parameters: Iterable[Tensor | bytes],
     ) -> None:
-        """A launch of what was compiled, which the driver knows as `function`, with the kernel's parameters in
-        their order: tensors, of which it gets the addresses, and numbers as they lie in memory."""
+        """A launch of what was compiled, which the driver knows as `function`, with its parameters in their
+        order: tensors, of which it gets the addresses, and numbers as they lie in memory."""
         given = [
-            extension.Parameter(-1, int.from_bytes(each, sys.byteorder))
+            extension.Parameter(-1, int.from_bytes(each, "little"))
             if isinstance(each, bytes)
             else extension.Parameter(self._place(each), 0)
             for each in parameters
@@ -297,9 +296,9 @@ def replayed(function: F) -> F:
     second time is done again."""
     replays: Known[Replay | str] = Known()
 
-    def call(kernels: Kernels, *arguments: Any) -> Any:
-        if _recording is not None or not kernels.may_replay():
-            return function(kernels, *arguments)
+    def call(kernels: Kernels, *arguments: Any, **named: Any) -> Any:
+        if named or _recording is not None or not kernels.may_replay():
+            return function(kernels, *arguments, **named)
         kind = signature(arguments)
         if kind is None:
             return function(kernels, *arguments)
