@@ -34,7 +34,7 @@ _PROTOTYPE = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, *[ctypes.c_uint] * 5, ctypes.POINTER(ctypes.c_void_p)
 )  # fmt: skip
 _kept: list[Any] = []  # what C refers to
-_memory = GlobalMemory()
+_storages: list[torch.UntypedStorage] = []  # that a kernel may touch
 _failure: list[Exception] = []
 
 
@@ -51,7 +51,10 @@ def _launch(ptx: bytes, x: int, y: int, z: int, threads: int, shared: int, point
             name: np.frombuffer(ctypes.string_at(pointers[i], size), np.uint8)
             for i, (name, size) in enumerate(program.kernel.parameters.items())
         }
-        program.run((x, y, z), _memory, parameters, shared, threads)
+        memory = GlobalMemory()
+        for storage in _storages:
+            memory.add(storage.data_ptr(), storage.nbytes())
+        program.run((x, y, z), memory, parameters, shared, threads)
     except Exception as error:
         _failure.append(error)
 
@@ -103,23 +106,22 @@ def _serve_cpu_tensors(architecture: str, multiprocessors: int, callback: Any) -
 
 def _begin_launch(tensors: Iterable[Tensor]) -> None:
     """Tells the emulator which tensors a kernel may touch."""
-    global _memory
-    _memory = GlobalMemory()
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        _memory.add(storage.data_ptr(), storage.nbytes())
+    _storages[:] = [tensor.untyped_storage() for tensor in tensors]
 
 
 def _end_launch() -> None:
+    _storages.clear()
     if _failure:
-        raise _failure.pop()
+        first, *_ = _failure
+        _failure.clear()
+        raise first
 
 
-def _replay(recorded: Any, arguments: tuple[Any, ...]) -> Any:
-    """Each of its launches may touch all tensors of a call that is replayed."""
+def _replay(kernels: Any, recorded: Any, arguments: tuple[Any, ...]) -> Any:
+    """What `Replay` does, told to the emulator: each launch may touch all tensors of the call."""
     tensors = recorded.allocate(arguments)
     _begin_launch(tensors)
-    recorded.launch(tensors, 0)
+    recorded.launch(tensors, kernels.current_stream())
     _end_launch()
     return recorded.results(tensors)
 
@@ -169,7 +171,7 @@ def _serve_by_triton(folder: Path, capability: tuple[int, int], multiprocessors:
     chip = host.Chip(capability, multiprocessors)
     setattr(host.TRITON, "device_chip", lambda device: chip)  # noqa: B010
     if emulates:
-        setattr(host.TRITON, "replay", _replay)  # noqa: B010
+        setattr(host.TRITON, "replay", functools.partial(_replay, host.TRITON))  # noqa: B010
 
 
 def _serve_by_cuda(capability: tuple[int, int], multiprocessors: int, emulates: bool) -> None:
@@ -204,7 +206,9 @@ def _serve_by_cuda(capability: tuple[int, int], multiprocessors: int, emulates: 
             return EmulatedRun(*arguments) if emulates else Run(*arguments)
 
         def replay(self, recorded: Any, arguments: tuple[Any, ...]) -> Any:
-            return _replay(recorded, arguments) if emulates else super().replay(recorded, arguments)
+            if emulates:
+                return _replay(self, recorded, arguments)
+            return super().replay(recorded, arguments)
 
     host.KERNELS = EmulatedKernels()
     setattr(cuda, "unavailable", lambda: None)  # noqa: B010
