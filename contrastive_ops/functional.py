@@ -384,6 +384,7 @@ def _check_nt_xent(
     group: ProcessGroup | None,
     backend: str | None,
 ) -> NTXentSettings:
+    """Refuses what is wrong; returns the settings that the arguments make."""
     check_group(group)
     with distributed.telling(group, "nt_xent_loss"):
         _check_rows("view1", view1, "(B, D)", "view1", view1, group)
@@ -559,6 +560,7 @@ def _check_conic(
     group: ProcessGroup | None,
     backend: str | None,
 ) -> ConICSettings:
+    """Refuses what is wrong; returns the settings that the arguments make, those for one process."""
     check_group(group)
     with distributed.telling(group, "conic_loss"):
         _check_rows("views", views, "(V, B, D)", "views", views, group)
@@ -658,6 +660,7 @@ def _check_queue_loss(
     backend: str | None,
     consistency_temperature_name: str,
 ) -> CO2Settings:
+    """Refuses what is wrong; returns the settings that the arguments make."""
     check_group(group)
     with distributed.telling(group, "co2_loss"):
         _check_rows("query", query, "(B, D)", "query", query, group)
