@@ -406,9 +406,6 @@ def _exchange_rows_(weight: Tensor, *arguments: Any) -> None:
         kernels.exchange_rows_(weight, *tensors, outgoing_rows)
 
 
-_AS_IN_SCHEMA = (Tensor, float, bool, str, type(None))
-
-
 class _NoDoubleBackward(torch.autograd.Function):
     """An operator of a backward. Recorded, so that create_graph=True makes a graph, and refuses to be
     differentiated; without it the second derivative would silently be left out."""
@@ -444,6 +441,10 @@ def _refuse_transforms(name: str, tensors: list[Tensor], needs_gradient: bool) -
 
 def _fake_in_place(*_: Any) -> None:
     return None
+
+
+# Of these PyTorch's dispatcher makes nothing else, as it makes a float of an integer.
+_AS_IN_SCHEMA = (Tensor, float, bool, str, type(None))
 
 
 def register(
@@ -509,14 +510,11 @@ def register(
             return checked_kernel(*arguments)
 
     def way_of(arguments: Sequence[Any]) -> Callable[..., Any]:
-        """What PyTorch's dispatcher would come to for arguments of which it makes nothing else, as it makes a
-        float of an integer."""
-        needs_gradient = torch.is_grad_enabled() and any(
-            each.requires_grad for each in arguments if isinstance(each, Tensor)
-        )
-        if not all(isinstance(each, _AS_IN_SCHEMA) for each in arguments) or (
-            check.written and needs_gradient
-        ):
+        """What PyTorch's dispatcher would come to, or the operator where it has more to do or to say."""
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        is_as_in_schema = all(isinstance(each, _AS_IN_SCHEMA) for each in arguments)
+        if not is_as_in_schema or (check.written and needs_gradient):
             return operator
         if record is not None and needs_gradient:
             return partial(record, straight_below_autograd)
