@@ -80,16 +80,18 @@ def torch_version():
 
 
 def extensions():
-    """One extension for each instruction set, and one for the bookkeeping of instances."""
+    """One extension for each instruction set, one for calls of a kind that was seen before, and one for the
+    bookkeeping of instances."""
     minor = "_".join((torch_version() or "none").split(".")[:2])
+    # Without a path to them: torch is imported first, and has them loaded.
+    libraries = ["c10", "torch", "torch_cpu", "torch_python"]
     cpu = [
         Extension(
             f"contrastive_ops._cpu_{name}_torch_{minor}",
             sorted(glob.glob("csrc/cpu/*.cpp")),
             depends=["setup.py", *sorted(glob.glob("csrc/*.h")), *sorted(glob.glob("csrc/cpu/*.h"))],
             language="c++",
-            # Without a path to them: torch is imported first, and has them loaded.
-            libraries=["c10", "torch", "torch_cpu", "torch_python"],
+            libraries=libraries,
             extra_compile_args=[
                 *COMPILE_ARGS,
                 "-fopenmp",  # ATen's thread pool is inlined from its headers
@@ -106,6 +108,15 @@ def extensions():
         )
         for name, flags in INSTRUCTION_SETS.items()
     ]
+    calls = Extension(
+        f"contrastive_ops._calls_torch_{minor}",
+        sorted(glob.glob("csrc/calls/*.cpp")),
+        depends=["setup.py", *sorted(glob.glob("csrc/calls/*.h"))],
+        language="c++",
+        libraries=libraries,
+        extra_compile_args=[*COMPILE_ARGS, f"-DTORCH_EXTENSION_NAME=_calls_torch_{minor}", *SANITIZERS],
+        extra_link_args=SANITIZERS,
+    )
     store = Extension(  # uses the pybind11 that comes with torch's headers, and nothing else of torch
         "contrastive_ops._store",
         sorted(glob.glob("csrc/store/*.cpp")),
@@ -114,7 +125,7 @@ def extensions():
         extra_compile_args=[*COMPILE_ARGS, *SANITIZERS],
         extra_link_args=SANITIZERS,
     )
-    return [*cpu, store]
+    return [*cpu, calls, store]
 
 
 class BuildPython(build_py):
@@ -132,7 +143,7 @@ class BuildExtensions(build_ext):
     def initialize_options(self):
         super().initialize_options()
         # All at once: two cores would else end with one at work. Each takes up to a gigabyte.
-        self.parallel = int(os.environ.get("MAX_JOBS") or len(INSTRUCTION_SETS) + 1)
+        self.parallel = int(os.environ.get("MAX_JOBS") or len(INSTRUCTION_SETS) + 2)
 
     def run(self):
         if torch_version() is None:

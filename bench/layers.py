@@ -43,7 +43,10 @@ LAYERS = (
         "implementations:\nstatistics, merge, gradient", ("reference", "_cpu", "kernels", "cuda", "compile")
     ),
     Layer("kernels of GPUs:\nplanned, launched, replayed", ("gpu",)),
-    Layer("what all of them share", ("_contract", "_ranks", "_store", "_installation", "_eager", "_state")),
+    Layer(
+        "what all of them share",
+        ("_contract", "_calls", "_ranks", "_store", "_installation", "_eager", "_state"),
+    ),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.modules}
 

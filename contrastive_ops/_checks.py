@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._calls import Known, signature
 from ._contract import computed_in
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -174,7 +175,6 @@ _TENSORS = {
 _MAY_BE_EMPTY = ("sgd_", "exchange_rows_", *_ACROSS_RANKS)
 _MAY_BE_ZERO = ("instance_weight", "consistency_weight", "lr", "momentum", "weight_decay")
 _FIXED = {"2": 2, "3": 3, "5": 5}
-_KNOWN = 1024  # calls that are remembered of an operator
 
 
 class Checks:
@@ -192,7 +192,7 @@ class Checks:
         ]
         self._rows = [(each, wanted) for each, wanted in self._wanted.items() if wanted.rows_of]
         self._may_be_empty = name in _MAY_BE_EMPTY
-        self._known: dict[Any, list[int]] = {}
+        self._known: Known[list[int]] = Known()
         self.written = [each.name for each in schema.arguments if each.is_write]
 
     def without_memory(self, arguments: Sequence[Any]) -> None:
@@ -203,14 +203,13 @@ class Checks:
     def __call__(self, arguments: Sequence[Any]) -> None:
         """All checks."""
         tensors = [arguments[place] for place in self._places]
-        # Nearly every call has tensors like those of another, and to see that takes half the time.
-        alike = tuple(map(_description, tensors))
-        reaches = self._known.get(alike)
+        # Nearly every call has tensors like those of another, and to see that takes little of the time.
+        kind = signature(tuple(tensors))
+        reaches = None if kind is None else self._known.get(kind)
         if reaches is None:
             reaches = self._check_storages(self._check_tensors(tensors))
-            if len(self._known) >= _KNOWN:
-                self._known.clear()
-            self._known[alike] = reaches
+            if kind is not None:
+                self._known.remember(kind, reaches)
         self._check_numbers(arguments)
         if not (self.written or self._rows):
             return
@@ -310,20 +309,6 @@ class Checks:
 
     def _refuse(self, error: type[Exception], name: str, wanted: str, got: object) -> NoReturn:
         raise error(f"{self._operator}: {name} must {wanted}, got {got}")
-
-
-def _description(tensor: Tensor | None) -> Any:
-    """All that the checks of tensors ask of one, its place in memory and its values apart."""
-    if tensor is None or tensor.layout is not torch.strided:
-        return None
-    return (
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.device,
-        tensor.storage_offset(),
-        tensor.untyped_storage().nbytes(),
-    )
 
 
 def _reach(tensor: Tensor) -> int:

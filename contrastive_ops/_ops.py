@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _backends
+from ._calls import Known, signature_unobserved
 from ._checks import Checks
 from ._contract import (
     CO2Settings,
@@ -105,45 +106,6 @@ def co2_fake(query: Tensor, key: Tensor, queue: Tensor, *settings_and_more: Any)
     return loss, instance, consistency, rank, gradient
 
 
-_TENSORS = (Tensor, torch.nn.Parameter)
-_AS_IN_SCHEMA = (float, bool, str, type(None))  # of what no dispatcher makes something else, as of an integer
-
-
-def _plain_keys(device: str) -> int:
-    """The keys by which PyTorch dispatches on a tensor of that device that is nothing but numbers: no fake,
-    negated, functional, batched or inference tensor, and of no class of its own."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
-    for functionality in ("ADInplaceOrView", f"Autograd{device}", f"Autocast{device}"):
-        keys = keys.add(getattr(torch._C.DispatchKey, functionality))
-    return keys.raw_repr()
-
-
-_PLAIN_KEYS = frozenset(map(_plain_keys, ("CPU", "CUDA")))
-
-
-def _goes_straight(arguments: Sequence[Any]) -> bool:
-    """Whether PyTorch's dispatcher would come to nothing but our autograd and then our kernel: no mode, no
-    transform and no profiler is there to see the call, and all tensors are plain."""
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
-        or torch.is_inference_mode_enabled()
-        or torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU)
-    ):
-        return False
-    for argument in arguments:
-        kind = type(argument)
-        if kind in _TENSORS:
-            if torch._C._dispatch_keys(argument).raw_repr() not in _PLAIN_KEYS:
-                return False
-        elif kind not in _AS_IN_SCHEMA:
-            return False
-    return True
-
-
 def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a backward returns: gradients of the first arguments, and None for those that have none."""
     return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
@@ -173,7 +135,7 @@ class _CO2(torch.autograd.Function):
         # `query` stands in the signature so that a graph of the backward exists, and refuses. Where none is
         # made, there is nothing to check in a gradient of ours and a loss's that autograd has looked at.
         tensors = gradient, grad_loss, query
-        unseen = not torch.is_grad_enabled() and _goes_straight(tensors)
+        unseen = not torch.is_grad_enabled() and signature_unobserved(tensors) is not None
         return _gradients(ctx, (_scale_gradient if unseen else scale_gradient)(*tensors))
 
 
@@ -481,6 +443,10 @@ def _fake_in_place(*_: Any) -> None:
     return None
 
 
+# Of these PyTorch's dispatcher makes nothing else, as it makes a float of an integer.
+_AS_IN_SCHEMA = (Tensor, float, bool, str, type(None))
+
+
 def register(
     name: str,
     kernel: Callable[..., Any],
@@ -523,10 +489,6 @@ def register(
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
-    def straight_below_autograd(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return checked_kernel(*arguments)
-
     def differentiable(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         tensors = [a for a in arguments if isinstance(a, Tensor)]
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -543,10 +505,29 @@ def register(
     def autograd(*arguments: Any) -> Any:
         return differentiable(below_autograd, arguments)
 
+    def straight_below_autograd(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return checked_kernel(*arguments)
+
+    def way_of(arguments: Sequence[Any]) -> Callable[..., Any]:
+        """What PyTorch's dispatcher would come to, or the operator where it has more to do or to say."""
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        is_as_in_schema = all(isinstance(each, _AS_IN_SCHEMA) for each in arguments)
+        if not is_as_in_schema or (check.written and needs_gradient):
+            return operator
+        if record is not None and needs_gradient:
+            return partial(record, straight_below_autograd)
+        return straight_below_autograd
+
+    known: Known[Callable[..., Any]] = Known()
+
     def call(*arguments: Any, **named: Any) -> Any:
-        if not torch.compiler.is_compiling() and not named and _goes_straight(arguments):
-            return differentiable(straight_below_autograd, arguments)
-        return operator(*arguments, **named)
+        kind = None if named else signature_unobserved(arguments)
+        if kind is None:
+            return operator(*arguments, **named)
+        way = known.get(kind) or known.remember(kind, way_of(arguments))
+        return way(*arguments)
 
     _library.impl(name, autograd, "Autograd")
     return call

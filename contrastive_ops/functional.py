@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import _ops, distributed
+from ._calls import once_a_kind
 from ._checks import check_device, check_filled, check_flag, check_number, check_tensor
-from ._contract import CO2Settings, NTXentSettings, PendingStep
+from ._contract import CO2Settings, ConICSettings, NTXentSettings, PendingStep
 from ._ranks import check_group
 
 if TYPE_CHECKING:
@@ -355,21 +356,10 @@ def nt_xent_loss(
         >>> loss.backward()
         >>> top1 = (metrics.positive_rank == 0).float().mean()
     """
-    check_group(group)
-    with distributed.telling(group, "nt_xent_loss"):
-        _check_rows("view1", view1, "(B, D)", "view1", view1, group)
-        _check_rows("view2", view2, "(B, D)", "view1", view1, group)
-        _check_alike("view2", view2, "view1", view1)
-        _check_weight("consistency_weight", consistency_weight)
-        temperatures = {"temperature": temperature, "consistency_temperature": consistency_temperature}
-        _check_settings(temperatures, reduction, return_metrics, backend, normalize=normalize)
-
-    settings = NTXentSettings(
-        temperature=float(temperature),
-        consistency_temperature=float(consistency_temperature),
-        consistency_weight=float(consistency_weight),
-        normalize=normalize,
-    )
+    settings = _check_nt_xent(
+        view1, view2, temperature, consistency_weight, consistency_temperature, normalize, reduction,
+        return_metrics, group, backend,
+    )  # fmt: skip
     dtype = torch.promote_types(view1.dtype, view2.dtype)
     with _without_autocast(view1):
         views = torch.stack([view1.to(dtype), view2.to(dtype)])
@@ -379,6 +369,36 @@ def nt_xent_loss(
             loss, *metrics, share, _ = distributed.nt_xent(views, *settings, backend, group.group_name)
     loss = _reduce(loss, reduction, None if group is None else share)
     return (loss, LossMetrics(*metrics)) if return_metrics else loss
+
+
+@once_a_kind
+def _check_nt_xent(
+    view1: Tensor,
+    view2: Tensor,
+    temperature: float,
+    consistency_weight: float,
+    consistency_temperature: float,
+    normalize: bool,
+    reduction: Reduction,
+    return_metrics: bool,
+    group: ProcessGroup | None,
+    backend: str | None,
+) -> NTXentSettings:
+    """Refuses what is wrong; returns the settings that the arguments make."""
+    check_group(group)
+    with distributed.telling(group, "nt_xent_loss"):
+        _check_rows("view1", view1, "(B, D)", "view1", view1, group)
+        _check_rows("view2", view2, "(B, D)", "view1", view1, group)
+        _check_alike("view2", view2, "view1", view1)
+        _check_weight("consistency_weight", consistency_weight)
+        temperatures = {"temperature": temperature, "consistency_temperature": consistency_temperature}
+        _check_settings(temperatures, reduction, return_metrics, backend, normalize=normalize)
+    return NTXentSettings(
+        temperature=float(temperature),
+        consistency_temperature=float(consistency_temperature),
+        consistency_weight=float(consistency_weight),
+        normalize=normalize,
+    )
 
 
 class ConICMetrics(NamedTuple):
@@ -500,6 +520,47 @@ def conic_loss(
         >>> to_image = conic_loss(text[None], image, own, **settings)
         >>> ((to_text + to_image) / 2).backward()
     """
+    settings = _check_conic(
+        views, weight, target, num_instances, temperature, consistency_weight, reduction, return_metrics,
+        update, group, backend,
+    )  # fmt: skip
+    with _without_autocast(views):
+        if group is not None:
+            across = (
+                settings.temperature, num_instances, settings.consistency_weight, backend, weight.is_leaf,
+                group.group_name,
+            )  # fmt: skip
+            if update is None:
+                loss, *metrics, share, _ = distributed.conic(views, weight, target, *across)
+            else:
+                loss, *metrics, share, _ = distributed.conic_with_update(
+                    views, weight, target, update, *across
+                )
+        else:
+            alone = settings.temperature, settings.compensation, settings.consistency_weight, backend
+            if update is None:
+                loss, *metrics, _ = _ops.conic(views, weight, target, *alone)
+            else:
+                loss, *metrics, _ = _ops.conic_with_update(views, weight, target, update, *alone)
+    loss = _reduce(loss, reduction, None if group is None else share)
+    return (loss, ConICMetrics(*metrics)) if return_metrics else loss
+
+
+@once_a_kind
+def _check_conic(
+    views: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    num_instances: int | None,
+    temperature: float,
+    consistency_weight: float,
+    reduction: Reduction,
+    return_metrics: bool,
+    update: PendingStep | None,
+    group: ProcessGroup | None,
+    backend: str | None,
+) -> ConICSettings:
+    """Refuses what is wrong; returns the settings that the arguments make, those for one process."""
     check_group(group)
     with distributed.telling(group, "conic_loss"):
         _check_rows("views", views, "(V, B, D)", "views", views, group)
@@ -538,30 +599,14 @@ def conic_loss(
                     "update is a step on the weight of its optimizer's classifier, which weight must be, got "
                     "another tensor"
                 )
-
-    with _without_autocast(views):
-        if group is not None:
-            across = (
-                float(temperature), num_instances, float(consistency_weight), backend, weight.is_leaf,
-                group.group_name,
-            )  # fmt: skip
-            if update is None:
-                loss, *metrics, share, _ = distributed.conic(views, weight, target, *across)
-            else:
-                loss, *metrics, share, _ = distributed.conic_with_update(
-                    views, weight, target, update, *across
-                )
-        else:
-            compensation = 1.0
-            if num_instances is not None and rows > 1:
-                compensation = (num_instances - 1) / (rows - 1)
-            settings = (float(temperature), compensation, float(consistency_weight), backend)
-            if update is None:
-                loss, *metrics, _ = _ops.conic(views, weight, target, *settings)
-            else:
-                loss, *metrics, _ = _ops.conic_with_update(views, weight, target, update, *settings)
-    loss = _reduce(loss, reduction, None if group is None else share)
-    return (loss, ConICMetrics(*metrics)) if return_metrics else loss
+    compensation = 1.0
+    if group is None and num_instances is not None and rows > 1:
+        compensation = (num_instances - 1) / (rows - 1)
+    return ConICSettings(
+        temperature=float(temperature),
+        consistency_weight=float(consistency_weight),
+        compensation=compensation,
+    )
 
 
 def _queue_loss(
@@ -581,6 +626,41 @@ def _queue_loss(
     backend: str | None,
     consistency_temperature_name: str = "consistency_temperature",
 ) -> Tensor | tuple[Tensor, LossMetrics]:
+    settings = _check_queue_loss(
+        query, key, queue, temperature, consistency_temperature, instance_weight, consistency_weight,
+        include_positive, normalize, reduction, return_metrics, group, backend, consistency_temperature_name,
+    )  # fmt: skip
+    if queue.shape[0] == queue.shape[1]:
+        _warn_if_transposed(queue)
+    with _without_autocast(query):
+        needs_gradient = query.requires_grad and torch.is_grad_enabled()
+        given = (query, key, queue, *settings, needs_gradient, backend)
+        if group is None:
+            loss, *metrics, _gradient = _ops.co2(*given)
+        else:
+            loss, *metrics, share, _gradient = distributed.co2(*given, group.group_name)
+    loss = _reduce(loss, reduction, None if group is None else share)
+    return (loss, LossMetrics(*metrics)) if return_metrics else loss
+
+
+@once_a_kind
+def _check_queue_loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float,
+    consistency_temperature: float,
+    instance_weight: float,
+    consistency_weight: float,
+    include_positive: bool,
+    normalize: bool,
+    reduction: Reduction,
+    return_metrics: bool,
+    group: ProcessGroup | None,
+    backend: str | None,
+    consistency_temperature_name: str,
+) -> CO2Settings:
+    """Refuses what is wrong; returns the settings that the arguments make."""
     check_group(group)
     with distributed.telling(group, "co2_loss"):
         _check_rows("query", query, "(B, D)", "query", query, group)
@@ -603,10 +683,7 @@ def _queue_loss(
             temperatures, reduction, return_metrics, backend,
             include_positive=include_positive, normalize=normalize,
         )  # fmt: skip
-    if queue.shape[0] == queue.shape[1]:
-        _warn_if_transposed(queue)
-
-    settings = CO2Settings(
+    return CO2Settings(
         temperature=float(temperature),
         consistency_temperature=float(consistency_temperature),
         instance_weight=instance_weight,
@@ -614,15 +691,6 @@ def _queue_loss(
         include_positive=include_positive,
         normalize=normalize,
     )
-    with _without_autocast(query):
-        needs_gradient = query.requires_grad and torch.is_grad_enabled()
-        arguments = (query, key, queue, *settings, needs_gradient, backend)
-        if group is None:
-            loss, *metrics, _gradient = _ops.co2(*arguments)
-        else:
-            loss, *metrics, share, _gradient = distributed.co2(*arguments, group.group_name)
-    loss = _reduce(loss, reduction, None if group is None else share)
-    return (loss, LossMetrics(*metrics)) if return_metrics else loss
 
 
 def _reduce(loss: Tensor, reduction: Reduction, share: Tensor | None = None) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from ..gpu.launch import (
     Launch,
     Products,
     Replay,
+    Tape,
     current_tape,
     forget_plans,
     precision_of,
@@ -87,6 +89,39 @@ class Compiled(NamedTuple):
     metadata: Any
 
 
+# Numbers as Triton's launcher hands them to a kernel, by their types in its signature.
+_NUMBERS: dict[str, type[Any]] = {
+    "i1": ctypes.c_int8, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64, "u1": ctypes.c_uint8, "u8": ctypes.c_uint8, "u16": ctypes.c_uint16,
+    "u32": ctypes.c_uint32, "u64": ctypes.c_uint64, "fp32": ctypes.c_float, "fp64": ctypes.c_double,
+}  # fmt: skip
+# Every kernel takes the addresses of two pieces of memory of its own last, whether it has any or not.
+_NO_SCRATCH = (bytes(8), bytes(8))
+_MOST_SHARED_BYTES = 228 << 10  # beyond, a launch has to ask for them in another way
+
+
+def _is_launched_plainly(metadata: Any) -> bool:
+    """Whether a launch is no more than that of a grid of blocks with its arguments: without clusters, without
+    memory that its launcher would allocate, and beginning when the launch before it has ended."""
+    others = (
+        "launch_pdl", "launch_cooperative_grid", "global_scratch_size", "profile_scratch_size",
+        "tensordesc_meta", "instrumentation_mode",
+    )  # fmt: skip
+    is_plain = metadata.num_ctas == 1 and metadata.shared <= _MOST_SHARED_BYTES
+    return is_plain and not any(getattr(metadata, each, None) for each in others)
+
+
+def _parameters(kinds: Iterable[Any], values: Iterable[Any]) -> Iterator[Tensor | bytes]:
+    """A kernel's arguments by their types in its signature, without those that are compiled in."""
+    for kind, value in zip(kinds, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _parameters(kind, value)
+        elif kind.startswith("*"):
+            yield value
+        elif kind != "constexpr":
+            yield bytes(_NUMBERS[kind](value))
+
+
 def _as_triton(value: Any) -> Any:
     """An argument of the host's as Triton compiles it in."""
     if isinstance(value, Tile):
@@ -149,12 +184,21 @@ class TritonLaunch(Launch):
             self._compile(key, arguments)
             return
         ordered = self._in_order(given + self._fixed)
-        _, run, function, metadata = compiled
-        # None for what would be told to hooks, and for the hooks before and after.
-        behind = function, metadata, None, None, None
+        kernel, run, function, metadata = compiled
         if (tape := current_tape()) is not None:
-            tape.launches(self, compiled, run, self.whole_grid, behind, ordered)
-        run(*self.whole_grid, driver.get_current_stream(device), *behind, *ordered)
+            self._record(tape, kernel, ordered)
+        stream = driver.get_current_stream(device)
+        # None for what would be told to hooks, and for the hooks before and after.
+        run(*self.whole_grid, stream, function, metadata, None, None, None, *ordered)
+
+    def _record(self, tape: Tape, kernel: Any, arguments: Sequence[Any]) -> None:
+        """Tells the tape of a launch, as Triton's own launcher would make it."""
+        if not _is_launched_plainly(kernel.metadata):
+            tape.is_whole = False
+            return
+        parameters = _parameters(kernel.src.signature.values(), arguments)
+        threads, shared_bytes = 32 * kernel.metadata.num_warps, kernel.metadata.shared
+        tape.launches(self, kernel, kernel.function, threads, shared_bytes, (*parameters, *_NO_SCRATCH))
 
     def _compile(self, key: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         """Launches as Triton does, and keeps what it has compiled."""
@@ -179,9 +223,9 @@ class TritonKernels(Kernels):
     def tiling(self, name: str, capability: tuple[int, int], precision: str, dim: int) -> Tiling:
         return select(name, capability, precision, dim)
 
-    def current_stream(self) -> Any:
+    def current_stream(self) -> int:
         driver = triton.runtime.driver.active
-        return driver.get_current_stream(driver.get_current_device())
+        return int(driver.get_current_stream(driver.get_current_device()))
 
     def may_replay(self) -> bool:
         return _KNOWN_TRITON and not is_observed()

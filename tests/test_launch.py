@@ -6,6 +6,8 @@ The tests run on a GPU, or in the emulator of one.
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
@@ -29,12 +31,13 @@ from contrastive_ops.kernels._launch import Launch, Replay, TritonLaunch, vector
 
 from contrastive_ops import available_backends, reference
 from contrastive_ops._backends import BACKENDS
-from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentSettings
+from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentKeys, NTXentSettings
 
 launched = pytest.mark.skipif(
     INTERPRETED or not (REQUESTED or torch.cuda.is_available()),
     reason="runs on a GPU, or in a process with GPU_EMULATOR=sm_80 or sm_90",
 )
+emulated = pytest.mark.skipif(not REQUESTED, reason="runs in a process with GPU_EMULATOR=sm_80 or sm_90")
 DEVICE = "cpu" if REQUESTED else "cuda"
 by_triton = pytest.mark.skipif(REQUESTED == "sm_75", reason="Triton serves GPUs from sm_80 on")
 
@@ -288,6 +291,97 @@ def test_launched_again_with_one_tensor_in_two_places(module: ModuleType) -> Non
     assert not _replays(module, "co2")
     for seed in range(3):
         assert_right(module, call, _co2_inputs(seed))
+
+
+def libcuda() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _recorded(module: ModuleType) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """A call that is replayed from now on, and its tensors."""
+    _launch.forget_plans()
+    call, inputs = CALLS["co2"][1], _co2_inputs(0)
+    for _ in range(2):
+        call(module, *inputs)
+    assert _replays(module, "co2")
+    return call, inputs
+
+
+@emulated
+def test_launched_again_on_the_current_stream(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, inputs = _recorded(module)
+    monkeypatch.setattr(module.co2.args[0], "current_stream", lambda: 64)
+    assert_right(module, call, inputs)
+    assert libcuda().last_stream() == 64
+
+
+@emulated
+def test_launched_again_in_a_thread_that_has_no_context_yet(module: ModuleType) -> None:
+    call, inputs = _recorded(module)
+    done = []
+
+    def work() -> None:
+        libcuda().forget_context()
+        done.append(assert_right(module, call, inputs))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done
+
+
+@launched
+@by_triton
+def test_launched_again_under_a_hook_that_is_told_of_each_launch() -> None:
+    if not available_backends()["triton"]:
+        pytest.skip("Triton does not serve here")
+    module = import_module(BACKENDS["triton"])
+    call, inputs = _recorded(module)
+    told: list[Any] = []
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(told.append)
+    try:
+        assert_right(module, call, inputs)
+    finally:
+        hooks.remove(told.append)
+    assert len(told) > 1
+    assert_right(module, call, inputs)
+
+
+@launched
+@by_triton
+@pytest.mark.parametrize("part", ["launch_pdl", "launch_cooperative_grid", "global_scratch_size"])
+def test_launched_in_another_way_than_a_replay_would_a_call_is_not_recorded(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not available_backends()["triton"]:
+        pytest.skip("Triton does not serve here")
+    module = import_module(BACKENDS["triton"])
+    is_plain = _launch._is_launched_plainly
+    monkeypatch.setattr(_launch, "_is_launched_plainly", lambda x: is_plain(x._replace(**{part: 1})))
+    _launch.forget_plans()
+    for seed in range(4):
+        assert_right(module, CALLS["co2"][1], _co2_inputs(seed))
+    assert not _replays(module, "co2")
+
+
+@launched
+def test_launched_with_tensors_in_a_tuple_a_call_is_not_replayed(module: ModuleType) -> None:
+    """Which one of them it was would be forgotten."""
+    _launch.forget_plans()
+    (views,) = _nt_xent_inputs(0)
+    *_, coefficients = reference.nt_xent(views, NT_XENT)
+    count, device = views.shape[1], views.device
+    grad_loss = torch.linspace(0.5, 2.0, 2 * count, device=device)
+    for seed in range(4):
+        others = views if seed == 0 else _nt_xent_inputs(seed)[0]
+        keys = NTXentKeys(others, torch.full((count,), -1, device=device), grad_loss, coefficients)
+        results = [
+            backend.nt_xent_gradient(grad_loss, views, coefficients, NT_XENT, keys)
+            for backend in (module, reference)
+        ]
+        torch.testing.assert_close(*results, atol=2e-4, rtol=2e-4)
+    assert not module.nt_xent_gradient.func.replays
 
 
 @launched

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import methodcaller
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -103,19 +103,26 @@ class Run:
         tensors: int,
         numbers: Sequence[type[Any]],
     ) -> None:
-        function, shared_bytes = load(program, device)
-        self._name, self._device, self._tensors = program.name, device, tensors
+        self.loaded = load(program, device)
+        self._name, self._device = program.name, device
+        self._tensors, self._numbers = tensors, numbers
         self._types = (*[ctypes.c_void_p] * tensors, *numbers)
-        self._launch, self._function = driver().cuLaunchKernel, function
-        self._shape = (*grid, threads, 1, 1, shared_bytes)
+        self._launch = driver().cuLaunchKernel
+        self._shape = (*grid, threads, 1, 1, self.loaded.shared_bytes)
 
     def __call__(self, stream: int, *arguments: Any) -> None:
         count = self._tensors
         values = (*map(_data_ptr, arguments[:count]), *arguments[count:])
-        launched = (self._function, *self._shape, stream, (values, self._types), 0)
+        launched = (self.loaded.function, *self._shape, stream, (values, self._types), 0)
         (result,) = self._launch(*launched)
         if result == _INVALID_CONTEXT:
             make_context_current(self._device)
             (result,) = self._launch(*launched)
         if result:
             raise RuntimeError(f"CUDA driver: cannot launch {self._name}: {result.name}")
+
+    def parameters(self, arguments: Sequence[Any]) -> Iterator[Any]:
+        """The arguments as the kernel gets them: tensors, and numbers as they lie in memory."""
+        yield from arguments[: self._tensors]
+        for kind, number in zip(self._numbers, arguments[self._tensors :], strict=True):
+            yield bytes(kind(number))

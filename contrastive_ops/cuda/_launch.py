@@ -212,7 +212,10 @@ class CudaLaunch(Launch):
             self._runs[exact] = run = self._load(device, arguments)
         parameters = (*tensors, *numbers, *self._own_numbers)
         if (tape := current_tape()) is not None:
-            tape.launches(self, run, run, (), (), parameters)
+            shared_bytes = run.loaded.shared_bytes
+            tape.launches(
+                self, run, int(run.loaded.function), self.threads, shared_bytes, run.parameters(parameters)
+            )
         run(self._kernels.current_stream(), *parameters)
 
     def _load(self, device: int, arguments: dict[str, Any]) -> Run:

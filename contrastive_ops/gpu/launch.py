@@ -10,14 +10,13 @@ import functools
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .._contract import CO2Settings, ConICSettings, NTXentSettings
+from .._calls import Known, extension, signature
 from .arguments import Tile
 from .tiles import Tiling
 
@@ -31,7 +30,6 @@ NORM_EPSILON = 1e-12  # a row shorter than this is divided by this, as in refere
 INTERPRETER = (0, 0)  # the compute capability of Triton's interpreter
 
 TENSORS = (Tensor, torch.nn.Parameter)
-_SETTINGS = (CO2Settings, ConICSettings, NTXentSettings)
 
 
 def ceil_div(count: int, size: int) -> int:
@@ -144,12 +142,16 @@ class Kernels(ABC):
         """The tiles of a kernel for rows of D dimensions."""
 
     @abstractmethod
-    def current_stream(self) -> Any:
-        """The current stream of the current device, as a launch takes it."""
+    def current_stream(self) -> int:
+        """The current stream of the current device, as the driver knows it."""
 
     def may_replay(self) -> bool:
         """Whether launches may be repeated without those who would be told of them."""
         return True
+
+    def replay(self, recorded: Any, arguments: tuple[Any, ...]) -> Any:
+        """What a call gives that was `recorded` on a `Tape`, with other arguments."""
+        return recorded(arguments, self.current_stream())
 
     def device_chip(self, device: torch.device) -> Chip:
         return _device_chip(device)
@@ -204,179 +206,124 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return tensor
 
 
-Step = Callable[[list[Any]], Any]
-
-
 class Replay(NamedTuple):
-    """A call as it was recorded on a `Tape`: the constants, and the steps, of which each gives one more value
-    from those before it."""
+    """A call as it was recorded on a `Tape`.
 
-    kernels: Kernels
-    constants: list[Any]
-    steps: list[Step]
-    results: Step
-    launched: list[tuple[Launch, Any]]  # with what was compiled, which lives as long as it is referred to
+    Attributes:
+        compiled: what does it again (`csrc/calls/replay.h`).
+        launched: with each launch, what was compiled for it, which lives as long as it is referred to.
+    """
+
+    compiled: Any
+    launched: list[tuple[Launch, Any]]
 
     def is_observed(self) -> bool:
         """Whether somebody waits for one of its launches."""
         return any(launch.is_observed() for launch, _ in self.launched)
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        values = [*self.constants, self.kernels.current_stream(), *inputs]
-        for step in self.steps:
-            values.append(step(values))
-        return self.results(values)
-
 
 class Tape:
     """Records what the host does in a call of a loss: which tensors it allocates, and which kernels it
-    launches with them, with tensors of the call and with constants.
+    launches with them, with tensors of the call and with numbers.
 
-    A value is known by its place: constants count from −1 downwards, others from 0 upwards, where the stream
-    comes first, then the call's tensors, and then what the steps give: a tensor, an argument that is a tuple
-    of other values, or nothing.
+    A tensor is known by its place: first come the call's tensors, then those that are allocated.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.is_whole = True  # whether all was seen that a replay needs
+        self._tensors = [*inputs]  # by place, and so that no two have one address
+        self._inputs = len(inputs)
+        self._launches: list[Any] = []
         self._launched: list[tuple[Launch, Any]] = []
-        self._constants: list[Any] = []
-        self._steps: list[tuple[Callable[[Step], Step], tuple[int, ...]]] = []
-        self._kept: list[Any] = []  # so that no two tensors have one address, and no two objects one id
-        self._places: dict[int, int] = {}  # by id
-        for tensor in inputs:
-            self._keep(tensor, 1 + len(self._kept))
-        self._first_step = 1 + len(inputs)
 
     def allocates(self, tensor: Tensor) -> None:
-        shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
-        place = self._append(lambda _: lambda _: torch.empty(shape, dtype=dtype, device=device))
-        self._keep(tensor, place)
+        self._tensors.append(tensor)
 
     def launches(
         self,
         launch: Launch,
         compiled: Any,
-        run: Callable[..., Any],
-        before: Sequence[Any],
-        behind: Sequence[Any],
-        arguments: Sequence[Any],
+        function: int,
+        threads: int,
+        shared_bytes: int,
+        parameters: Iterable[Tensor | bytes],
     ) -> None:
-        """A call of `run(*before, stream, *behind, *arguments)`, of which only the stream and the tensors
-        among the arguments are others in a replay."""
-        stream = 0
-        self._launched.append((launch, compiled))
-        places = (
-            *map(self._constant, before),
-            stream,
-            *map(self._constant, behind),
-            *map(self._place, arguments),
-        )
-        self._append(lambda select: lambda values: run(*select(values)), *places)
-
-    def replay(self, kernels: Kernels, results: Any) -> Replay | None:
-        """The call as it may be replayed, if it may."""
-        place = self._place(results)
-        if not self.is_whole:
-            return None
-        steps = [make(self._select(places)) for make, places in self._steps]
-        select_results = itemgetter(len(self._constants) + place)
-        return Replay(kernels, self._constants, steps, select_results, self._launched)
-
-    def _select(self, places: Sequence[int]) -> Step:
-        count = len(self._constants)
-        return itemgetter(*(count + place if place >= 0 else -1 - place for place in places or (0,)))
-
-    def _append(self, make: Callable[[Step], Step], *places: int) -> int:
-        """Adds a step, which is made from a function that selects the values at these places."""
-        self._steps.append((make, places))
-        return self._first_step + len(self._steps) - 1
-
-    def _keep(self, value: Any, place: int) -> None:
-        self._kept.append(value)
-        self._places[id(value)] = place
-
-    def _constant(self, value: Any) -> int:
-        self._constants.append(value)
-        return -len(self._constants)
-
-    def _place(self, value: Any) -> int:
-        place = self._places.get(id(value))
-        if place is not None:
-            return place
-        if isinstance(value, Tensor):
-            return self._place_of_view(value)
-        if not _has_tensor(value):
-            return self._constant(value)
-        place = self._append(lambda select: select, *map(self._place, value))
-        self._keep(value, place)
-        return place
-
-    def _place_of_view(self, view: Tensor) -> int:
-        """That of the tensor which begins where the view does, for its strides are arguments of their own."""
-        of = [
-            each
-            for each in self._kept
-            if isinstance(each, Tensor) and each.dtype == view.dtype and each.data_ptr() == view.data_ptr()
+        """A launch of what was compiled, which the driver knows as `function`, with its parameters in their
+        order: tensors, of which it gets the addresses, and numbers as they lie in memory."""
+        given = [
+            extension.Parameter(-1, int.from_bytes(each, "little"))
+            if isinstance(each, bytes)
+            else extension.Parameter(self._place(each), 0)
+            for each in parameters
         ]
-        if len(of) != 1 or not view.numel():
+        self._launches.append(
+            extension.Launch(launch.name, function, launch.whole_grid, threads, shared_bytes, given)
+        )
+        self._launched.append((launch, compiled))
+
+    def replay(self, results: Tensor | tuple[Tensor, ...]) -> Replay | None:
+        """The call as it may be replayed, if it may."""
+        place_of = {id(tensor): place for place, tensor in enumerate(self._tensors)}
+        places = [place_of.get(id(each)) for each in ((results,) if isinstance(results, Tensor) else results)]
+        if not self.is_whole or None in places:
+            return None
+        compiled = extension.Replay(
+            [extension.Allocation(x.shape, x.dtype, x.device) for x in self._tensors[self._inputs :]],
+            self._launches,
+            places,
+            not isinstance(results, Tensor),
+            self._tensors[0].device.index or 0,
+        )
+        return Replay(compiled, self._launched)
+
+    def _place(self, tensor: Tensor) -> int:
+        """That of the tensor which begins where this does, which may be a view of it: strides are numbers."""
+        address = tensor.data_ptr()
+        places = [place for place, each in enumerate(self._tensors) if each.data_ptr() == address]
+        if len(places) != 1 or not tensor.numel():
             self.is_whole = False  # PyTorch has made it, of numbers that are others in another call
             return 0
-        return self._places[id(of[0])]
+        return places[0]
 
 
-def _has_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, tuple) and any(map(_has_tensor, value)))
-
-
-_MOST_REPLAYS = 256  # of one function
 _SEEN_ONCE, _NEVER_REPLAYED = "seen once", "never replayed"
 
 
 def replayed(function: F) -> F:
     """A function of a backend's `Kernels` and more that allocates by `empty` and launches kernels, and does
-    nothing else: what it does depends on its arguments, but on nothing of tensors except for what is in the
-    key below. When it is called for the third time with arguments of a kind, it is not run: what it did the
+    nothing else: what it does depends on its arguments, but on nothing of tensors except for what is in their
+    signature. When it is called for the third time with arguments of a kind, it is not run: what it did the
     second time is done again."""
-    replays: dict[Any, Replay | str] = {}
+    replays: Known[Replay | str] = Known()
 
     def call(kernels: Kernels, *arguments: Any, **named: Any) -> Any:
         if named or _recording is not None or not kernels.may_replay():
             return function(kernels, *arguments, **named)
-        key: list[Any] = [kernels]
-        inputs, addresses = [], []
-        for argument in arguments:
-            kind = type(argument)
-            if kind in TENSORS:
-                address = argument.data_ptr()
-                inputs.append(argument)
-                addresses.append(address)
-                key += argument.dtype, argument.shape, argument.stride(), address % 16
-            elif kind is bool or kind in _SETTINGS:
-                key.append(argument)
-            else:
-                return function(kernels, *arguments)
-        first = inputs[0]
-        key += precision_of(torch.float32), first.device
-        exact = tuple(key)
-        known = replays.get(exact)
+        kind = signature(arguments)
+        if kind is None:
+            return function(kernels, *arguments)
+        key = kind, kernels, precision_of(torch.float32)
+        known = replays.get(key)
         if isinstance(known, Replay) and not known.is_observed():
-            with current(first):
-                return known(inputs)
+            with current(arguments[0]):
+                return kernels.replay(known.compiled, arguments)
+        inputs = [each for each in arguments if isinstance(each, Tensor)]
         # One tensor in two places would be taken for the first of them in the replay, too.
-        is_recorded = known == _SEEN_ONCE and len(set(addresses)) == len(addresses) and _threads.tape is None
+        is_recorded = (
+            known == _SEEN_ONCE
+            and len({each.data_ptr() for each in inputs}) == len(inputs)
+            and _threads.tape is None
+        )
         if not is_recorded:
             if known is None:
-                if len(replays) >= _MOST_REPLAYS:
-                    replays.clear()
-                replays[exact] = _SEEN_ONCE
+                replays.remember(key, _SEEN_ONCE)
             return function(kernels, *arguments)
         _threads.tape = tape = Tape(inputs)
         try:
             results = function(kernels, *arguments)
         finally:
             _threads.tape = None
-        replays[exact] = tape.replay(kernels, results) or _NEVER_REPLAYED
+        replays[key] = tape.replay(results) or _NEVER_REPLAYED
         return results
 
     functools.update_wrapper(call, function)

@@ -34,7 +34,7 @@ _PROTOTYPE = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, *[ctypes.c_uint] * 5, ctypes.POINTER(ctypes.c_void_p)
 )  # fmt: skip
 _kept: list[Any] = []  # what C refers to
-_memory = GlobalMemory()
+_storages: list[torch.UntypedStorage] = []  # that a kernel may touch
 _failure: list[Exception] = []
 
 
@@ -51,7 +51,10 @@ def _launch(ptx: bytes, x: int, y: int, z: int, threads: int, shared: int, point
             name: np.frombuffer(ctypes.string_at(pointers[i], size), np.uint8)
             for i, (name, size) in enumerate(program.kernel.parameters.items())
         }
-        program.run((x, y, z), _memory, parameters, shared, threads)
+        memory = GlobalMemory()
+        for storage in _storages:
+            memory.add(storage.data_ptr(), storage.nbytes())
+        program.run((x, y, z), memory, parameters, shared, threads)
     except Exception as error:
         _failure.append(error)
 
@@ -103,16 +106,24 @@ def _serve_cpu_tensors(architecture: str, multiprocessors: int, callback: Any) -
 
 def _begin_launch(tensors: Iterable[Tensor]) -> None:
     """Tells the emulator which tensors a kernel may touch."""
-    global _memory
-    _memory = GlobalMemory()
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        _memory.add(storage.data_ptr(), storage.nbytes())
+    _storages[:] = [tensor.untyped_storage() for tensor in tensors]
 
 
 def _end_launch() -> None:
+    _storages.clear()
     if _failure:
-        raise _failure.pop()
+        first, *_ = _failure
+        _failure.clear()
+        raise first
+
+
+def _replay(kernels: Any, recorded: Any, arguments: tuple[Any, ...]) -> Any:
+    """What `Replay` does, told to the emulator: each launch may touch all tensors of the call."""
+    tensors = recorded.allocate(arguments)
+    _begin_launch(tensors)
+    recorded.launch(tensors, kernels.current_stream())
+    _end_launch()
+    return recorded.results(tensors)
 
 
 def _serve_by_triton(folder: Path, capability: tuple[int, int], multiprocessors: int, emulates: bool) -> None:
@@ -159,6 +170,8 @@ def _serve_by_triton(folder: Path, capability: tuple[int, int], multiprocessors:
     kernels.refuses = refuses_as_gpu
     chip = host.Chip(capability, multiprocessors)
     setattr(host.TRITON, "device_chip", lambda device: chip)  # noqa: B010
+    if emulates:
+        setattr(host.TRITON, "replay", functools.partial(_replay, host.TRITON))  # noqa: B010
 
 
 def _serve_by_cuda(capability: tuple[int, int], multiprocessors: int, emulates: bool) -> None:
@@ -191,6 +204,11 @@ def _serve_by_cuda(capability: tuple[int, int], multiprocessors: int, emulates: 
 
         def run(self, *arguments: Any) -> Run:
             return EmulatedRun(*arguments) if emulates else Run(*arguments)
+
+        def replay(self, recorded: Any, arguments: tuple[Any, ...]) -> Any:
+            if emulates:
+                return _replay(self, recorded, arguments)
+            return super().replay(recorded, arguments)
 
     host.KERNELS = EmulatedKernels()
     setattr(cuda, "unavailable", lambda: None)  # noqa: B010

@@ -38,6 +38,8 @@ typedef struct {
 void forget_context(void) { without_context = 1; }
 void set_capturing(int capturing) { is_capturing = capturing; }
 long launch_count(void) { return launches; }
+static void *stream_of_last_launch;
+void *last_stream(void) { return stream_of_last_launch; }
 
 /* NVIDIA's Python package asks for every function by name, and does without those that are not here. */
 CUresult cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t flags, int *found) {
@@ -94,8 +96,8 @@ CUresult cuFuncGetAttribute(int *value, int attribute, void *function) {
   return *value = attribute == 0 ? 1024 : 0, 0; /* threads of a block */
 }
 CUresult cuFuncSetAttribute(void *function, int attribute, int value) {
-  if (attribute == 8) ((Kernel *)function)->allowed_shared = value;
-  return 0;
+  if (attribute != 8) return 1; /* newer ways to allow more of it, which callers do without */
+  return ((Kernel *)function)->allowed_shared = value, 0;
 }
 CUresult cuFuncLoad(void *function) { return 0; }
 CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
@@ -111,7 +113,7 @@ CUresult cuPointerGetAttribute(void *value, int attribute, uint64_t pointer) {
 }
 
 CUresult cuLaunchKernelEx(const LaunchConfig *config, void *function, void **parameters, void **extra) {
-  launches++;
+  launches++, stream_of_last_launch = config->stream;
   if (launcher)
     launcher(((Kernel *)function)->image, config->grid_x, config->grid_y, config->grid_z,
              config->block_x * config->block_y * config->block_z, config->shared_bytes, parameters);
@@ -123,7 +125,7 @@ CUresult cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsign
                         void **parameters, void **extra) {
   if (without_context) return 201;
   if (shared_bytes > ((Kernel *)function)->allowed_shared) return 1;
-  launches++;
+  launches++, stream_of_last_launch = stream;
   if (launcher)
     launcher(((Kernel *)function)->image, grid_x, grid_y, grid_z, block_x * block_y * block_z, shared_bytes, parameters);
   return 0;
