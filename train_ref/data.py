@@ -162,11 +162,7 @@ def together(items: Sequence[tuple[tuple[Drawn, ...], int, int]]) -> DrawnBatch:
 def finish(batch: DrawnBatch, device: torch.device | str = "cpu") -> FinishedBatch:
     """A batch's views (B, 3, H, W), coloured on a device."""
     views, labels, instances = batch
-    return (
-        [finished(crops.to(device, non_blocking=True), colours) for crops, colours in views],
-        labels,
-        instances,
-    )
+    return finished(views, torch.device(device)), labels, instances
 
 
 def finished_together(items: Sequence[tuple[tuple[Drawn, ...], int, int]]) -> FinishedBatch:
