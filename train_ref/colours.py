@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sending import sent
+
 # ImageNet's, of each colour, for every set: batch norm makes up for the rest.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GRAY = (0.2989, 0.587, 0.114)  # of red, green and blue: their part in brightness
@@ -124,22 +126,6 @@ class Plan:
     def _place(self, array: np.ndarray) -> int:
         self.arrays.append(array)
         return len(self.arrays) - 1
-
-
-def sent(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays on a device, in one copy: a hundred small ones take the CPU longer than it takes to launch what
-    is computed of them."""
-    width = 8  # bytes, by which each begins where any of its numbers may
-    starts = np.cumsum([0, *(-(-array.nbytes // width) * width for array in arrays)]).tolist()
-    # Nobody waits for a copy from pinned memory.
-    parcel = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for start, array in zip(starts, arrays, strict=False):
-        parcel.numpy()[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    there = parcel.to(device, non_blocking=True)
-    return [
-        there[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
-        for start, array in zip(starts, arrays, strict=False)
-    ]
 
 
 @functools.cache

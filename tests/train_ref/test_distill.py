@@ -219,6 +219,7 @@ def test_a_finished_student_is_not_trained_again(distilled, tmp_path):
         ({"weight": 0.5}, r"weight is 0\.5, but the labels that .*classifier\.ckpt has learned from"),
         ({"unlabelled": "nowhere"}, "unlabelled: .*no folder nowhere/train"),
         ({"learning_rate": 1e38}, "diverged"),
+        ({"arch": "vit_s16", "stem": "small"}, "model.stem is small, which ResNets of torchvision have"),
     ],
 )
 def test_a_mistake_is_one_clear_sentence(distilled, settings, message):
@@ -240,6 +241,14 @@ def test_what_cannot_teach_is_told_before_any_work(teacher, checkpoint, tmp_path
     with pytest.raises(UsageError, match=message) as raised:
         module.distill(str(teacher), accelerator="cpu", **TINY)
     assert str(teacher) in str(raised.value)
+    assert not (tmp_path / "distill").exists()
+
+
+def test_a_student_that_does_not_take_the_images_is_told_before_any_work(distilled, tmp_path, monkeypatch):
+    for work in ("fit", "accuracies_of", "lesson"):
+        monkeypatch.setattr(module, work, lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(UsageError, match=r"^image_size is 8, which a timm/test_vit does not take: .*16"):
+        distilled(arch="timm/test_vit")
     assert not (tmp_path / "distill").exists()
 
 
