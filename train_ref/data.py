@@ -300,8 +300,9 @@ class Views(ResumableData):
     Args:
         dataset: "digits" (bundled with scikit-learn), "folder" or "synthetic" (endless).
         root: the folder of images: ``train`` to train on and ``val`` for the evaluation, each with classes,
-            ``<class>/<image>``, or WebDataset's shards, or decoded images. Where nothing is evaluated there
-            need be no ``val``, and no classes: ``train/<image>``, or the images alone.
+            ``<class>/<image>``, or WebDataset's shards, or decoded images; ``val`` need not have all of
+            the classes. Where nothing is evaluated there need be no ``val``, and no classes:
+            ``train/<image>``, or the images alone.
         augmentation: what makes a view of an image: a paper's own, or the like of it for smaller images.
         image_size: height and width of a view.
         small_views: of each image besides the two, cut from a small part of it, where the two are then cut
@@ -347,7 +348,6 @@ class Views(ResumableData):
                     f"data.{option} is {size}, but data.augmentation {name} needs {smallest} at least: its "
                     "blur takes in as many pixels to each side"
                 )
-        self.train_images = self._dataset(train=True)
         count, batch = len(self.train_images), self.hparams.batch_size
         if count < batch:
             raise UsageError(f"data.batch_size is {batch}, but there are only {count} training images")
@@ -356,6 +356,11 @@ class Views(ResumableData):
                 f"data.batch_size is {batch}, which {world_size()} processes cannot share evenly"
             )
         self.seed = torch.initial_seed()  # as of `seed_everything`
+
+    @functools.cached_property
+    def train_images(self) -> Dataset:
+        """The images to train on, as they are stored."""
+        return self._dataset(train=True)
 
     def lacks_for_evaluation(self) -> str | None:
         """What the images lack to be evaluated on, if anything: that is no mistake before they are."""
@@ -371,8 +376,6 @@ class Views(ResumableData):
             return str(error)
         if (labels_of(test_images) == UNLABELLED).any():
             return f"the test images in {test_images.root} have no labels, as <class>/<image> has"
-        if test_images.classes != self.train_images.classes:
-            return "data.root must hold the same classes under train/ and val/, and has others"
         return None
 
     @property
@@ -488,7 +491,10 @@ class Views(ResumableData):
             raise UsageError(
                 f"data.root has no folder {folder}: it must hold train/<class>/<image> and val/…"
             )
-        return open_images(part, transform)
+        images = open_images(part, transform)
+        if not train:
+            images.number_as(self.train_images.classes)
+        return images
 
     def _part(self, train: bool) -> Path | None:
         """The folder of the training or test images, if there is one; without parts all are to train on."""
