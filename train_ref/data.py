@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from .augmentations import (
     LARGE,
@@ -104,8 +105,17 @@ class SyntheticImages(Dataset):
 
 
 def transforming(images: Dataset, index: int) -> AbstractContextManager[None]:
-    """Within this, whatever fails with an image names it, if it is stored."""
-    return images.transforming(index) if isinstance(images, StoredImages) else nullcontext()
+    """Within this, whatever fails with an image names it, if it is stored, alone or among several sets."""
+    while not isinstance(images, StoredImages):
+        if isinstance(images, ConcatDataset):
+            number = bisect.bisect_right(images.cumulative_sizes, index)
+            index -= images.cumulative_sizes[number] - len(images.datasets[number])
+            images = images.datasets[number]
+        elif isinstance(images, Subset):
+            images, index = images.dataset, int(images.indices[index])
+        else:
+            return nullcontext()
+    return images.transforming(index)
 
 
 def labels_of(images: Dataset) -> Tensor:

@@ -31,7 +31,7 @@ from .classifiers import Batches, Classifier, LabelledFeatures, LabelledImages, 
 from .data import Views
 from .errors import UsageError
 from .evaluation import Features, Score, extract_features, format_table, knn_accuracies, labelled_subset
-from .evaluation_run import Run, directory_of, options_of, plain, resumable, say
+from .evaluation_run import Run, configured, directory_of, options_of, resumable, say
 from .files import verified_sha256, writable, write_text
 from .networks import check_size, network
 from .parsing import PositiveFinite, Seed
@@ -401,7 +401,7 @@ class Evaluator:
             "sha256": self.sha256,
             "images": images or self.images.digest(),
             "options": options_of(settings, known),
-            "data": {name: plain(value) for name, value in self.data.items()},
+            "data": {name: configured(value) for name, value in self.data.items()},
         }
         resume = settings.get("resume")
         self.kept_in = Run(

@@ -23,7 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 
 from .errors import UsageError
 from .files import replacing
-from .images import decoded, naming, read_image
+from .images import decoded, image_errors, read_image
 
 Transform = Callable[[Any], Any]
 UNLABELLED = -1
@@ -88,7 +88,7 @@ class StoredImages(Dataset, ABC):
 
     def transforming(self, index: int) -> AbstractContextManager[None]:
         """Within this, whatever fails with an image names it."""
-        return naming(self.path(index), "cannot be transformed")
+        return image_errors(self.path(index), "cannot be transformed")
 
     def digest(self, indices: np.ndarray | None = None) -> str:
         """A digest of the names of all images, or of these, in order: classes first."""
@@ -143,10 +143,10 @@ class Shards(StoredImages):
 
     def read(self, index: int) -> Tensor:
         shard, offset, size = self.places[index].tolist()
-        with open(self.shards[shard], "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-        with naming(self.path(index), "cannot be read as an image"):
+        with image_errors(self.path(index), "cannot be read as an image"):
+            with open(self.shards[shard], "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
             return decoded(io.BytesIO(data), self.path(index))
 
     def path(self, index: int) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -17,8 +21,10 @@ from PIL import Image
 from train_ref import convert, evaluate
 from train_ref.classifiers import LabelledImages
 from train_ref.data import labels_of
-from train_ref.errors import UsageError
+from train_ref.errors import UsageError, named_file
 from train_ref.stored import INDEX, PIXELS, UNLABELLED, Decoded, Folder, Shards, open_images, write_index
+
+from .conftest import RECIPES
 
 
 def picture(number: int, height: int = 20, width: int = 26) -> Image.Image:
@@ -468,6 +474,108 @@ def test_labels_that_do_not_fit_leave_no_folder(imagenet, labels, message):
         convert.imagenet(*(str(imagenet[name]) for name in ("train", "val", "text", "output")))
     assert not imagenet["output"].exists()
     assert not list(imagenet["output"].parent.glob("*.partial"))
+
+
+@pytest.fixture
+def small_disk():
+    """Files may have no more than 100 bytes, as if the disk was full then."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_not_blamed_on_the_archive(request, imagenet, folder, tmp_path):
+    cifar = archive(tmp_path / "s.tar.gz", cifar_files(hundred=False), "w:gz")
+    request.getfixturevalue("small_disk")
+    conversions = {
+        "train/cat/00000.png": lambda: convert.cifar(str(cifar), str(tmp_path / "out")),
+        "train/n01/n01_0.JPEG": lambda: convert.imagenet(
+            *(str(imagenet[name]) for name in ("train", "val", "text", "output"))
+        ),
+        f"train/{PIXELS}": lambda: convert.pack(str(folder), str(tmp_path / "out")),
+    }
+    for name, conversion in conversions.items():
+        with pytest.raises(OSError, match="File too large") as raised:
+            conversion()
+        assert named_file(raised.value) == str(tmp_path / "out.partial" / name)
+        assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ("train", r"^train: \S*train\.tar cannot be read as an archive"),
+        ("class", r"^train: n02\.tar in \S*train\.tar cannot be read as an archive"),
+        ("val", r"^val: \S*val\.tar cannot be read as an archive"),
+        ("kit", r"^labels: \S*kit\.tar\.gz cannot be read"),
+    ],
+)
+def test_a_damaged_archive_is_named(imagenet, damaged, message):
+    if damaged == "class":
+        with tarfile.open(imagenet["train"]) as file:
+            classes = {name: file.extractfile(name).read() for name in file.getnames()}
+        archive(
+            imagenet["train"],
+            {name: data[: 1000 if name == "n02.tar" else None] for name, data in classes.items()},
+        )
+    else:
+        imagenet[damaged].write_bytes(imagenet[damaged].read_bytes()[: 200 if damaged == "kit" else 5000])
+    with pytest.raises(UsageError, match=message):
+        convert.imagenet(*(str(imagenet[name]) for name in ("train", "val", "kit", "output")))
+    assert not list(imagenet["output"].parent.glob("out*"))
+
+
+def test_a_damaged_compression_is_the_archives(tmp_path):
+    """Its error is none of the system's and none of tarfile's."""
+    path = archive(tmp_path / "s.tar.gz", {"meta": np.arange(50_000).tobytes()}, "w:gz")
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + b"\xff" * 20 + whole[middle + 20 :])
+    with pytest.raises(UsageError, match=r"^source: \S*s\.tar\.gz cannot be read as an archive"):
+        convert.cifar(str(path), str(tmp_path / "out"))
+
+
+def test_only_what_a_conversion_has_left_is_removed(folder, tmp_path):
+    partial, mine = tmp_path / "out.partial", tmp_path / "out.partial" / "mine.txt"
+    partial.mkdir()
+    convert.pack(str(folder), str(tmp_path / "out"))  # an empty folder is nobody's
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
+    shutil.rmtree(tmp_path / "out")
+
+    partial.mkdir()
+    mine.write_text("a thesis")
+    with pytest.raises(
+        UsageError, match=r"output: .*out\.partial is there already, which no conversion has left"
+    ):
+        convert.pack(str(folder), str(tmp_path / "out"))
+    assert mine.read_text() == "a thesis"
+
+    (partial / convert.MARKER).touch()
+    (partial / "train").mkdir()
+    (partial / "train" / "left.png").touch()
+    convert.pack(str(folder), str(tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
+    assert not (tmp_path / "out" / "train" / "left.png").exists()
+    assert not partial.exists()
+
+
+def test_a_conversion_that_still_runs_is_left_alone(folder, tmp_path):
+    program = (
+        "import sys; from train_ref.convert import new_folder\n"
+        "with new_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'image.png').touch(); print('begun', flush=True); input()"
+    )
+    out = tmp_path / "out"
+    command, pipe = [sys.executable, "-c", program, str(out)], subprocess.PIPE
+    with subprocess.Popen(command, cwd=RECIPES.parents[1], stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "begun\n"
+        with pytest.raises(UsageError, match=r"out\.partial is being filled by another process"):
+            convert.pack(str(folder), str(out))
+        other.communicate("\n", timeout=60)
+    assert other.returncode == 0
+    assert [path.name for path in out.iterdir()] == ["image.png"]
 
 
 def test_a_conversion_is_a_command(train_ref, folder, tmp_path):
