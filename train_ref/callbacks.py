@@ -18,9 +18,9 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from .distributed import world_size
-from .errors import UsageError
+from .errors import UsageError, name_file, naming
 from .evaluation import evaluate, extract_features, format_table
-from .files import naming, replacing, write_text
+from .files import replacing, write_text
 from .methods import Method
 from .online import OnlineEvaluation, measured
 from .parsing import Fraction, PositiveFinite
@@ -178,8 +178,8 @@ class Record(Callback):
         with suppress(Exception):  # it may be what has failed already
             self._write_pending(trainer)
         # Loggers write in threads of their own, whose errors do not name the file.
-        if isinstance(exception, OSError) and exception.filename is None:
-            exception.filename = str(trainer.log_dir or trainer.default_root_dir)
+        if isinstance(exception, OSError):
+            name_file(exception, trainer.log_dir or trainer.default_root_dir)
 
     def state_dict(self) -> dict[str, Any]:
         sums = dict(self.sums)

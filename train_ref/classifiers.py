@@ -81,16 +81,16 @@ class LabelledImages(Views):
 
     def __init__(self, max_images: int | None = None, **views: Any) -> None:
         super().__init__(**views)
-        self.sets = {train: self._dataset(train) for train in (True, False)}
-        if len({tuple(getattr(images, "classes", ())) for images in self.sets.values()}) > 1:
-            raise UsageError("data.root must hold the same classes under train/ and val/")
-        self.indices = {train: evenly_spaced(len(images), max_images) for train, images in self.sets.items()}
-        labels = labels_of(self.sets[True])
+        labels = labels_of(self.train_images)
         if (labels == UNLABELLED).any():
             raise UsageError("data.root has training images without labels, and there is nothing to classify")
         self.classes = int(labels.max()) + 1
         if self.classes == 1:
             raise UsageError("data.root holds a single class, and there is nothing to classify")
+        self.sets = {True: self.train_images, False: self._dataset(train=False)}
+        if (labels_of(self.sets[False]) == UNLABELLED).any():
+            raise UsageError("data.root has test images without labels, and nothing can be measured on them")
+        self.indices = {train: evenly_spaced(len(images), max_images) for train, images in self.sets.items()}
         self.labels = labels[torch.from_numpy(self.indices[True])]  # (N,) of the training images
         # Before hours of work, and once, whatever the number of processes.
         rank_zero_only(self.read_test_images)(max_images)

@@ -6,13 +6,15 @@ A folder appears under its name when it is whole.
 from __future__ import annotations
 
 import io
+import lzma
 import pickle
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -21,13 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .augmentations import Resize
-from .errors import UsageError
-from .files import replacing
-from .images import naming
+from .errors import UsageError, naming
+from .files import locked, replacing
 from .stored import INDEX, PIXELS, StoredImages, open_images, scan, shards_of, write_index
 from .workers import context
 
 PARTS = ("train", "val")
+MARKER = ".conversion"  # in a folder that is being filled: a later conversion may remove it
 ROUND = 50_000  # images between two lines of progress
 
 
@@ -39,7 +41,7 @@ def cifar(source: str, output: str) -> None:
         output: the new folder, with ``train/<class>/<number>.png`` and ``val/…``.
     """
     with new_folder(output) as folder:
-        files = dict(files_of(Path(source)))
+        files = dict(files_of(Path(source), "source"))
         meta = next((name for name in ("batches.meta", "meta") if name in files), None)
         if meta is None:
             raise UsageError(f"source: {source} has neither CIFAR-10's batches.meta nor CIFAR-100's meta")
@@ -58,9 +60,9 @@ def cifar(source: str, output: str) -> None:
                 batch = unpickled(files[name], name)
                 pixels = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 for image, label in zip(pixels, batch["fine_labels" if fine else "labels"], strict=True):
-                    path = folder / part / classes[label] / f"{number:05}.png"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(np.ascontiguousarray(image)).save(path)
+                    file = io.BytesIO()
+                    Image.fromarray(np.ascontiguousarray(image)).save(file, "PNG")
+                    write(folder / part / classes[label] / f"{number:05}.png", file.getvalue())
                     number += 1
             print(f"{part}: {number:,} images of {len(classes)} classes", flush=True)
 
@@ -69,15 +71,53 @@ def cifar_10_batches(files: dict[str, bytes]) -> list[str]:
     return sorted(name for name in files if name.startswith("data_batch_"))
 
 
-def files_of(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a folder's files, or of those in an archive."""
+def files_of(source: Path, option: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a folder's files, or of those in an archive.
+
+    Args:
+        source: the folder or the archive.
+        option: of the user's, that says where it is.
+    """
     if source.is_dir():
-        yield from ((path.name, path.read_bytes()) for path in source.iterdir() if path.is_file())
+        for path in source.iterdir():
+            if path.is_file():
+                with naming(path):
+                    data = path.read_bytes()
+                yield path.name, data
         return
-    with opened(source, "source") as archive:
-        for member in archive:
-            if member.isfile():
-                yield Path(member.name).name, archive.extractfile(member).read()
+    yield from ((Path(name).name, data) for name, data in members(source, f"{option}: {source}"))
+
+
+def members(archive: Path | bytes, what: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files in an archive, compressed or not.
+
+    Errors are the archive's only while it is read, here: a disk that is full where its files are written
+    raises one of the same kind elsewhere.
+
+    Args:
+        archive: where it is, or its contents.
+        what: messages call it.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    given: dict[str, Any] = (
+        {"name": archive} if isinstance(archive, Path) else {"fileobj": io.BytesIO(archive)}
+    )
+    try:
+        with closing(tarfile.open(**given)) as opened:
+            for member in opened:
+                if member.isfile():
+                    yield member.name, opened.extractfile(member).read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise UsageError(f"{what} cannot be read as an archive: {error}") from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file, whose folder is made where there is none. An error of the system names one of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.write_bytes(data)
 
 
 class _Arrays(pickle.Unpickler):
@@ -114,52 +154,50 @@ def imagenet(train: str, val: str, labels: str, output: str) -> None:
     with new_folder(output) as folder:
         of_images = classes_in(Path(labels))
         count = 0
-        with opened(Path(train), "train") as archive:
-            for member in archive:
-                if not member.name.endswith(".tar"):
-                    continue
-                name = Path(member.name).stem
-                with opened(archive.extractfile(member), f"train: {member.name}") as images:
-                    count += extract(images, lambda _, name=name: folder / "train" / name)
-                print(f"train: {count:,} images", flush=True)
+        for name, archive in members(Path(train), f"train: {train}"):
+            if not name.endswith(".tar"):
+                continue
+            place = folder / "train" / Path(name).stem
+            count += extract(members(archive, f"train: {name} in {train}"), lambda _, place=place: place)
+            print(f"train: {count:,} images", flush=True)
         unknown = set(of_images) - {path.name for path in (folder / "train").iterdir()}
         if unknown:
             raise UsageError(f"labels: {labels} names {min(unknown)}, a class that {train} does not have")
-        with opened(Path(val), "val") as archive:
-            count = extract(archive, lambda number: folder / "val" / of_images[number - 1])
+        count = extract(
+            members(Path(val), f"val: {val}"), lambda number: folder / "val" / of_images[number - 1]
+        )
         if count != len(of_images):
             raise UsageError(f"labels: {labels} has {len(of_images):,} labels, but {val} {count:,} images")
         print(f"val: {count:,} images", flush=True)
 
 
-def extract(archive: tarfile.TarFile, folder_of: Callable[[int], Path]) -> int:
-    """Write an archive's images into the folders of their numbers, which names end in; returns how many."""
+def extract(files: Iterable[tuple[str, bytes]], folder_of: Callable[[int], Path]) -> int:
+    """Write those of the files that are images into the folders of their numbers, which names end in; returns
+    how many."""
     count = 0
-    for member in archive:
-        name = Path(member.name)
-        if not member.isfile() or name.suffix.lower() not in (".jpeg", ".jpg"):
+    for name, data in files:
+        path = Path(name)
+        if path.suffix.lower() not in (".jpeg", ".jpg"):
             continue
         try:
-            folder = folder_of(int(name.stem.rpartition("_")[2]))
+            folder = folder_of(int(path.stem.rpartition("_")[2]))
         except (IndexError, ValueError):
-            raise UsageError(f"labels: there is none for {member.name}") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / name.name, "wb") as file:
-            shutil.copyfileobj(archive.extractfile(member), file)
+            raise UsageError(f"labels: there is none for {name}") from None
+        write(folder / path.name, data)
         count += 1
     return count
 
 
 def classes_in(labels: Path) -> list[str]:
     """The class of each image for validation, in the order of their numbers."""
-    if not tarfile.is_tarfile(labels):
-        try:
+    try:
+        if not tarfile.is_tarfile(labels):
             return labels.read_text(encoding="utf-8").split()
-        except (OSError, ValueError) as error:
-            raise UsageError(f"labels: {labels} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"labels: {labels} cannot be read: {error}") from error
     from scipy.io import loadmat
 
-    files = dict(files_of(labels))
+    files = dict(files_of(labels, "labels"))
     try:
         synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
         names = {int(each["ILSVRC2012_ID"]): str(each["WNID"]) for each in synsets}
@@ -225,13 +263,19 @@ def pack_part(images: StoredImages, folder: Path, num_workers: int) -> None:
         multiprocessing_context=context() if num_workers else None,
     )
     shapes = []
-    with naming(folder / PIXELS, "cannot be written"), open(folder / PIXELS, "wb") as file:
+    path = folder / PIXELS
+    file = path.open("wb")
+    try:
         for number, (image, _) in enumerate(loader, 1):
             pixels = image.permute(1, 2, 0).contiguous().numpy()
-            file.write(pixels.data)
+            with naming(path):  # not while images are read
+                file.write(pixels.data)
             shapes.append(pixels.shape[:2])
             if number % ROUND == 0 or number == len(images):
                 print(f"{images.root}: {number:,} of {len(images):,} images", flush=True)
+    finally:
+        with naming(path):  # the last ones are written now
+            file.close()
     write_index(
         folder / INDEX, images.names, images.targets, images.classes, shapes=np.array(shapes, dtype=np.int32)
     )
@@ -239,26 +283,39 @@ def pack_part(images: StoredImages, folder: Path, num_workers: int) -> None:
 
 @contextmanager
 def new_folder(output: str) -> Iterator[Path]:
-    """A folder to fill, which takes its name when it is whole; a failure leaves nothing."""
+    """A folder to fill, which takes its name when it is whole; a failure leaves nothing.
+
+    Until then it is ``<output>.partial``. What a kill has left there is removed by the next conversion; and
+    nothing else is, be it someone's own or a conversion's that still runs.
+    """
     final = Path(output)
     if final.exists():
         raise UsageError(f"output: {final} is there already")
     partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    marker = partial / MARKER
+    if partial.exists() and not marker.exists() and not (partial.is_dir() and is_empty(partial)):
+        raise UsageError(
+            f"output: {partial} is there already, which no conversion has left: it would be filled, and then "
+            f"become {final}; move it, or choose another output"
+        )
+    partial.mkdir(parents=True, exist_ok=True)
     try:
-        yield partial
-        partial.replace(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        lock = locked(marker)
+    except BlockingIOError as error:
+        raise UsageError(f"output: {partial} is being filled by another process") from error
+    with lock:
+        for left in partial.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left != marker:
+                left.unlink()
+        try:
+            yield partial
+            partial.replace(final)
+            (final / MARKER).unlink()
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextmanager
-def opened(source: Path | BinaryIO, what: str) -> Iterator[tarfile.TarFile]:
-    """An archive, compressed or not."""
-    given: dict[str, Any] = {"name": source} if isinstance(source, Path) else {"fileobj": source}
-    try:
-        with closing(tarfile.open(**given)) as archive:
-            yield archive
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UsageError(f"{what}: {source} cannot be read as an archive: {error}") from error
+def is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from .augmentations import (
     LARGE,
@@ -104,8 +105,17 @@ class SyntheticImages(Dataset):
 
 
 def transforming(images: Dataset, index: int) -> AbstractContextManager[None]:
-    """Within this, whatever fails with an image names it, if it is stored."""
-    return images.transforming(index) if isinstance(images, StoredImages) else nullcontext()
+    """Within this, whatever fails with an image names it, if it is stored, alone or among several sets."""
+    while not isinstance(images, StoredImages):
+        if isinstance(images, ConcatDataset):
+            number = bisect.bisect_right(images.cumulative_sizes, index)
+            index -= images.cumulative_sizes[number] - len(images.datasets[number])
+            images = images.datasets[number]
+        elif isinstance(images, Subset):
+            images, index = images.dataset, int(images.indices[index])
+        else:
+            return nullcontext()
+    return images.transforming(index)
 
 
 def labels_of(images: Dataset) -> Tensor:
@@ -162,11 +172,7 @@ def together(items: Sequence[tuple[tuple[Drawn, ...], int, int]]) -> DrawnBatch:
 def finish(batch: DrawnBatch, device: torch.device | str = "cpu") -> FinishedBatch:
     """A batch's views (B, 3, H, W), coloured on a device."""
     views, labels, instances = batch
-    return (
-        [finished(crops.to(device, non_blocking=True), colours) for crops, colours in views],
-        labels,
-        instances,
-    )
+    return finished(views, torch.device(device)), labels, instances
 
 
 def finished_together(items: Sequence[tuple[tuple[Drawn, ...], int, int]]) -> FinishedBatch:
@@ -304,8 +310,9 @@ class Views(ResumableData):
     Args:
         dataset: "digits" (bundled with scikit-learn), "folder" or "synthetic" (endless).
         root: the folder of images: ``train`` to train on and ``val`` for the evaluation, each with classes,
-            ``<class>/<image>``, or WebDataset's shards, or decoded images. Where nothing is evaluated there
-            need be no ``val``, and no classes: ``train/<image>``, or the images alone.
+            ``<class>/<image>``, or WebDataset's shards, or decoded images; ``val`` need not have all of
+            the classes. Where nothing is evaluated there need be no ``val``, and no classes:
+            ``train/<image>``, or the images alone.
         augmentation: what makes a view of an image: a paper's own, or the like of it for smaller images.
         image_size: height and width of a view.
         small_views: of each image besides the two, cut from a small part of it, where the two are then cut
@@ -351,7 +358,6 @@ class Views(ResumableData):
                     f"data.{option} is {size}, but data.augmentation {name} needs {smallest} at least: its "
                     "blur takes in as many pixels to each side"
                 )
-        self.train_images = self._dataset(train=True)
         count, batch = len(self.train_images), self.hparams.batch_size
         if count < batch:
             raise UsageError(f"data.batch_size is {batch}, but there are only {count} training images")
@@ -360,6 +366,11 @@ class Views(ResumableData):
                 f"data.batch_size is {batch}, which {world_size()} processes cannot share evenly"
             )
         self.seed = torch.initial_seed()  # as of `seed_everything`
+
+    @functools.cached_property
+    def train_images(self) -> Dataset:
+        """The images to train on, as they are stored."""
+        return self._dataset(train=True)
 
     def lacks_for_evaluation(self) -> str | None:
         """What the images lack to be evaluated on, if anything: that is no mistake before they are."""
@@ -375,8 +386,6 @@ class Views(ResumableData):
             return str(error)
         if (labels_of(test_images) == UNLABELLED).any():
             return f"the test images in {test_images.root} have no labels, as <class>/<image> has"
-        if test_images.classes != self.train_images.classes:
-            return "data.root must hold the same classes under train/ and val/, and has others"
         return None
 
     @property
@@ -492,7 +501,10 @@ class Views(ResumableData):
             raise UsageError(
                 f"data.root has no folder {folder}: it must hold train/<class>/<image> and val/…"
             )
-        return open_images(part, transform)
+        images = open_images(part, transform)
+        if not train:
+            images.number_as(self.train_images.classes)
+        return images
 
     def _part(self, train: bool) -> Path | None:
         """The folder of the training or test images, if there is one; without parts all are to train on."""

@@ -13,7 +13,7 @@ from .errors import UsageError
 from .evaluate import Evaluator, Precision, Rows
 from .evaluation import Score
 from .evaluation_run import resumable
-from .networks import Architecture, ResNet, Stem, network
+from .networks import Architecture, ResNet, Stem, check_size, network
 from .parsing import NonNegativeFinite, PositiveFinite, Seed, Temperature
 from .teachers import CLASSIFIER, Distillation, Teacher, keep_classifier, lesson, load_teacher
 
@@ -88,6 +88,7 @@ def distill(
     if stem is None:
         stem = teacher.backbone.stem if arch in (teacher.backbone.arch, *get_args(ResNet)) else "imagenet"
     same = (arch, stem) == (teacher.backbone.arch, teacher.backbone.stem)
+    check_size(network(arch, stem), arch, images.hparams.image_size)
     if temperature is None:
         temperature = SELF_TEMPERATURE if same else SMALLER_TEMPERATURE
 

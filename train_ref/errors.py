@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UsageError(Exception):
@@ -23,6 +26,22 @@ def named_file(error: OSError) -> str:
     if error.filename is None or error.strerror is None:
         return ""
     return os.fsdecode(error.filename) if not isinstance(error.filename, int) else ""
+
+
+def name_file(error: OSError, path: str | Path) -> None:
+    """Let an error tell that file or folder, if it tells none: Python's own do not, where a disk is full."""
+    if error.filename is None:
+        error.filename = str(path)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Within this, errors of the operating system name that file."""
+    try:
+        yield
+    except OSError as error:
+        name_file(error, path)
+        raise
 
 
 def one_line(error: BaseException) -> str:

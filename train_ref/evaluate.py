@@ -31,9 +31,9 @@ from .classifiers import Batches, Classifier, LabelledFeatures, LabelledImages, 
 from .data import Views
 from .errors import UsageError
 from .evaluation import Features, Score, extract_features, format_table, knn_accuracies, labelled_subset
-from .evaluation_run import Run, directory_of, options_of, plain, resumable, say
+from .evaluation_run import Run, configured, directory_of, options_of, resumable, say
 from .files import verified_sha256, writable, write_text
-from .networks import network
+from .networks import check_size, network
 from .parsing import PositiveFinite, Seed
 from .teachers import CLASSIFIER, keep_classifier
 
@@ -382,6 +382,8 @@ class Evaluator:
         data = self.backbone.data | {name: value for name, value in said.items() if value is not None}
         self.data = {name: data[name] for name in inspect.signature(Views).parameters if name in data}
         self.max_images = max_images
+        # Known before the images are read.
+        check_size(self.backbone.network, self.backbone.arch, Views(**self.data).hparams.image_size)
         self.images = LabelledImages(max_images, **self.data)
 
     def run(self, settings: Mapping[str, Any], images: str | None = None) -> Run:
@@ -399,7 +401,7 @@ class Evaluator:
             "sha256": self.sha256,
             "images": images or self.images.digest(),
             "options": options_of(settings, known),
-            "data": {name: plain(value) for name, value in self.data.items()},
+            "data": {name: configured(value) for name, value in self.data.items()},
         }
         resume = settings.get("resume")
         self.kept_in = Run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import inspect
 import json
@@ -12,7 +11,7 @@ import shlex
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -22,7 +21,7 @@ from .backbones import load_tensors
 from .callbacks import Record
 from .checkpoints import LastCheckpoint
 from .errors import UsageError
-from .files import write_text
+from .files import locked, write_text
 from .parsing import parser_of
 from .runs import CONFIG_FILE, LAST, LATEST, remove_unless_begun
 
@@ -64,7 +63,7 @@ class Run:
         self.command, self.directory, self.config, self.folder = command, directory, config, folder
         self.every_n_steps = every_n_steps
         self.new, self.saved = folder is None, False
-        self.lock: Any = None
+        self.lock: BinaryIO | None = None
         if folder is None:
             check_that_it_can_be_made(directory)
             return
@@ -139,12 +138,9 @@ class Run:
         """Keep other processes from going on with this run meanwhile; the lock ends with the process."""
         if rank_zero_only.rank:
             return
-        # Such a lock is its process's alone: those of a data loader, which outlive a kill, do not share it.
-        self.lock = (self.folder / CONFIG_FILE).open("r+b")
         try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            self.lock.close()
+            self.lock = locked(self.folder / CONFIG_FILE)
+        except BlockingIOError as error:
             raise UsageError(f"resume: {self.folder} is being run by another process") from error
 
 
@@ -259,7 +255,7 @@ def resumable(command: Callable[..., Any]) -> Callable[..., Any]:
         said = inspect.signature(command).bind(*args, **given).arguments
         said |= said.pop("options", {})
         # Types of the command line's would come into checkpoints, which then could not be read safely.
-        said = {name: plain(value) for name, value in said.items()}
+        said = {name: configured(value) for name, value in said.items()}
         if said.get("resume") is None:
             return command(**said)
         name, checkpoint = command.__name__, str(said["checkpoint"])
@@ -294,10 +290,10 @@ def options_of(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
     """All options of a command, for its `config.yaml`, from the values of its arguments."""
     options = {**settings, **defaults, **settings["options"]}
     elsewhere = ("checkpoint", "options", "resume", "directory")
-    return {name: plain(value) for name, value in options.items() if name not in elsewhere}
+    return {name: configured(value) for name, value in options.items() if name not in elsewhere}
 
 
-def plain(value: Any) -> Any:
+def configured(value: Any) -> Any:
     """As a configuration has it: no tuples, paths or types of the command line's."""
     return json.loads(json.dumps(value, default=str))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -10,17 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import UsageError
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Errors of the operating system name that file: Python's own do not, where a disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 @contextmanager
@@ -135,6 +125,23 @@ def verified_sha256(path: Path) -> str:
     """The sum of a file that `verify` has passed: the recorded one where there is one only."""
     sums = recorded(path)
     return sums[0] if len(sums) == 1 else sha256(path)
+
+
+def locked(path: Path) -> BinaryIO:
+    """A file, made where there is none, that no other process gets before it is closed or this one ends.
+
+    Such a lock is its process's alone: those of a data loader, which outlive a kill, do not share it.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    file = path.open("a+b")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # which of them, systems differ in
+        file.close()
+        raise BlockingIOError(error.errno, error.strerror, str(path)) from error
+    return file
 
 
 def write_text(path: Path, text: str) -> None:

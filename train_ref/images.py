@@ -47,7 +47,7 @@ def read_image(path: str | Path) -> Tensor:
     Raises:
         UsageError: as `open_image` does.
     """
-    with naming(path, "cannot be read as an image"), open(path, "rb") as file:
+    with image_errors(path, "cannot be read as an image"), open(path, "rb") as file:
         return decoded(file, path)
 
 
@@ -76,7 +76,7 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         UsageError: the file is missing, damaged, or has pixels whose range nothing tells; it is named.
     """
-    with naming(path, "cannot be read as an image"), open(path, "rb") as file:
+    with image_errors(path, "cannot be read as an image"), open(path, "rb") as file:
         return open_image_of(Image.open(file), file, path)
 
 
@@ -90,9 +90,10 @@ def open_image_of(image: Image.Image, file: BinaryIO, path: str | Path) -> Image
 
 
 @contextmanager
-def naming(path: str | Path, what: str) -> Iterator[None]:
-    """Let whatever fails with an image's file be a line that names it. Pillow and its codecs raise all kinds
-    of exceptions: for files that end too soon, are too large, or break a rule of their format.
+def image_errors(path: str | Path, what: str) -> Iterator[None]:
+    """Within this, whatever fails with an image's file is a UsageError that names it. Pillow and its codecs
+    raise all kinds of exceptions: for files that end too soon, are too large, or break a rule of their
+    format.
 
     Args:
         path: of the file.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import distributed
-from .errors import UsageError
+from .errors import UsageError, one_line
 
 ResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101"]  # torchvision's
 Named = Literal[ResNet, "vit_s16", "convnet"]
@@ -100,6 +100,26 @@ def _of_timm(name: str, stem: Stem) -> nn.Module:
         net = timm.create_model(name, num_classes=0)
     net.num_features = getattr(net, "head_hidden_size", net.num_features)  # some have a layer after the pool
     return net
+
+
+def check_size(net: nn.Module, arch: str, size: int, option: str = "image_size") -> None:
+    """Raise UsageError where a network does not take images of that size, as some transformers.
+
+    Args:
+        net: (B, 3, H, W) to (B, F).
+        arch: its name.
+        size: height and width.
+        option: of the user's, that says the size.
+    """
+    image = torch.zeros(1, 3, size, size).to(next(net.parameters()))
+    was_training = net.training
+    try:
+        with torch.no_grad():
+            net.eval()(image)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{option} is {size}, which a {arch} does not take: {one_line(error)}") from error
+    finally:
+        net.train(was_training)
 
 
 def projection_head(kind: Head, in_features: int, dim: int) -> nn.Module:

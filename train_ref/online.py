@@ -276,9 +276,8 @@ class OnlineEvaluation(Callback):
             settings = {"k": self.k, "temperature": self.temperature, "chunk_size": chunk}
             try:
                 accuracy = knn_accuracy(train, test, device=module.device, **settings)
-            except (
-                torch.OutOfMemoryError
-            ):  # the training needs the GPU's memory; a CPU has more, and is slower
+            except torch.OutOfMemoryError:
+                # The training needs the GPU's memory. A CPU has more, and is slower.
                 accuracy = knn_accuracy(train, test, **settings)
             accuracies["knn_accuracy"] = accuracy
             if self.probe is not None:

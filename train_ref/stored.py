@@ -23,7 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 
 from .errors import UsageError
 from .files import replacing
-from .images import decoded, naming, read_image
+from .images import decoded, image_errors, read_image
 
 Transform = Callable[[Any], Any]
 UNLABELLED = -1
@@ -62,6 +62,22 @@ class StoredImages(Dataset, ABC):
             image = self.read(index)
             return (image if self.transform is None else self.transform(image)), int(self.targets[index])
 
+    def number_as(self, classes: Sequence[str]) -> None:
+        """Let labels be the numbers that their classes have in another set, which may have more of them.
+
+        Raises:
+            UsageError: it does not have one of them.
+        """
+        numbers = {name: number for number, name in enumerate(classes)}
+        if others := [name for name in self.classes if name not in numbers]:
+            raise UsageError(
+                f"data.root must hold no other classes under val/ than under train/, but {self.root} has "
+                f"{others[0]}"
+            )
+        # The last of these is what `UNLABELLED` finds.
+        self.targets = np.array([*(numbers[name] for name in self.classes), UNLABELLED])[self.targets]
+        self.classes = list(classes)
+
     @abstractmethod
     def read(self, index: int) -> Tensor:
         """An image as it is stored, (3, H, W) of bytes."""
@@ -72,7 +88,7 @@ class StoredImages(Dataset, ABC):
 
     def transforming(self, index: int) -> AbstractContextManager[None]:
         """Within this, whatever fails with an image names it."""
-        return naming(self.path(index), "cannot be transformed")
+        return image_errors(self.path(index), "cannot be transformed")
 
     def digest(self, indices: np.ndarray | None = None) -> str:
         """A digest of the names of all images, or of these, in order: classes first."""
@@ -127,10 +143,10 @@ class Shards(StoredImages):
 
     def read(self, index: int) -> Tensor:
         shard, offset, size = self.places[index].tolist()
-        with open(self.shards[shard], "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-        with naming(self.path(index), "cannot be read as an image"):
+        with image_errors(self.path(index), "cannot be read as an image"):
+            with open(self.shards[shard], "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
             return decoded(io.BytesIO(data), self.path(index))
 
     def path(self, index: int) -> str:
@@ -239,35 +255,64 @@ def write_index(path: Path, names: Sequence[str], targets: Any, classes: Sequenc
         np.savez(file, names=encoded, targets=np.array(targets), classes=np.array(classes, dtype=str), **more)
 
 
+def parts_of(name: str) -> tuple[str, str, str]:
+    """Folder, sample and extension of a member of a shard. As WebDataset has it, the extension is all that
+    follows the first dot of the file's name: 7.seg.png is no image of sample 7, but its field seg.png."""
+    folder, _, file = name.rpartition("/")
+    sample, _, extension = file.partition(".")
+    return folder, sample, extension.lower()
+
+
+def class_number(archive: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    """The number that a .cls holds. Raises ValueError where it holds something else."""
+    text = archive.extractfile(member).read()
+    if not text.strip().isdigit():
+        raise ValueError(f"{member.name} holds no class's number, but {text[:20]!r}")
+    return int(text)
+
+
 def scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
     """The index of shards, from the headers of what they hold."""
-    names, places, numbers = [], [], {}
+    # By (the shard's number, folder, sample): names of images, and numbers of classes.
+    names: dict[tuple[int, str, str], str] = {}
+    numbers: dict[tuple[int, str, str], int] = {}
+    places = []
     for number, shard in enumerate(shards):
         try:
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
-                    folder, _, file = member.name.rpartition("/")
-                    sample, _, extension = file.partition(".")
-                    if not member.isfile():
+                    folder, sample, extension = parts_of(member.name)
+                    key = number, folder, sample
+                    if not member.isfile() or not sample:
                         continue
                     if extension == "cls":
-                        text = archive.extractfile(member).read()
-                        numbers[number, folder, sample] = int(text)
-                    elif is_image(file):
-                        names.append((number, folder, sample, member.name))
+                        numbers[key] = class_number(archive, member)
+                    elif f".{extension}" in IMG_EXTENSIONS:
+                        if key in names:
+                            raise ValueError(
+                                f"its sample {sample} has two images, {names[key]} and {member.name}"
+                            )
+                        names[key] = member.name
                         places.append((number, member.offset_data, member.size))
         except (tarfile.TarError, OSError, ValueError) as error:
             raise UsageError(f"data.root: {shard} cannot be read as a shard: {error}") from error
-    folders = sorted({folder for _, folder, _, _ in names})
+    if not names:
+        shard = shards[min(numbers, default=(0,))[0]]
+        labels = " but labels of samples" if numbers else ""
+        raise UsageError(
+            f"data.root: {shard} holds no images{labels}: they are called <sample>.<extension>, and what "
+            f"follows the first dot is one of {', '.join(each[1:] for each in IMG_EXTENSIONS)}"
+        )
+    folders = sorted({folder for _, folder, _ in names})
     if numbers:
-        targets = [numbers.get(key[:3], UNLABELLED) for key in names]
+        targets = [numbers.get(key, UNLABELLED) for key in names]
         classes = [str(number) for number in range(max(targets) + 1)]
     elif "" in folders:
         targets, classes = [UNLABELLED] * len(names), []
     else:
-        targets, classes = [folders.index(folder) for _, folder, _, _ in names], folders
+        targets, classes = [folders.index(folder) for _, folder, _ in names], folders
     return {
-        "names": np.array([name.encode(errors="surrogateescape") for *_, name in names], dtype=bytes),
+        "names": np.array([name.encode(errors="surrogateescape") for name in names.values()], dtype=bytes),
         "targets": np.array(targets, dtype=np.int64),
         "classes": np.array(classes, dtype=str),
         "places": np.array(places, dtype=np.int64).reshape(-1, 3),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from .files import writable, write_text
 from .machine import describe
 from .memory import PeakMemory
 from .methods import METHODS, Method, MoCo, method_name
-from .networks import Architecture
+from .networks import Architecture, ResNet, Stem, check_size, network
 from .parsing import PositiveFinite, Seed
 from .timing import LossClock
 
@@ -261,6 +261,7 @@ class Validation:
         chosen = self.complete()
         file = writable(Path(self.output) / "validate.json")
         available(chosen.backend)
+        check_size(network(chosen.network, chosen.stem), chosen.network, chosen.image_size)
         views = chosen.views()
         verdicts = []
         for method in chosen.methods:
@@ -277,6 +278,10 @@ class Validation:
     @property
     def on_gpu(self) -> bool:
         return self.accelerator == "gpu" or (self.accelerator == "auto" and torch.cuda.is_available())
+
+    @property
+    def stem(self) -> Stem:
+        return "small" if self.image_size <= 64 and self.network in get_args(ResNet) else "imagenet"
 
     def complete(self) -> Validation:
         """The same with methods by their names, and with the defaults that depend on other options."""
@@ -320,7 +325,7 @@ class Validation:
         seed_everything(self.seed, verbose=False)
         module = kind(
             arch=self.network,
-            stem="imagenet" if self.image_size > 64 else "small",
+            stem=self.stem,
             dim=self.dim,
             learning_rate=self.learning_rate,
             seed=self.seed,

@@ -13,6 +13,9 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from train_ref import __main__ as command_line
 from train_ref.data import Views
@@ -153,3 +156,26 @@ def values_of(directory: Path) -> dict[int, dict[str, str]]:
     for row in rows:
         del row["images_per_second"], row["loss_ms"]
     return {int(row["batch"]): row for row in rows}
+
+
+class Sendings(TorchFunctionMode):
+    """Notes which functions of torch's bring numbers from the CPU's memory to another device: copies, indices
+    that an operation takes along, and new tensors of Python's numbers."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.blocking, self.copies = device, [], []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        reached = any(
+            each.device == self.device for each in tree_leaves((result, given)) if isinstance(each, Tensor)
+        )
+        made = function in (torch.tensor, torch.as_tensor, torch.asarray)
+        if reached and (made or any(each.device.type == "cpu" and each.ndim for each in given)):
+            self.copies.append(function)
+            if not kwargs.get("non_blocking"):
+                self.blocking.append(function)
+        return result

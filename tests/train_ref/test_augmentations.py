@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from train_ref import colours
 from train_ref.augmentations import (
     BLUR,
     Crop,
@@ -18,7 +19,11 @@ from train_ref.augmentations import (
     smallest_image,
 )
 from train_ref.colours import Colours, Kind, denormalized, finished, normalized
+from train_ref.data import finish, together
 
+from .conftest import Sendings
+
+CPU = torch.device("cpu")
 NAMES = ("moco_v1", "moco_v2", "simclr", "conic", "small", "digits_v1", "digits_v2")
 
 
@@ -30,7 +35,7 @@ def picture(height: int = 40, width: int = 40) -> Tensor:
 
 def finished_view(drawn: Drawn) -> Tensor:
     crop, colours = drawn
-    (view,) = finished(crop[None], Colours.together([colours]))
+    ((view,),) = finished([(crop[None], Colours.together([colours]))], CPU)
     return view
 
 
@@ -118,7 +123,7 @@ def test_a_view_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(monk
     try:
         for some in (range(24), range(5, 18), range(23, -1, -3)):
             crops, colours = zip(*[drawn[i] for i in some], strict=True)
-            views = finished(torch.stack(crops), Colours.together(colours))
+            (views,) = finished([(torch.stack(crops), Colours.together(colours))], CPU)
             assert torch.equal(views, alone[list(some)])
     finally:
         torch.set_num_threads(before)
@@ -183,12 +188,52 @@ def test_the_plain_transform_draws_nothing(crop):
     assert torch.equal(first, second)
 
 
+def test_what_is_sent_to_a_device_is_seen():
+    there = torch.device("meta")
+    with Sendings(there) as sendings:
+        values = torch.zeros(4, 2, device=there)
+        values[torch.tensor([1, 2])] = values[torch.tensor([0, 1])]
+        values.copy_(torch.zeros(4, 2))
+        torch.zeros(3).to(there, non_blocking=True)
+        torch.tensor([1.0], device=there) + values.sum()
+    assert (len(sendings.copies), len(sendings.blocking)) == (5, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_sent_in_as_many_copies_however_large_it_is(monkeypatch, name):
+    """To a device without memory, as none is needed to count: the crops of two sizes, and all that was drawn.
+    Parts as small as these have every change of some of their images, and others of all."""
+    there = torch.device("meta")
+    drawing = SeveralViews(augmentation(name, 24), augmentation(name, 20))
+    finish(together([(drawing(picture()), 0, 0)]), there)  # constants are sent once
+    for images, at_once in ((1, 8), (8, 8), (24, 8)):
+        monkeypatch.setattr(colours, "AT_ONCE_ELSEWHERE", at_once * 3 * 24 * 24)
+        torch.manual_seed(images)
+        batch = together([(drawing(picture()), 0, i) for i in range(images)])
+        with Sendings(there) as sendings:
+            views, _, _ = finish(batch, there)
+        assert [view.shape for view in views] == [(images, 3, size, size) for size in (24, 20)]
+        assert len(sendings.copies) == 2 + 1
+        assert not sendings.blocking
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gpu_colours_as_a_cpu_does(name):
     torch.manual_seed(0)
     crops, colours = zip(*[augmentation(name, 24)(picture()) for _ in range(32)], strict=True)
-    crops, colours = torch.stack(crops), Colours.together(colours)
-    torch.testing.assert_close(
-        finished(crops.cuda(), colours).cpu(), finished(crops, colours), atol=1e-4, rtol=0
-    )
+    batch = [(torch.stack(crops), Colours.together(colours))]
+    here, there = (finished(batch, torch.device(device)) for device in ("cpu", "cuda"))
+    torch.testing.assert_close(there[0].cpu(), here[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nobody_waits_for_a_gpu_to_colour():
+    batch = together([(SeveralViews(augmentation("simclr", 24))(picture()), 0, i) for i in range(32)])
+    ((crops, drawn),), *rest = batch
+    finish(batch, "cuda")  # constants
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        finish(([(crops.pin_memory(), drawn)], *rest), "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -363,14 +363,14 @@ def test_a_set_that_cannot_be_opened_is_a_usage_error(make_views, settings, mess
 @pytest.mark.parametrize(
     ("val", "message"),
     [
-        ("other classes", "same classes"),
+        ("other classes", "no other classes under val/ than under train/, but .*val has eel"),
         ("unlabelled", "the test images in .*val have no labels"),
         ("empty", "a folder without images"),
     ],
 )
 def test_only_an_evaluation_asks_for_its_images(make_views, folder, val, message):
     if val == "other classes":
-        shutil.rmtree(folder / "val" / "dog")
+        (folder / "val" / "cat").rename(folder / "val" / "eel")
     else:
         images = sorted((folder / "val" / "cat").iterdir())
         shutil.move(folder / "val", folder / "moved")

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, Subset
 
 from train_ref import distill as module
+from train_ref import teachers
 from train_ref.backbones import load_backbone
 from train_ref.classifiers import Batches, Classifier, LabelledImages, Schedule, accuracies_of, fit
+from train_ref.data import Digits, transforming
 from train_ref.errors import UsageError
 from train_ref.evaluate import finetune, knn
 from train_ref.stored import UNLABELLED
@@ -108,6 +111,32 @@ def test_labels_that_are_not_known_are_not_looked_at():
     assert len(told) == 20
     assert [i for i, label in enumerate(told) if label != UNLABELLED] == [3, 11]
     assert [told[i] for i in known] == images.labels[known].tolist()
+
+
+def test_an_image_of_either_folder_that_cannot_be_transformed_is_named(image_folder, tmp_path, monkeypatch):
+    """Also of those behind the labelled ones, in a set of several or a part of one."""
+    other = shutil.copytree(image_folder, tmp_path / "more")
+    images = LabelledImages(dataset="folder", root=str(image_folder), image_size=8)
+    more = images.more(str(other))
+
+    def fail(image: torch.Tensor) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(teachers, "supervised", lambda *_, **__: fail)
+    views = lesson(images, more, np.array([0]), seed=0)
+    expected = [root / "train" / name for root in (image_folder, other) for name in more.names]
+    assert len(views) == len(expected) == 24
+    for i, path in enumerate(expected):
+        with pytest.raises(UsageError, match=f"^data.root: {path} cannot be transformed: ZeroDivisionError"):
+            views[0, i]
+    several = ConcatDataset([Digits(True), Subset(ConcatDataset([images.sets[True], more]), [3, 20])])
+    with (
+        pytest.raises(UsageError, match=f"^data.root: {expected[20]} cannot be transformed"),
+        transforming(several, len(Digits(True)) + 1),
+    ):
+        fail(several)
+    with pytest.raises(ZeroDivisionError), transforming(several, 0):
+        fail(several)
 
 
 def test_the_teacher_stays_as_it_is_while_the_student_learns_its_answers(teacher):
@@ -219,6 +248,7 @@ def test_a_finished_student_is_not_trained_again(distilled, tmp_path):
         ({"weight": 0.5}, r"weight is 0\.5, but the labels that .*classifier\.ckpt has learned from"),
         ({"unlabelled": "nowhere"}, "unlabelled: .*no folder nowhere/train"),
         ({"learning_rate": 1e38}, "diverged"),
+        ({"arch": "vit_s16", "stem": "small"}, "model.stem is small, which ResNets of torchvision have"),
     ],
 )
 def test_a_mistake_is_one_clear_sentence(distilled, settings, message):
@@ -240,6 +270,14 @@ def test_what_cannot_teach_is_told_before_any_work(teacher, checkpoint, tmp_path
     with pytest.raises(UsageError, match=message) as raised:
         module.distill(str(teacher), accelerator="cpu", **TINY)
     assert str(teacher) in str(raised.value)
+    assert not (tmp_path / "distill").exists()
+
+
+def test_a_student_that_does_not_take_the_images_is_told_before_any_work(distilled, tmp_path, monkeypatch):
+    for work in ("fit", "accuracies_of", "lesson"):
+        monkeypatch.setattr(module, work, lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(UsageError, match=r"^image_size is 8, which a timm/test_vit does not take: .*16"):
+        distilled(arch="timm/test_vit")
     assert not (tmp_path / "distill").exists()
 
 

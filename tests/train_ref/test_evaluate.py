@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from train_ref import evaluate
-from train_ref.backbones import load_backbone
+from train_ref.backbones import PREFIX, load_backbone
 from train_ref.classifiers import Batches, Classifier, LabelledImages, Schedule, fit
 from train_ref.data import Views
 from train_ref.errors import UsageError
@@ -423,6 +423,23 @@ def test_an_unreadable_test_image_is_named_before_any_work(checkpoint, image_fol
         monkeypatch.setattr(evaluate, work, lambda *_, **__: pytest.fail("work has begun"))
     with pytest.raises(UsageError, match=f"data.root: {broken} cannot be read as an image"):
         getattr(evaluate, command)(checkpoint, dataset="folder", root=str(image_folder))
+
+
+@pytest.mark.parametrize("command", ["knn", "linear", "finetune"])
+def test_a_size_that_the_network_does_not_take_is_told_before_any_work(tmp_path, monkeypatch, command):
+    arch = "timm/test_vit"
+    contents = {
+        "method": "simclr",
+        "hyper_parameters": {"arch": arch, "stem": "imagenet"},
+        "datamodule_hyper_parameters": {"dataset": "digits", "image_size": 32},
+        "state_dict": {f"{PREFIX}{name}": x for name, x in network(arch).state_dict().items()},
+        "epoch": 0,
+        "global_step": 0,
+    }
+    torch.save(contents, tmp_path / "last.ckpt")
+    monkeypatch.setattr(evaluate, "LabelledImages", lambda *_, **__: pytest.fail("images are read"))
+    with pytest.raises(UsageError, match=rf"^image_size is 20, which a {arch} does not take: .*16"):
+        getattr(evaluate, command)(str(tmp_path / "last.ckpt"), image_size=20, accelerator="cpu")
 
 
 @pytest.mark.parametrize("command", ["knn", "linear", "finetune"])

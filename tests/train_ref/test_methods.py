@@ -171,3 +171,22 @@ def test_a_size_that_the_network_does_not_take_is_told_before_the_training(make_
     with pytest.raises(UsageError, match=r"data.image_size is 8, which a timm/test_vit does not take: .*16"):
         make_trainer().fit(method, digits())
     assert method.backbone.training
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_each_size_of_several_views_must_be_one_that_the_network_takes(make_method, make_trainer, batch_size):
+    """Also before it is asked what batch norm makes of a single image of that size."""
+    method = make_method("conic", arch="timm/test_vit", head="mlp", active=8)
+    views = {"augmentation": "small", "image_size": 32, "small_views": 1, "batch_size": batch_size}
+    make_trainer(max_steps=1).fit(method, Views(**views, small_size=16))
+    with pytest.raises(
+        UsageError, match=r"^data.small_size is 20, which a timm/test_vit does not take: .*16"
+    ):
+        make_trainer().fit(method, Views(**views, small_size=20))
+
+
+def test_statistics_of_a_single_small_view_are_refused(make_method, make_trainer):
+    views = {"augmentation": "small", "small_size": 4, "batch_size": 1}
+    make_trainer(max_steps=1).fit(make_method("conic", active=8), Views(**views, small_views=2))
+    with pytest.raises(UsageError, match=r"a single image of 4 pixels, as data.small_size says"):
+        make_trainer().fit(make_method("conic", active=8), Views(**views, small_views=1))

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from contrastive_ops import co2_loss, info_nce_loss
 from train_ref.networks import normalize_in_groups
 
+from .conftest import Sendings
+
 
 def test_the_key_encoder_starts_as_the_query_encoder_and_gets_no_gradient(make_moco, step):
     moco = make_moco()
@@ -190,6 +192,17 @@ def test_a_scheduled_momentum_is_resumed_exactly(make_moco, make_views, make_tra
 
     whole = run()
     torch.testing.assert_close(run(tmp_path / "kept" / "step=3.ckpt"), whole, rtol=0, atol=0)
+
+
+def test_nobody_waits_for_a_device_to_shuffle_keys(make_moco):
+    """One without memory will do, as none is needed to see what is sent there."""
+    moco = make_moco(norm_groups=4).to("meta")
+    moco._trainer = SimpleNamespace(current_epoch=0)
+    views = torch.empty(8, 3, 8, 8, device="meta")
+    with Sendings(views.device) as sendings:
+        moco.encode_keys(views, batch_idx=0)
+    assert len(sendings.copies) == 1
+    assert not sendings.blocking
 
 
 def test_keys_are_not_shuffled_for_a_network_without_batch_norm(make_method, step):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from train_ref import online as module
 from train_ref.callbacks import Record
 from train_ref.checkpoints import LastCheckpoint
 from train_ref.data import Views
@@ -180,6 +181,33 @@ def test_a_run_that_goes_on_has_the_same_probe(make_moco, make_views, make_train
         assert epochs_of(other) == epochs_of(run)
         rest = values_of(other)
         assert rest == {batch: values_of(run)[batch] for batch in rest}
+
+
+def test_neighbours_that_find_no_room_beside_the_training_are_looked_for_on_the_cpu(
+    make_moco, make_views, make_trainer, monkeypatch
+):
+    """The accuracy is the same, and the training goes on. That the training has a CPU, too, does not matter:
+    its own device is the one that it names."""
+
+    def run() -> list[float]:
+        record = Record()
+        trainer = make_trainer(max_epochs=2, callbacks=[online(), record])
+        trainer.fit(make_moco(), make_views())
+        assert trainer.global_step == 4
+        return [epoch["knn_accuracy"] for epoch in record.epochs]
+
+    expected = run()
+    asked, knn_accuracy = [], module.knn_accuracy
+
+    def without_room(*features: Features, **settings) -> float:
+        asked.append(settings.get("device"))
+        if asked[-1] is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return knn_accuracy(*features, **settings)
+
+    monkeypatch.setattr(module, "knn_accuracy", without_room)
+    assert run() == expected
+    assert asked == [torch.device("cpu"), None] * 2
 
 
 def test_images_that_cannot_be_evaluated_are_told_before_the_training(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,9 +19,12 @@ import torch
 from PIL import Image
 
 from train_ref import convert, evaluate
+from train_ref.classifiers import LabelledImages
 from train_ref.data import labels_of
-from train_ref.errors import UsageError
+from train_ref.errors import UsageError, named_file
 from train_ref.stored import INDEX, PIXELS, UNLABELLED, Decoded, Folder, Shards, open_images, write_index
+
+from .conftest import RECIPES
 
 
 def picture(number: int, height: int = 20, width: int = 26) -> Image.Image:
@@ -194,6 +201,109 @@ def test_what_is_wrong_with_a_shard_is_named(folder, tmp_path):
         Shards(root)
 
 
+@pytest.mark.parametrize("numbered", [True, False])
+def test_a_sample_is_webdatasets(tmp_path, numbered):
+    """Its image is the member whose whole extension says so, in whatever case; others are other fields."""
+    image, mask = encoded(picture(0)), encoded(picture(1))
+    files = {
+        "cat/7.seg.png": mask,
+        "cat/7.png": image,
+        "cat/._7.png": b"",
+        "dog/7.1.png": mask,
+        "dog/8.JPG": b"",
+    }
+    if numbered:
+        files |= {"cat/7.cls": b"3\n", "dog/8.cls": b"1", "dog/7.1.cls": b"2"}
+    archive(tmp_path / "a.tar", files)
+    images = Shards(tmp_path)
+    assert images.names == ["cat/7.png", "dog/8.JPG"]
+    assert images.targets.tolist() == ([3, 1] if numbered else [0, 1])
+    assert torch.equal(images[0][0], torch.from_numpy(np.array(picture(0))).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["7.jpg", "7.cls", "7.png"], r"a\.tar .*sample 7 has two images, 7\.jpg and 7\.png"),
+        (["x/7.jpg", "y/7.jpg", "x/7.jpg"], r"a\.tar .*sample 7 has two images, x/7\.jpg and x/7\.jpg"),
+        (
+            ["7.cls", "8.cls", "8.seg.png"],
+            r"a\.tar holds no images but labels of samples: .*one of jpg, jpeg",
+        ),
+        (["7.seg.png", "8.txt"], r"a\.tar holds no images: "),
+        ([], r"a\.tar holds no images: "),
+    ],
+)
+@pytest.mark.parametrize("indexing", [False, True])
+def test_shards_that_are_no_set_of_images_are_named(tmp_path, files, message, indexing):
+    with tarfile.open(archive(tmp_path / "a.tar", {}), "w") as file:
+        for name in files:
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            file.addfile(member, io.BytesIO(b"5"))
+    with pytest.raises(UsageError, match=message):
+        convert.index(str(tmp_path)) if indexing else open_images(tmp_path)
+    assert not (tmp_path / INDEX).exists()
+
+
+@pytest.mark.parametrize("text", [b"cat", b"-1", b"", b"1.5"])
+def test_a_label_that_is_no_number_is_named(tmp_path, text):
+    archive(tmp_path / "a.tar", {"7.png": encoded(picture(0)), "7.cls": text})
+    with pytest.raises(UsageError, match=r"a\.tar .*7\.cls holds no class's number, but "):
+        Shards(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "numbered shards", "decoded"])
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_some_of_the_classes_are_enough_to_be_tested_on(make_views, tmp_path, kind, missing):
+    """Their labels are those of the same classes in the training, whichever are missing."""
+    names = ["ant", "bee", "cat"]
+    for part, label in ((part, label) for part in ("train", "val") for label in range(3)):
+        if part == "val" and label == missing:
+            continue
+        for number in range(4):
+            path = tmp_path / "folder" / part / names[label] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(number).save(path)
+    root = tmp_path / "folder"
+    if kind == "decoded":
+        convert.pack(str(root), str(tmp_path / kind), size=8)
+        root = tmp_path / kind
+    elif kind != "folder":
+        for part in ("train", "val"):
+            files = {}
+            for path in sorted((root / part).glob("*/*.png")):
+                name = path.parent.name
+                files[f"{name}/{path.name}"] = path.read_bytes()
+                if kind == "numbered shards":
+                    files[f"{name}/{path.stem}.cls"] = str(names.index(name)).encode()
+            archive(tmp_path / kind / part / "0.tar", files)
+        root = tmp_path / kind
+    settings = {"dataset": "folder", "root": str(root), "image_size": 8, "augmentation": "small"}
+    views = make_views(**settings, batch_size=4)
+    views.setup()
+    assert views.evaluation_labels().tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    expected = [label for label in range(3) if label != missing for _ in range(4)]
+    _, test = views.evaluation_dataloaders()
+    assert torch.cat([labels for _, labels in test]).tolist() == expected
+    images = LabelledImages(**settings)
+    assert images.classes == 3
+    assert [images.plain(train=False)[0, i][1] for i in range(8)] == expected
+    assert images.sets[False].classes == images.sets[True].classes
+
+
+@pytest.mark.parametrize("labelled", ["none", "some"])
+def test_test_images_without_labels_are_not_measured_on(folder, tmp_path, labelled):
+    root = sharded(folder, tmp_path / "shards", numbered=True)
+    files = {f"{i}.png": encoded(picture(i)) for i in range(4)} | (
+        {"1.cls": b"1"} if labelled == "some" else {}
+    )
+    shutil.rmtree(root / "val")
+    archive(root / "val" / "0.tar", files)
+    with pytest.raises(UsageError, match="has test images without labels"):
+        LabelledImages(dataset="folder", root=str(root), image_size=8)
+
+
 @pytest.fixture
 def flat(folder, tmp_path) -> Path:
     (tmp_path / "flat").mkdir()
@@ -231,7 +341,7 @@ def test_a_training_says_before_it_starts_what_an_evaluation_lacks(train_ref, fl
 
 
 def test_images_without_labels_cannot_be_classified(checkpoint, flat):
-    with pytest.raises(UsageError, match="no folder"):
+    with pytest.raises(UsageError, match="has training images without labels"):
         evaluate.knn(str(checkpoint), dataset="folder", root=str(flat))
 
 
@@ -364,6 +474,108 @@ def test_labels_that_do_not_fit_leave_no_folder(imagenet, labels, message):
         convert.imagenet(*(str(imagenet[name]) for name in ("train", "val", "text", "output")))
     assert not imagenet["output"].exists()
     assert not list(imagenet["output"].parent.glob("*.partial"))
+
+
+@pytest.fixture
+def small_disk():
+    """Files may have no more than 100 bytes, as if the disk was full then."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_not_blamed_on_the_archive(request, imagenet, folder, tmp_path):
+    cifar = archive(tmp_path / "s.tar.gz", cifar_files(hundred=False), "w:gz")
+    request.getfixturevalue("small_disk")
+    conversions = {
+        "train/cat/00000.png": lambda: convert.cifar(str(cifar), str(tmp_path / "out")),
+        "train/n01/n01_0.JPEG": lambda: convert.imagenet(
+            *(str(imagenet[name]) for name in ("train", "val", "text", "output"))
+        ),
+        f"train/{PIXELS}": lambda: convert.pack(str(folder), str(tmp_path / "out")),
+    }
+    for name, conversion in conversions.items():
+        with pytest.raises(OSError, match="File too large") as raised:
+            conversion()
+        assert named_file(raised.value) == str(tmp_path / "out.partial" / name)
+        assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ("train", r"^train: \S*train\.tar cannot be read as an archive"),
+        ("class", r"^train: n02\.tar in \S*train\.tar cannot be read as an archive"),
+        ("val", r"^val: \S*val\.tar cannot be read as an archive"),
+        ("kit", r"^labels: \S*kit\.tar\.gz cannot be read"),
+    ],
+)
+def test_a_damaged_archive_is_named(imagenet, damaged, message):
+    if damaged == "class":
+        with tarfile.open(imagenet["train"]) as file:
+            classes = {name: file.extractfile(name).read() for name in file.getnames()}
+        archive(
+            imagenet["train"],
+            {name: data[: 1000 if name == "n02.tar" else None] for name, data in classes.items()},
+        )
+    else:
+        imagenet[damaged].write_bytes(imagenet[damaged].read_bytes()[: 200 if damaged == "kit" else 5000])
+    with pytest.raises(UsageError, match=message):
+        convert.imagenet(*(str(imagenet[name]) for name in ("train", "val", "kit", "output")))
+    assert not list(imagenet["output"].parent.glob("out*"))
+
+
+def test_a_damaged_compression_is_the_archives(tmp_path):
+    """Its error is none of the system's and none of tarfile's."""
+    path = archive(tmp_path / "s.tar.gz", {"meta": np.arange(50_000).tobytes()}, "w:gz")
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + b"\xff" * 20 + whole[middle + 20 :])
+    with pytest.raises(UsageError, match=r"^source: \S*s\.tar\.gz cannot be read as an archive"):
+        convert.cifar(str(path), str(tmp_path / "out"))
+
+
+def test_only_what_a_conversion_has_left_is_removed(folder, tmp_path):
+    partial, mine = tmp_path / "out.partial", tmp_path / "out.partial" / "mine.txt"
+    partial.mkdir()
+    convert.pack(str(folder), str(tmp_path / "out"))  # an empty folder is nobody's
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
+    shutil.rmtree(tmp_path / "out")
+
+    partial.mkdir()
+    mine.write_text("a thesis")
+    with pytest.raises(
+        UsageError, match=r"output: .*out\.partial is there already, which no conversion has left"
+    ):
+        convert.pack(str(folder), str(tmp_path / "out"))
+    assert mine.read_text() == "a thesis"
+
+    (partial / convert.MARKER).touch()
+    (partial / "train").mkdir()
+    (partial / "train" / "left.png").touch()
+    convert.pack(str(folder), str(tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
+    assert not (tmp_path / "out" / "train" / "left.png").exists()
+    assert not partial.exists()
+
+
+def test_a_conversion_that_still_runs_is_left_alone(folder, tmp_path):
+    program = (
+        "import sys; from train_ref.convert import new_folder\n"
+        "with new_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'image.png').touch(); print('begun', flush=True); input()"
+    )
+    out = tmp_path / "out"
+    command, pipe = [sys.executable, "-c", program, str(out)], subprocess.PIPE
+    with subprocess.Popen(command, cwd=RECIPES.parents[1], stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "begun\n"
+        with pytest.raises(UsageError, match=r"out\.partial is being filled by another process"):
+            convert.pack(str(folder), str(out))
+        other.communicate("\n", timeout=60)
+    assert other.returncode == 0
+    assert [path.name for path in out.iterdir()] == ["image.png"]
 
 
 def test_a_conversion_is_a_command(train_ref, folder, tmp_path):

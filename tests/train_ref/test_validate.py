@@ -14,6 +14,7 @@ from tests.gpu_emulator.driver import REQUESTED
 from train_ref import comparison
 from train_ref import validate as module
 from train_ref.comparison import Eager
+from train_ref.errors import UsageError
 from train_ref.methods import METHODS
 from train_ref.validate import Run, Verdict, validate
 
@@ -50,6 +51,16 @@ def test_float64_curves_stay_together(run, method):
     assert verdict.passed
     assert verdict.gradient_difference <= 1e-10
     assert verdict.drift <= 1e-8
+
+
+def test_a_transformer_is_compared_on_small_images_that_it_takes(run, monkeypatch):
+    """It has no small stem; and a size that it does not take is told before views are drawn."""
+    settings = {"methods": ["simclr"], "network": "timm/test_vit", "free": False, "steps": 1}
+    (verdict,) = run(**settings, image_size=16)
+    assert verdict.passed
+    monkeypatch.setattr(module.Validation, "views", lambda self: pytest.fail("views are drawn"))
+    with pytest.raises(UsageError, match=r"^image_size is 20, which a timm/test_vit does not take: "):
+        run(**settings, image_size=20)
 
 
 @pytest.mark.parametrize("method", mostly_thorough(["moco_v2_co2", "simclr_co2", "conic"], "conic".__eq__))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from contrastive_ops import LossMetrics
 
 from .. import distributed
-from ..errors import UsageError, one_line
-from ..networks import Architecture, Head, Stem, network, normalize_in_groups, projection_head
+from ..errors import UsageError
+from ..networks import Architecture, Head, Stem, check_size, network, normalize_in_groups, projection_head
 from ..optimizers import OptimizerName, optimizer_of
 from ..parsing import NonNegativeFinite, PositiveFinite, Seed
 from ..resuming import of_model, refuse_changes
@@ -83,24 +83,29 @@ class Method(LightningModule):
         return self.encoder[0]
 
     def setup(self, stage: str) -> None:
-        if (small := self.trainer.datamodule.hparams.small_views) and not self.takes_small_views:
+        data = self.trainer.datamodule.hparams
+        if (small := data.small_views) and not self.takes_small_views:
             raise UsageError(
                 f"data.small_views is {small}, but the loss of {self.name} is of two views; conic takes more"
             )
-        groups, processes = self.hparams.norm_groups, self.trainer.world_size
-        batch = self.trainer.datamodule.hparams.batch_size
+        # How many views of an image have each size, and go through the encoder at once.
+        sizes = {"image_size": self.views_at_once} | ({"small_size": small} if small else {})
+        for option in sizes:
+            check_size(self.backbone, self.hparams.arch, data[option], f"data.{option}")
+        groups, processes, batch = self.hparams.norm_groups, self.trainer.world_size, data.batch_size
         if groups > 1 and (groups % processes or batch % groups):
             raise UsageError(
                 f"model.norm_groups is {groups}: it must be 1, or divide data.batch_size, {batch}, and be a "
                 f"multiple of the number of processes, {processes}"
             )
-        size = self.trainer.datamodule.hparams.image_size
-        if batch * self.views_at_once // groups == 1 and not self._trains_on_one(size):
-            raise UsageError(
-                f"data.batch_size is {batch} and model.norm_groups {groups}: batch norm would take its "
-                f"statistics from a single image of {size} pixels, which leaves a single value of a channel"
-            )
-        self._check_size(size)
+        for option, views in sizes.items():
+            size = data[option]
+            if batch * views // groups == 1 and not self._trains_on_one(size):
+                raise UsageError(
+                    f"data.batch_size is {batch} and model.norm_groups {groups}: batch norm would take its "
+                    f"statistics from a single image of {size} pixels, as data.{option} says, which leaves a "
+                    "single value of a channel"
+                )
         normalize_in_groups(self.encoder, groups)
         if self.shares_loss:
             self.criterion.group = distributed.group()
@@ -109,20 +114,6 @@ class Method(LightningModule):
     def value_names(cls) -> list[str]:
         """The names of a step's values, as `report` keeps them."""
         return ["loss", *(field for field in cls.metrics._fields if field.endswith("loss")), "top1", "top5"]
-
-    def _check_size(self, size: int) -> None:
-        """Raise UsageError where the network does not take images of that size, as some transformers."""
-        image = torch.zeros(1, 3, size, size).to(next(self.backbone.parameters()))
-        was_training = self.backbone.training
-        try:
-            with torch.no_grad():
-                self.backbone.eval()(image)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"data.image_size is {size}, which a {self.hparams.arch} does not take: {one_line(error)}"
-            ) from error
-        finally:
-            self.backbone.train(was_training)
 
     def _trains_on_one(self, size: int) -> bool:
         """Whether a single image of that size has several values of a channel wherever there is a norm."""

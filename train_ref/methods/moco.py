@@ -17,6 +17,7 @@ from contrastive_ops import CO2Loss, KeyQueue
 from ..distributed import gather, group, own_rows
 from ..networks import has_batch_norm, normalize_in_groups
 from ..parsing import LossWeight, Temperature
+from ..sending import sent
 from .method import Batch, Method
 
 
@@ -103,7 +104,7 @@ class MoCo(Method):
             return self.key_encoder(views)
         views = gather(views)  # (P·B, 3, H, W)
         step = (self.hparams.seed, self.trainer.current_epoch, batch_idx)
-        order = torch.from_numpy(np.random.default_rng(step).permutation(len(views))).to(views.device)
+        (order,) = sent([np.random.default_rng(step).permutation(len(views))], views.device)
         return own_rows(gather(self.key_encoder(own_rows(views[order])))[order.argsort()])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
