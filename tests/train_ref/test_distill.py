@@ -282,6 +282,7 @@ def test_a_student_that_does_not_take_the_images_is_told_before_any_work(distill
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_are_one(teacher, tmp_path):
     def run(devices: int) -> Path:
         options = [f"--{name}={value}" for name, value in {**TINY, "max_images": IMAGES}.items()]
