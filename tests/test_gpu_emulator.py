@@ -15,6 +15,7 @@ from contrastive_ops._contract import CO2Settings, ConICSettings, NTXentSettings
 from tests.cases import Case, ConICCase, NTXentCase
 from tests.elsewhere import pass_elsewhere
 from tests.gpu_emulator.driver import REQUESTED
+from tests.gpu_emulator.flow import ranks
 from tests.gpu_emulator.machine import Program
 from tests.gpu_emulator.memory import GlobalMemory
 from tests.gpu_emulator.ptx import Fault, UnknownInstruction, parse
@@ -146,6 +147,37 @@ def test_branches_meet_again() -> None:
         out,
     )
     np.testing.assert_array_equal(out, np.arange(32) ^ 1)
+
+
+def test_branches_meet_again_where_a_compiler_placed_rare_blocks_first() -> None:
+    """Three rounds of a loop whose end, and a way to it that one thread takes, stand before its beginning."""
+    out = np.zeros(32, np.int32)
+    execute(
+        """mov.b32 %r1, 0; mov.b32 %r2, 0; bra.uni $begin;
+        $rare: add.s32 %r2, %r2, 100;
+        $end: add.s32 %r1, %r1, 1; setp.ge.s32 %p1, %r1, 3; @%p1 bra $done;
+        $begin: shfl.sync.bfly.b32 %r3, %r0, 1, 31, -1; add.s32 %r2, %r2, %r3;
+        setp.eq.s32 %p2, %r0, 5; @%p2 bra $rare; add.s32 %r2, %r2, 1000; bra.uni $end;
+        $done: shfl.sync.bfly.b32 %r3, %r0, 1, 31, -1; add.s32 %r2, %r2, %r3;
+        add.s64 %rd4, %rd1, %rd0; st.global.b32 [%rd4], %r2;""",
+        out,
+    )
+    thread = np.arange(32)
+    np.testing.assert_array_equal(out, 4 * (thread ^ 1) + 3 * np.where(thread == 5, 100, 1000))
+
+
+@pytest.mark.parametrize(
+    ("successors", "expected"),
+    [
+        ([[2], [3], [3, 1], []], [0, 2, 1, 3]),  # a way apart, placed before the branch to it
+        ([[1], [2, 4], [3], [1], []], [0, 1, 2, 3, 4]),  # a loop before what follows it
+        ([[3], [4], [3], [1, 2], []], [0, 3, 2, 1, 4]),  # also where what follows is placed first
+        ([[1], [2], [3, 2], [4, 1], []], [0, 1, 2, 3, 4]),  # a loop in a loop
+        ([[2], [], [0, 3], [1]], [0, 3, 1, 2]),  # one that begins with the first instruction
+    ],
+)
+def test_ranks_follow_the_ways_of_threads(successors: list[list[int]], expected: list[int]) -> None:
+    assert ranks(successors) == expected
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .flow import ranks
 from .memory import Array, Bytes, GlobalMemory, SharedMemory
 from .ptx import BYTES, Fault, Instruction, Kernel, UnknownInstruction
 
@@ -185,6 +186,12 @@ class Program:
                         f"line {instruction.line}: {instruction.text}: {error}"
                     ) from None
             self._steps.append((instruction, predicate, step))
+        self._ranks = np.array([*ranks([*map(self._successors, range(len(self._steps)))]), len(self._steps)])
+
+    def _successors(self, at: int) -> list[int]:
+        _, predicate, step = self._steps[at]
+        after = [step] if isinstance(step, int) else [at + 1]
+        return after if predicate is None or not isinstance(step, int) else [*after, at + 1]
 
     def run(
         self,
@@ -207,13 +214,13 @@ class Program:
                 self._run(Blocks(threads, some, memory, parameters, shared))
 
     def _run(self, b: Blocks) -> None:
-        """Threads that are at different instructions execute the earliest first, so those that branched apart
-        meet again where their ways do."""
+        """Threads that are at different instructions execute that of the lowest rank first, so those that
+        branched apart meet again where their ways do."""
         end, at, each = len(self._steps), 0, None
         while True:
             mask: Mask = None
             if each is not None:
-                at = int(each.min())
+                at = int(each[self._ranks[each].argmin()])
                 mask = each == at
                 if mask.all():
                     each = mask = None
