@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -476,19 +478,20 @@ def test_labels_that_do_not_fit_leave_no_folder(imagenet, labels, message):
     assert not list(imagenet["output"].parent.glob("*.partial"))
 
 
-@pytest.fixture
-def small_disk():
-    """Files may have no more than 100 bytes, as if the disk was full then."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Within this, files may have no more than 100 bytes."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_not_blamed_on_the_archive(request, imagenet, folder, tmp_path):
+def test_a_full_disk_is_not_blamed_on_the_archive(imagenet, folder, tmp_path):
     cifar = archive(tmp_path / "s.tar.gz", cifar_files(hundred=False), "w:gz")
-    request.getfixturevalue("small_disk")
     conversions = {
         "train/cat/00000.png": lambda: convert.cifar(str(cifar), str(tmp_path / "out")),
         "train/n01/n01_0.JPEG": lambda: convert.imagenet(
@@ -497,7 +500,7 @@ def test_a_full_disk_is_not_blamed_on_the_archive(request, imagenet, folder, tmp
         f"train/{PIXELS}": lambda: convert.pack(str(folder), str(tmp_path / "out")),
     }
     for name, conversion in conversions.items():
-        with pytest.raises(OSError, match="File too large") as raised:
+        with pytest.raises(OSError, match="File too large") as raised, full_disk():
             conversion()
         assert named_file(raised.value) == str(tmp_path / "out.partial" / name)
         assert not list(tmp_path.glob("out*"))
