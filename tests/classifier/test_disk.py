@@ -940,7 +940,10 @@ def test_kill_9_while_training(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.classifier.test_disk"])
     states, random = [initial(*KILLED[:2])], np.random.default_rng(0)
-    for _ in range(12):
+    kills = 0
+    while kills < 12 or len(states) <= 20:  # on a busy machine many come before the first steps
+        kills += 1
+        assert kills < 200
         process = context.Process(target=train, args=(tmp_path,))
         process.start()
         process.join(random.uniform(0.1, 0.8))
@@ -957,4 +960,3 @@ def test_kill_9_while_training(tmp_path: Path) -> None:
         else:
             assert holds(rows, states[0])
         rows.close()
-    assert len(states) > 20

@@ -60,7 +60,7 @@ def start(*args: str, cwd: Path, **options) -> subprocess.Popen:
 
 
 def wait_for_batches(process: subprocess.Popen, directory: Path, count: int) -> None:
-    steps, deadline = directory / "steps.csv", time.monotonic() + 120
+    steps, deadline = directory / "steps.csv", time.monotonic() + 600  # of one that hangs
     while process.poll() is None and time.monotonic() < deadline:
         if steps.exists() and len(steps.read_text().splitlines()) > count:
             return
