@@ -123,7 +123,7 @@ def test_a_signal_to_all_processes_saves_after_the_step_and_stops(train_ref, tmp
     )  # fmt: skip
     wait_for_batches(process, tmp_path / "stopped" / "version_0", 19)
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 1, output
     assert output.count("Stopping") == 1
     assert "--ckpt_path stopped/version_0/last.ckpt" in output

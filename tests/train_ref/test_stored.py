@@ -576,7 +576,7 @@ def test_a_conversion_that_still_runs_is_left_alone(folder, tmp_path):
         assert other.stdout.readline() == "begun\n"
         with pytest.raises(UsageError, match=r"out\.partial is being filled by another process"):
             convert.pack(str(folder), str(out))
-        other.communicate("\n", timeout=60)
+        other.communicate("\n", timeout=600)
     assert other.returncode == 0
     assert [path.name for path in out.iterdir()] == ["image.png"]
 
