@@ -10,8 +10,8 @@
 // Between them the ranges' statistics are merged, and after them their gradients, in a fixed order: equal
 // input on equal threads gives equal bits. Nothing is ever kept per pair but one tile of one panel.
 //
-// InfoNCE alone, which has no consistency term, takes one pass: its gradient is sum_j e^{s_j/tau} n_j but for a
-// factor of the row, so what was added up moves with the row's maximum, as its sum does.
+// InfoNCE alone, which has no consistency term, takes one pass: its gradient is sum_j e^{s_j/tau} n_j but for
+// a factor of the row, so what was added up moves with the row's maximum, as its sum does.
 //
 // Bound by arithmetic. A pair costs 5 products of 2 D operations and 6 exponentials: at 256 x 65536 x 128
 // that is 21.5 GFLOP, 46 ms on two cores of 234 GFLOP/s each, beside about 6 ms of exponentials and sums; a

@@ -92,8 +92,8 @@ struct Dropped {
   static constexpr bool kKept = false;
 };
 
-// Or it puts them, times a scale, where s was, and says what its predecessors have to be multiplied with to be
-// relative to the same maxima.
+// Or it puts them, times a scale, where s was, and says what its predecessors have to be multiplied with to
+// be relative to the same maxima.
 template <typename T>
 struct Exponentials {
   static constexpr bool kKept = true;
