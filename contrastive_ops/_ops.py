@@ -447,6 +447,10 @@ def _fake_in_place(*_: Any) -> None:
 _AS_IN_SCHEMA = (Tensor, float, bool, str, type(None))
 
 
+def _needs_gradient(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(a.requires_grad for a in arguments if isinstance(a, Tensor))
+
+
 def register(
     name: str,
     kernel: Callable[..., Any],
@@ -489,21 +493,17 @@ def register(
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
-    def differentiable(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        tensors = [a for a in arguments if isinstance(a, Tensor)]
-        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        _refuse_transforms(name, tensors, needs_gradient)
+    def autograd(*arguments: Any) -> Any:
+        needs_gradient = _needs_gradient(arguments)
+        _refuse_transforms(name, [a for a in arguments if isinstance(a, Tensor)], needs_gradient)
         if record is not None and needs_gradient:
-            return record(below, *arguments)
+            return record(below_autograd, *arguments)
         if check.written and needs_gradient:
             raise RuntimeError(
                 f"contrastive_ops::{name} writes in place and has no derivative, but a tensor requires one; "
                 "call it under torch.no_grad(), or with detached tensors"
             )
-        return below(*arguments)
-
-    def autograd(*arguments: Any) -> Any:
-        return differentiable(below_autograd, arguments)
+        return below_autograd(*arguments)
 
     def straight_below_autograd(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -511,8 +511,7 @@ def register(
 
     def way_of(arguments: Sequence[Any]) -> Callable[..., Any]:
         """What PyTorch's dispatcher would come to, or the operator where it has more to do or to say."""
-        tensors = [a for a in arguments if isinstance(a, Tensor)]
-        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        needs_gradient = _needs_gradient(arguments)
         is_as_in_schema = all(isinstance(each, _AS_IN_SCHEMA) for each in arguments)
         if not is_as_in_schema or (check.written and needs_gradient):
             return operator

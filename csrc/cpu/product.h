@@ -243,7 +243,7 @@ class LibraryProduct {
   }
 
   // `transposed_too` must be set before `accumulate`.
-  void load(const Matrix& keys, bool transposed_too, const Matrix* next = nullptr) {
+  void load(const Matrix& keys, bool transposed_too, const Matrix* /*next*/ = nullptr) {
     count_ = keys.rows;
     const bool same = keys.dtype == c10::CppTypeToScalarType<T>::value;
     if (keys.row_stride == 1 && keys.column_stride != 1) {
