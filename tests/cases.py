@@ -21,7 +21,8 @@ from tests.gpu_emulator.driver import REQUESTED
 # The Triton kernels are interpreted, slowly, on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The keys of a long queue: of one that people train with, or sixteen times fewer where kernels run slowly.
-FULL_SIZE = 4096 if INTERPRETED or REQUESTED else 65536
+SLOW = INTERPRETED or bool(REQUESTED)
+FULL_SIZE = 4096 if SLOW else 65536
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -107,6 +108,9 @@ class Case:
             lay_out(queue.to(self.queue_dtype or self.dtype), self.queue_layout),
         )
 
+    def multiplications(self) -> int:
+        return self.batch * self.keys * self.dim
+
     def settings(self) -> dict[str, float | bool]:
         return {
             "temperature": self.temperature,
@@ -153,6 +157,9 @@ class ConICCase:
         weight = (self.weight_scale * weight).to(self.weight_dtype or self.dtype)
         return views, lay_out(weight, self.weight_layout), target
 
+    def multiplications(self) -> int:
+        return self.views * self.batch * self.rows * self.dim
+
     def settings(self) -> dict[str, float | int]:
         return {
             "num_instances": self.sampled * self.rows,
@@ -188,6 +195,9 @@ class NTXentCase:
         view1, view2 = (lay_out((self.scale * x).to(self.dtype), self.layout) for x in (view1, view2))
         return view1, view2
 
+    def multiplications(self) -> int:
+        return (2 * self.batch) ** 2 * self.dim
+
     def settings(self) -> dict[str, float | bool]:
         return {
             "temperature": self.temperature,
@@ -209,6 +219,12 @@ PAPERS = (
 # Sizes on both sides of what kernels tile by: vectors of 4 to 16, panels of 32, tiles of keys of 64 to 128.
 sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 95, 96, 97, 128, 130, 257]))
 
+
+def affordable(case: Case | ConICCase | NTXentCase) -> bool:
+    """Whether a case takes seconds where kernels run slowly: of its sizes not all are of the largest."""
+    return not SLOW or case.multiplications() <= 1 << 21
+
+
 cases = st.builds(
     Case,
     batch=sizes,
@@ -220,7 +236,7 @@ cases = st.builds(
     include_positive=st.booleans(),
     normalize=st.booleans(),
     seed=st.integers(0, 1000),
-)
+).filter(affordable)
 
 conic_cases = st.builds(
     ConICCase,
@@ -233,7 +249,7 @@ conic_cases = st.builds(
     resemblance=st.sampled_from([0.0, 1.0, 5.0]),
     sampled=st.sampled_from([1, 20]),
     seed=st.integers(0, 1000),
-)
+).filter(affordable)
 
 nt_xent_cases = st.builds(
     NTXentCase,
@@ -244,7 +260,7 @@ nt_xent_cases = st.builds(
     consistency_weight=st.sampled_from([0.0, 1.0]),
     normalize=st.booleans(),
     seed=st.integers(0, 1000),
-)
+).filter(affordable)
 
 paper_settings = st.sampled_from(PAPERS)
 
