@@ -55,34 +55,54 @@ inline void product_block(int64_t depth, const T* a, int64_t a_row, int64_t a_de
     }
 }
 
-// Brings numbers into the second-level cache. The chip's own prefetching ends with each page of memory, which
-// is eight rows of 128 floats.
+// Numbers that lie one after another and are to be multiplied next: they are brought into the second-level
+// cache meanwhile, in parts. The chip's own prefetching ends with each page of memory, which is eight rows of
+// 128 floats.
 template <typename T>
-inline void fetch(const T* numbers, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(numbers + i, 0, 2);
-}
+class Ahead {
+ public:
+  Ahead() = default;
+  explicit Ahead(const Matrix& rows) {
+    const bool in_one_piece = rows.column_stride == 1 && rows.row_stride == rows.columns;
+    if (in_one_piece && rows.dtype == c10::CppTypeToScalarType<T>::value)
+      from_ = static_cast<const T*>(rows.data), left_ = rows.rows * rows.columns;
+  }
+
+  // How many numbers it takes a time to be done after so many.
+  int64_t part(int64_t times) const { return at::divup(left_, times); }
+
+  void fetch(int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    count = std::min(count, left_);
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from_ + i, 0, 2);
+    from_ += count, left_ -= count;
+  }
+
+ private:
+  const T* from_ = nullptr;
+  int64_t left_ = 0;
+};
 
 // Terms that are summed one after another. Longer sums are made of such chains, or their error would grow
 // with the square root of the length: at D = 128 chains of 32 halve the error, for 2 % of the time.
 inline constexpr int64_t kChain = 32;
 
-// Rows that are to be multiplied next, laid out like `a`, are fetched meanwhile from `ahead`, if not null.
+// What is ahead is fetched meanwhile.
 template <bool kAdd, typename T>
 void product(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* out,
-             const T* ahead = nullptr) {
+             Ahead<T>& ahead) {
   // As many sums as leave registers for the operands: 16 of 32, or 12 of the 16 that AVX2 and SSE have.
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
   constexpr int kBlock = 8;
 #else
   constexpr int kBlock = 6;
 #endif
+  const int64_t part = ahead.part(at::divup(rows, kBlock) * at::divup(depth, kChain));
   const auto rows_of = [&]<int kRows>(int64_t r) {
     const T* row = a + r * a_row;
     T* to = out + r * kPanel<T>;
     const auto chain = [&]<bool kAddTo>(int64_t first, int64_t terms) {
-      if (ahead)
-        for (int64_t i = 0; i < kRows; ++i) fetch(ahead + (r + i) * a_row + first * a_depth, terms);
+      ahead.fetch(part);
       product_block<kRows, kAddTo>(terms, row + first * a_depth, a_row, a_depth, b + first * kPanel<T>, to);
     };
     int64_t done = std::min(depth, kChain);
@@ -127,11 +147,10 @@ class DirectProduct {
   // `next` is the tile that is to be loaded after this one, if there is one.
   void load(const Matrix& keys, bool /*transposed_too*/, const Matrix* next = nullptr) {
     count_ = keys.rows;
-    ahead_ = nullptr;
+    ahead_ = next ? Ahead<T>(*next) : Ahead<T>();
     if (keys.dtype == c10::CppTypeToScalarType<T>::value && keys.column_stride == 1) {
       tile_ = static_cast<const T*>(keys.data);
       row_stride_ = keys.row_stride, column_stride_ = 1;
-      if (next && next->rows == count_) ahead_ = static_cast<const T*>(next->data);
       return;
     }
     // Converted, and gathered where the strides would jump through memory.
@@ -142,20 +161,18 @@ class DirectProduct {
     tile_ = buffer_;
   }
 
-  // The first time for a tile, the next one is fetched.
   void similarities(const Operand* queries, T* out) {
-    product<false>(count_, dim_, tile_, row_stride_, column_stride_, queries, out,
-                   std::exchange(ahead_, nullptr));
+    product<false>(count_, dim_, tile_, row_stride_, column_stride_, queries, out, ahead_);
   }
 
-  void accumulate(const T* weights, T* grad) const {
-    product<true>(dim_, count_, tile_, column_stride_, row_stride_, weights, grad);
+  void accumulate(const T* weights, T* grad) {
+    product<true>(dim_, count_, tile_, column_stride_, row_stride_, weights, grad, ahead_);
   }
 
   void accumulate_keys(const T* weights, const Operand* rows, T* grad) {
     for (int64_t chunk = 0; chunk < chunks(dim_); ++chunk)
       product<true>(count_, kPanel<T>, weights, kPanel<T>, 1, rows + chunk * kPanel<T> * kPanel<T>,
-                    grad + chunk * kTile * kPanel<T>);
+                    grad + chunk * kTile * kPanel<T>, ahead_);
   }
 
   // A key's row of what accumulate_keys has made.
@@ -169,7 +186,8 @@ class DirectProduct {
 
   int64_t dim_, count_ = 0, row_stride_ = 0, column_stride_ = 0;
   Operand* buffer_;
-  const T *tile_ = nullptr, *ahead_ = nullptr;
+  const T* tile_ = nullptr;
+  Ahead<T> ahead_;
 };
 
 // brgemm takes its right operand with pairs of rows interleaved: [depth / 2][columns][2].
@@ -243,8 +261,9 @@ class LibraryProduct {
   }
 
   // `transposed_too` must be set before `accumulate`.
-  void load(const Matrix& keys, bool transposed_too, const Matrix* /*next*/ = nullptr) {
+  void load(const Matrix& keys, bool transposed_too, const Matrix* next = nullptr) {
     count_ = keys.rows;
+    ahead_ = next ? Ahead<T>(*next) : Ahead<T>();
     const bool same = keys.dtype == c10::CppTypeToScalarType<T>::value;
     if (keys.row_stride == 1 && keys.column_stride != 1) {
       copy(keys, columns_, 1, kTile);
@@ -267,7 +286,8 @@ class LibraryProduct {
     }
   }
 
-  void similarities(const Operand* queries, float* out) const {
+  void similarities(const Operand* queries, float* out) {
+    ahead_.fetch(kTile * kTile);
     at::native::cpublas::brgemm(count_, kColumns, depth_, tile_stride_, kColumns, kColumns, false, tile_,
                                 queries, out);
   }
@@ -326,6 +346,7 @@ class LibraryProduct {
   int64_t dim_, depth_, count_ = 0, tile_stride_ = 0;
   T *rows_, *columns_, *weights_;
   const T* tile_ = nullptr;
+  Ahead<T> ahead_;
 };
 
 // Calls `function` with the engine that multiplies rows of a dtype; half precision in hardware if allowed.
