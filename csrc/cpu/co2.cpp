@@ -8,7 +8,9 @@
 //   2. gradient     s and y again, g of every pair in place of s, then grad += N^T g.
 //
 // Between them the ranges' statistics are merged, and after them their gradients, in a fixed order: equal
-// input on equal threads gives equal bits. Nothing is ever kept per pair but one tile of one panel.
+// input on equal threads gives equal bits. Nothing is kept per pair but one tile of one panel; but where s and
+// y of all pairs take no more memory than kKeptBytes, and are float32 or float64, whose products take longer
+// than that takes to write and read, the second pass has them from the first.
 //
 // InfoNCE alone, which has no consistency term, takes one pass: its gradient is sum_j e^{s_j/tau} n_j but for
 // a factor of the row, so what was added up moves with the row's maximum, as its sum does.
@@ -19,10 +21,13 @@
 // docs/performance.md has what was measured.
 
 #include <numeric>
+#include <optional>
+#include <utility>
 
 #include "losses.h"
 #include "operators.h"
 #include "panels.h"
+#include "spare_memory.h"
 #include "tile_math.h"
 
 namespace contrastive_ops {
@@ -30,6 +35,7 @@ namespace {
 
 constexpr int64_t kBlockPanels = 8;          // panels that share a loaded tile
 constexpr int64_t kPartialBytes = 16 << 20;  // at most this for gradients of separate key ranges
+constexpr int64_t kKeptBytes = 32 << 20;     // at most this for similarities from one pass to the next
 
 // The passes over the queue, for one product engine and one choice of terms.
 template <typename Product, bool kInstance, bool kConsistency>
@@ -53,24 +59,45 @@ class CO2 {
     share_out();
   }
 
+  // The similarities s and y of all pairs (panels, K, lanes), from one pass to the next; none where there are
+  // too many.
+  class Kept {
+   public:
+    Kept() = default;
+    explicit Kept(const CO2& passes) : keys_(passes.queue_.rows), count_(passes.rows_ * keys_) {
+      const int64_t bytes = 2 * count_ * static_cast<int64_t>(sizeof(T));
+      if (Product::kDearerThanMemory && bytes <= kKeptBytes) memory_.emplace(bytes);
+    }
+
+    explicit operator bool() const { return memory_.has_value(); }
+    T* s(int64_t panel, int64_t key) const {
+      return static_cast<T*>(memory_->data()) + (panel * keys_ + key) * kPanel<T>;
+    }
+    T* y(int64_t panel, int64_t key) const { return s(panel, key) + count_; }
+
+   private:
+    int64_t keys_ = 0, count_ = 0;
+    std::optional<SpareMemory> memory_;
+  };
+
   // The statistics of each range of keys (ranges, B, 8), and what is known of the rows without keys (B, 11).
-  std::tuple<at::Tensor, at::Tensor> statistics() const {
+  std::tuple<at::Tensor, at::Tensor> statistics(const Kept& kept = {}) const {
     const Positives<T> positive(query_, key_);
     std::vector<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
     for_each_tile([&](const Step& step) {
       step.product.load(step.keys, false, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
-        similarities(step, panel);
-        add_tile<kInstance, kConsistency>(step.s, step.y, step.keys.rows,
-                                          &positive.threshold[panel * kPanel<T>], temperatures_,
-                                          statistics[step.range * panels_ + panel]);
+        const auto [s, y] = pairs(step, panel, kept);
+        similarities(step, panel, s, y);
+        add_tile<kInstance, kConsistency>(s, y, step.keys.rows, &positive.threshold[panel * kPanel<T>],
+                                          temperatures_, statistics[step.range * panels_ + panel]);
       }
     });
     return records(statistics, positive);
   }
 
-  // dL/dq (B, D), of completed rows.
-  at::Tensor gradient(const at::Tensor& rows) const {
+  // dL/dq (B, D), of completed rows, with what the pass for the statistics has kept.
+  at::Tensor gradient(const at::Tensor& rows, const Kept& kept = {}) const {
     const Records<CO2Row> known(rows);
     std::vector<PanelCoefficients<T>> panel_coefficients(panels_);
     for (int64_t row = 0; row < query_.count; ++row)
@@ -80,9 +107,10 @@ class CO2 {
     for_each_tile([&](const Step& step) {
       step.product.load(step.keys, true, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
-        similarities(step, panel);
-        replace_by_gradient<kInstance, kConsistency>(step.s, step.y, step.keys.rows, temperatures_,
-                                                     panel_coefficients[panel]);
+        const auto [s, y] = pairs(step, panel, kept);
+        if (!kept) similarities(step, panel, s, y);
+        gradient_of_tile<kInstance, kConsistency>(s, y, step.keys.rows, temperatures_,
+                                                  panel_coefficients[panel], step.s);
         step.product.accumulate(step.s, part(parts, step.range, panel));
       }
     });
@@ -103,7 +131,7 @@ class CO2 {
     for_each_tile([&](const Step& step) {
       step.product.load(step.keys, true, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
-        similarities(step, panel);
+        similarities(step, panel, step.s, step.y);
         Exponentials<T> exponentials{step.s, kScale};
         add_tile<kInstance, kConsistency>(step.s, step.y, step.keys.rows,
                                           &positive.threshold[panel * kPanel<T>], temperatures_,
@@ -127,7 +155,7 @@ class CO2 {
     Product& product;
     Matrix keys;
     const Matrix* next;  // the keys after them, if there are any in the range
-    int64_t range, first_panel, last_panel;
+    int64_t range, tile, first_panel, last_panel;
     T *s, *y;  // (kTile x kPanel) each
   };
 
@@ -163,8 +191,8 @@ class CO2 {
         for (int64_t tile = range * tiles_ / ranges_; tile < end_tile; ++tile) {
           const bool is_last = tile + 1 == end_tile;
           const Matrix next = keys_of(is_last ? tile : tile + 1);
-          function(Step{product, keys_of(tile), is_last ? nullptr : &next, range, first, last, s.data(),
-                        y.data()});
+          function(Step{product, keys_of(tile), is_last ? nullptr : &next, range, tile, first, last,
+                        s.data(), y.data()});
         }
       }
     });
@@ -212,9 +240,16 @@ class CO2 {
     return gradient;
   }
 
-  void similarities(const Step& step, int64_t panel) const {
-    step.product.similarities(query_.packed(panel), step.s);
-    if constexpr (kConsistency) step.product.similarities(key_.packed(panel), step.y);
+  // Where s and y of a tile and a panel are, (kTile x kPanel) each.
+  static std::pair<T*, T*> pairs(const Step& step, int64_t panel, const Kept& kept) {
+    if (!kept) return {step.s, step.y};
+    const int64_t first_key = step.tile * kTile;
+    return {kept.s(panel, first_key), kept.y(panel, first_key)};
+  }
+
+  void similarities(const Step& step, int64_t panel, T* s, T* y) const {
+    step.product.similarities(query_.packed(panel), s);
+    if constexpr (kConsistency) step.product.similarities(key_.packed(panel), y);
   }
 
   const Panels<Product> query_, key_;
@@ -275,10 +310,12 @@ Losses co2(const at::Tensor& query, const at::Tensor& key, const at::Tensor& que
         });
         return losses;
       }
-    const auto [partial, rows] = passes.statistics();
+    using Kept = typename Passes::Kept;
+    const Kept kept = compute_gradient ? Kept(passes) : Kept();
+    const auto [partial, rows] = passes.statistics(kept);
     const auto [loss, instance, consistency, rank, completed] = merge_rows<T>(partial, rows, settings);
     const at::Tensor gradient = compute_gradient
-                                    ? passes.gradient(completed)
+                                    ? passes.gradient(completed, kept)
                                     : empty({0, query.size(1)}, c10::CppTypeToScalarType<T>::value);
     return Losses(loss, instance, consistency, rank, gradient);
   });

@@ -146,8 +146,8 @@ class ConIC {
         if (wanted.weight) std::fill(tile.grad.begin(), tile.grad.end(), T(0));
         for (int64_t panel = first; panel < last; ++panel) {
           tile.product.similarities(views_.packed(panel), tile.s);
-          replace_by_gradient<true, false, T>(tile.s, nullptr, tile.count, temperatures_,
-                                              coefficients_[panel]);
+          gradient_of_tile<true, false, T>(tile.s, nullptr, tile.count, temperatures_, coefficients_[panel],
+                                           tile.s);
           for_own_rows(tile, panel, [this](T& g, int64_t row) { g = grad_own_[row]; });
           if (wanted.views)
             tile.product.accumulate(tile.s, &parts[(tile.range * block_ + panel - first) * kPanel<T> * dim_]);

@@ -13,7 +13,7 @@
 //
 // Groups are shared out to blocks, two for each thread, which meet as in a round-robin tournament: in every
 // round each block is in one pair. So sums of a row are added up in place, by one thread at a time and in a
-// fixed order: equal input on equal threads gives equal bmemory. Nothing is kept per pair of rows but one
+// fixed order: equal input on equal threads gives equal bits. Nothing is kept per pair of rows but one
 // tile of two panels.
 //
 // Where other instances are the keys, threads share out (block of groups of rows) x (range of groups of

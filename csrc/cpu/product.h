@@ -121,6 +121,8 @@ class DirectProduct {
  public:
   using Sum = T;
   using Operand = T;
+  // Whether a product takes longer than to write and read what it gives.
+  static constexpr bool kDearerThanMemory = true;
   static int64_t padded_dim(int64_t dim) { return dim; }
   static int64_t tile_elements(int64_t dim) { return kTile * dim; }
   static int64_t packed_rows_elements(int64_t dim) { return chunks(dim) * kPanel<T> * kPanel<T>; }
@@ -196,6 +198,7 @@ class LibraryProduct {
  public:
   using Sum = float;
   using Operand = T;
+  static constexpr bool kDearerThanMemory = false;
   static constexpr int64_t kColumns = kPanel<float>;
   static int64_t padded_dim(int64_t dim) { return dim + dim % 2; }
   // rows, their transpose, weights

@@ -206,22 +206,22 @@ inline Vec<T> gradient(Vec<T> a, Vec<T> d, Vec<T> e_query, Vec<T> e_key, const V
   return g;
 }
 
-// Replaces a tile's s (keys x panel) by g.
+// g of a tile (keys x panel), which may be written in place of its s.
 template <bool kInstance, bool kConsistency, typename T>
-void replace_by_gradient(T* s, const T* y, int64_t keys, const Temperatures& temperatures,
-                         const PanelCoefficients<T>& coefficients) {
+void gradient_of_tile(const T* s, const T* y, int64_t keys, const Temperatures& temperatures,
+                      const PanelCoefficients<T>& coefficients, T* g) {
   const Scales<T> scales(temperatures);
   for (int64_t lane = 0; lane < kPanel<T>; lane += kWidth<T>) {
     const auto rows = coefficients.lanes(lane);
     for (int64_t j = 0; j < keys; ++j) {
-      T* at = s + j * kPanel<T> + lane;
-      const auto a = Vec<T>::loadu(at) - rows.max_s;
+      const int64_t at = j * kPanel<T> + lane;
+      const auto a = Vec<T>::loadu(s + at) - rows.max_s;
       Vec<T> b(T(0)), e_query(T(0)), e_key(T(0));
       if constexpr (kConsistency) {
-        b = Vec<T>::loadu(y + j * kPanel<T> + lane) - rows.max_y;
+        b = Vec<T>::loadu(y + at) - rows.max_y;
         e_query = exp2_nonpositive(a * scales.consistency), e_key = exp2_nonpositive(b * scales.consistency);
       }
-      gradient<kInstance, kConsistency>(a, a - b, e_query, e_key, rows, scales).store(at);
+      gradient<kInstance, kConsistency>(a, a - b, e_query, e_key, rows, scales).store(g + at);
     }
   }
 }
