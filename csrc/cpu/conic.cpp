@@ -164,8 +164,7 @@ class ConIC {
             for (int64_t d = 0; d < dim_; ++d) sum[d] = row[d] += sum[d];
           }
           if (last < views_.panels) continue;
-          for (T& x : row) x = static_cast<T>(x / scale_);
-          differentiate_norm(row.data(), &tile.unit[key * dim_], tile.norm[key], dim_);
+          differentiate_norm(row.data(), &tile.unit[key * dim_], tile.norm[key], dim_, scale_);
           if (wanted.sgd)
             wanted.sgd->take(index, row.data());
           else

@@ -107,6 +107,15 @@ void with_dtype(at::ScalarType dtype, Function&& function) {
   }
 }
 
+// Copies numbers to another dtype; where it is the same one, as bytes, for which at::vec::convert has no path.
+template <typename From, typename To>
+void convert(const From* from, To* to, int64_t count) {
+  if constexpr (std::is_same_v<From, To>)
+    std::copy_n(from, count, to);
+  else
+    at::vec::convert(from, to, count);
+}
+
 // Copies a matrix into the layout given by the strides of `out`, walking along whichever side is contiguous.
 template <typename T>
 void copy(const Matrix& from, T* out, int64_t row_stride, int64_t column_stride) {
@@ -115,10 +124,10 @@ void copy(const Matrix& from, T* out, int64_t row_stride, int64_t column_stride)
     const auto* in = static_cast<const source_t*>(from.data);
     if (from.column_stride == 1 && column_stride == 1) {
       for (int64_t i = 0; i < from.rows; ++i)
-        at::vec::convert(in + i * from.row_stride, out + i * row_stride, from.columns);
+        convert(in + i * from.row_stride, out + i * row_stride, from.columns);
     } else if (from.row_stride == 1 && row_stride == 1) {
       for (int64_t d = 0; d < from.columns; ++d)
-        at::vec::convert(in + d * from.column_stride, out + d * column_stride, from.rows);
+        convert(in + d * from.column_stride, out + d * column_stride, from.rows);
     } else {
       for (int64_t i = 0; i < from.rows; ++i)
         for (int64_t d = 0; d < from.columns; ++d)
@@ -168,13 +177,14 @@ double normalize(T* x, int64_t dim) {
   return norm;
 }
 
-// dx = (dx^ - x^ (x^.dx^)) / |x|, in place; a row below the epsilon was only scaled, so it has no projection.
+// dx = (dx^ - x^ (x^.dx^)) / |x|, in place, with dx^ = grad / scale; a row below the epsilon was only scaled, so
+// it has no projection.
 template <typename Grad, typename T>
-void differentiate_norm(Grad* grad, const T* unit, double norm, int64_t dim) {
+void differentiate_norm(Grad* grad, const T* unit, double norm, int64_t dim, double scale = 1) {
   const double radial = norm < kNormEpsilon
                             ? 0
                             : sum_of(dim, [&](int64_t d) { return static_cast<double>(grad[d]) * unit[d]; });
-  const double inverse = 1 / std::max(norm, kNormEpsilon);
+  const double inverse = 1 / std::max(norm, kNormEpsilon) / scale;
   for (int64_t d = 0; d < dim; ++d) grad[d] = static_cast<Grad>((grad[d] - unit[d] * radial) * inverse);
 }
 
