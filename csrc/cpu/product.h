@@ -264,9 +264,8 @@ class LibraryProduct {
   }
 
   // `transposed_too` must be set before `accumulate`.
-  void load(const Matrix& keys, bool transposed_too, const Matrix* next = nullptr) {
+  void load(const Matrix& keys, bool transposed_too, const Matrix* /*next*/ = nullptr) {
     count_ = keys.rows;
-    ahead_ = next ? Ahead<T>(*next) : Ahead<T>();
     const bool same = keys.dtype == c10::CppTypeToScalarType<T>::value;
     if (keys.row_stride == 1 && keys.column_stride != 1) {
       copy(keys, columns_, 1, kTile);
@@ -289,8 +288,7 @@ class LibraryProduct {
     }
   }
 
-  void similarities(const Operand* queries, float* out) {
-    ahead_.fetch(kTile * kTile);
+  void similarities(const Operand* queries, float* out) const {
     at::native::cpublas::brgemm(count_, kColumns, depth_, tile_stride_, kColumns, kColumns, false, tile_,
                                 queries, out);
   }
@@ -349,7 +347,6 @@ class LibraryProduct {
   int64_t dim_, depth_, count_ = 0, tile_stride_ = 0;
   T *rows_, *columns_, *weights_;
   const T* tile_ = nullptr;
-  Ahead<T> ahead_;
 };
 
 // Calls `function` with the engine that multiplies rows of a dtype; half precision in hardware if allowed.
