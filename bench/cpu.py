@@ -1,75 +1,79 @@
-"""Times on a CPU, by pytest-benchmark, and the memory that goes with them."""
+"""Times on a CPU of all implementations of a size by turns, and the memory that goes with them."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Callable
+import gc
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import ceilings
-from bench.cases import Case, implementation, inputs, step
-from bench.records import Result, record, write
+from bench.cases import Case, grid, implementation, inputs, step
+from bench.records import begun, case_of, record, write
+from bench.turns import seconds_by_turns
 from train_ref.memory import PeakMemory, in_fresh_process
+
+SECONDS = 4.0  # that a size takes, but for its first steps and where a few turns take longer
+TURNS = (5, 60)  # at least, at most
 
 
 def run(machine: dict[str, Any], chosen: Callable[[str], bool], output: Path) -> int:
-    """Measure the chosen cases, and write them down together. The promises among the chosen tests are kept
-    or not: returns pytest's exit status.
+    """Measure the chosen cases, and write each size down at once. What the file has already is not measured
+    again. Then see whether the promises among the chosen tests are kept: returns pytest's exit status.
 
     Args:
         machine: as results tell it.
-        chosen: whether a test of that name is to be run; a case's has the case in it.
+        chosen: whether a case or a test of that name is to be measured.
         output: a JSON file.
     """
-    print("Measuring what the machine can do at best", flush=True)
-    limits = ceilings.measure()
-    status, benchmarks = timings(chosen)
-    records = [record(case, measured(case, stats), limits) for case, stats in benchmarks]
-    result: Result = {"machine": machine, "ceilings": limits, "records": records}
-    write(result, output)
-    return status
+    result = begun(machine, output)
+    done = {case_of(each) for each in result["records"]}
+    cases = [case for case in grid() if chosen(str(case)) and case not in done]
+    for _, of_size in itertools.groupby(cases, lambda case: replace(case, impl="")):
+        by_turns = list(of_size)
+        for case, seconds in zip(by_turns, times(by_turns), strict=True):
+            result["records"].append(record(case, measured(case, seconds), result["ceilings"]))
+        write(result, output)
+    return promises(chosen)
 
 
-def timings(chosen: Callable[[str], bool]) -> tuple[int, list[tuple[Case, dict[str, Any]]]]:
-    """pytest's exit status, and of each case pytest-benchmark's statistics, in seconds."""
+def times(cases: Sequence[Case]) -> list[list[float]]:
+    """The seconds of steps of each case, by turns: a machine that slows down slows all of them, and each case
+    finds the caches as another has left them."""
+    gc.collect()
+    steps = [partial(step, implementation(case), *inputs(case)) for case in cases]
+    return seconds_by_turns(steps, TURNS, SECONDS)
+
+
+def promises(chosen: Callable[[str], bool]) -> int:
+    """pytest's exit status; none of its tests being chosen is no failure."""
 
     class Choice:
         def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-            items[:] = [item for item in items if chosen(item.name)]
+            items[:] = [item for item in items if not item.name.startswith("test_step") and chosen(item.name)]
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "timings.json")
-        status = pytest.main(
-            [
-                str(Path(__file__).with_name("test_losses.py")),
-                f"--benchmark-json={file}",
-                "--benchmark-columns=median,iqr,rounds",
-            ],
-            plugins=[Choice()],
-        )
-        if not file.exists():  # no test ran; pytest has said why
-            raise SystemExit(status)
-        benchmarks = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
-        return int(status), [(Case(**each["extra_info"]), each["stats"]) for each in benchmarks]
+    status = pytest.main([str(Path(__file__).with_name("test_losses.py"))], plugins=[Choice()])
+    return 0 if status == pytest.ExitCode.NO_TESTS_COLLECTED else int(status)
 
 
-def measured(case: Case, stats: dict[str, Any]) -> dict[str, Any]:
+def measured(case: Case, seconds: Sequence[float]) -> dict[str, Any]:
     """The measured fields of a record."""
     try:
         peak_mib = round(in_fresh_process(peak_extra_mib, case), 1)
     except BrokenProcessPool:  # there was not enough of it
         peak_mib = None
-    print(f"{case}: peak memory {peak_mib} MiB", flush=True)
-    median_ms = round(stats["median"] * 1e3, 4)
+    median_ms = round(statistics.median(seconds) * 1e3, 4)
+    print(f"{case}: {median_ms} ms, peak memory {peak_mib} MiB", flush=True)
     return {
         "ms": median_ms,
-        "ms_all": [round(seconds * 1e3, 4) for seconds in stats["data"]],
+        "ms_all": [round(each * 1e3, 4) for each in seconds],
         "wall_ms": median_ms,  # the same on a CPU
         "peak_mib": peak_mib,
     }

@@ -8,7 +8,6 @@ other, which is the GPU's time or the host's own, whichever is longer.
 from __future__ import annotations
 
 import gc
-import json
 import multiprocessing
 import os
 import statistics
@@ -22,9 +21,8 @@ from typing import Any
 
 import torch
 
-from bench import ceilings
 from bench.cases import GRIDS, Case, Inputs, Loss, grid, implementation, inputs, step
-from bench.records import Result, case_of, record, write
+from bench.records import begun, case_of, record, write
 from train_ref.memory import PeakMemory
 
 MOST_SETS = 32
@@ -41,7 +39,7 @@ def run(machine: dict[str, Any], chosen: Callable[[str], bool], output: Path) ->
     Returns:
         The exit status, which is always good: what does not fit the GPU's memory is left out.
     """
-    result = begun(machine, output)
+    result = begun(machine, output, "cuda")
     done = {str(case_of(each)) for each in result["records"]}
     cases = [case for case in grid("cuda") if chosen(str(case)) and str(case) not in done]
     compile_ahead(cases)
@@ -79,14 +77,6 @@ def _step_once(case: Case) -> None:
         step(implementation(case), *inputs(case, "cuda"))
     except RuntimeError as error:  # is met again, and told, where it is measured
         print(f"{case}: {str(error).splitlines()[0]}", flush=True)
-
-
-def begun(machine: dict[str, Any], output: Path) -> Result:
-    """The result that a run before this one has left, or one without records."""
-    if output.exists():
-        return json.loads(output.read_text(encoding="utf-8"))
-    print("Measuring what the GPU can do at best", flush=True)
-    return {"machine": machine, "ceilings": ceilings.measure("cuda"), "records": []}
 
 
 def told(case: Case, record: dict[str, Any]) -> str:

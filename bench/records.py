@@ -13,6 +13,14 @@ from bench.cases import Case
 Result = dict[str, Any]  # as the JSON file has it
 
 
+def begun(machine: dict[str, Any], output: Path, device: str = "cpu") -> Result:
+    """The result that a run before this one has left, or one without records."""
+    if output.exists():
+        return json.loads(output.read_text(encoding="utf-8"))
+    print("Measuring what the machine can do at best", flush=True)
+    return {"machine": machine, "ceilings": ceilings.measure(device), "records": []}
+
+
 def record(case: Case, measured: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     """What was measured of a case, and the floor under its time."""
     return {

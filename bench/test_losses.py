@@ -1,15 +1,15 @@
 """Times of the losses, and the ratios that are promised of them.
 
-python -m bench                        all cases, a quarter of an hour on two cores, with memory and a report
+python -m bench                        all cases by turns, memory, promises and a report
 python -m bench --match K4096          some of them
-python -m pytest bench/test_losses.py  times and promises alone
+python -m pytest bench/test_losses.py  for one's own comparison, with what pytest-benchmark has for it:
+    --benchmark-save NAME before a change, --benchmark-compare after it
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from bench.cases import (
     inputs,
     step,
 )
+from bench.turns import seconds_by_turns
 
 
 def rounds(case: Case) -> int:
@@ -132,11 +133,5 @@ def products(case: Case) -> Callable[[], None]:
 
 
 def interleaved(*runs: Callable[[], None], rounds: int = 7) -> list[float]:
-    """Median seconds of each, taken in turns so that a machine that slows down slows all of them."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(1 + rounds):
-        for run, times in zip(runs, seconds, strict=True):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times[1:]) for times in seconds]  # the first of each warms up
+    """Median seconds of each, by turns."""
+    return [statistics.median(times) for times in seconds_by_turns(runs, (rounds, rounds), 0)]

@@ -7,9 +7,11 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import Tensor
 
 from contrastive_ops import nt_xent_loss
 from tests.cases import Case, NTXentCase, mostly_thorough
@@ -72,3 +74,35 @@ def test_older_instruction_sets_pass_the_same_tests(capability: str) -> None:
     if capability == "default":
         selection += " and not adversarial"
     pass_elsewhere([f"tests/test_{loss}.py" for loss in ("co2", "conic", "nt_xent")], selection, environment)
+
+
+def _step(case: Case) -> tuple[Tensor, Tensor]:
+    return fused(*case.tensors(), **case.settings(), backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_similarities_that_are_kept_are_those_computed_again(dtype: torch.dtype) -> None:
+    """Those of all rows together are too many to be kept for the gradient, those of some rows are not."""
+    case = Case(batch=72, keys=65536 * 4 // dtype.itemsize, dim=8, dtype=dtype)
+    query, key, queue = case.tensors()
+    loss, gradient = fused(query, key, queue, **case.settings(), backend="cpu")
+    for some in torch.arange(case.batch).split(24):
+        of_some = fused(query[some], key[some], queue, **case.settings(), backend="cpu")
+        torch.testing.assert_close(of_some[0], loss[some], rtol=1e-6, atol=0)
+        torch.testing.assert_close(of_some[1], gradient[some], rtol=1e-5, atol=1e-6)
+
+
+def test_calls_at_once_keep_similarities_apart() -> None:
+    """What a call leaves to the next is never had by two, and fits whatever the next one is."""
+    sizes, dtypes = (17, 300, 2000), (torch.float32, torch.float64)
+    cases = [Case(batch=40, keys=keys, dim=8, dtype=dtype) for keys in sizes for dtype in dtypes]
+    expected = [_step(case) for case in cases]
+
+    def work(first: int) -> None:
+        for turn in range(60):
+            at = (first + turn) % len(cases)
+            for actual, alone in zip(_step(cases[at]), expected[at], strict=True):
+                assert torch.equal(actual, alone)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
