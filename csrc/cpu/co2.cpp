@@ -8,9 +8,9 @@
 //   2. gradient     s and y again, g of every pair in place of s, then grad += N^T g.
 //
 // Between them the ranges' statistics are merged, and after them their gradients, in a fixed order: equal
-// input on equal threads gives equal bits. Nothing is kept per pair but one tile of one panel; but where s and
-// y of all pairs take no more memory than kKeptBytes, and are float32 or float64, whose products take longer
-// than that takes to write and read, the second pass has them from the first.
+// input on equal threads gives equal bits. Nothing is kept per pair but one tile of one panel, unless s and y
+// of all pairs fit kKeptBytes: then the second pass has them from the first, if a product takes longer than
+// to write and read what it gives.
 //
 // InfoNCE alone, which has no consistency term, takes one pass: its gradient is sum_j e^{s_j/tau} n_j but for
 // a factor of the row, so what was added up moves with the row's maximum, as its sum does.
@@ -191,8 +191,8 @@ class CO2 {
         for (int64_t tile = range * tiles_ / ranges_; tile < end_tile; ++tile) {
           const bool is_last = tile + 1 == end_tile;
           const Matrix next = keys_of(is_last ? tile : tile + 1);
-          function(Step{product, keys_of(tile), is_last ? nullptr : &next, range, tile, first, last,
-                        s.data(), y.data()});
+          function(Step{product, keys_of(tile), is_last ? nullptr : &next, range, tile, first, last, s.data(),
+                        y.data()});
         }
       }
     });

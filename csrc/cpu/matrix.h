@@ -107,7 +107,7 @@ void with_dtype(at::ScalarType dtype, Function&& function) {
   }
 }
 
-// Copies numbers to another dtype; where it is the same one, as bytes, for which at::vec::convert has no path.
+// Copies numbers to another dtype; to their own as bytes, for which at::vec::convert has no path.
 template <typename From, typename To>
 void convert(const From* from, To* to, int64_t count) {
   if constexpr (std::is_same_v<From, To>)
@@ -177,8 +177,8 @@ double normalize(T* x, int64_t dim) {
   return norm;
 }
 
-// dx = (dx^ - x^ (x^.dx^)) / |x|, in place, with dx^ = grad / scale; a row below the epsilon was only scaled, so
-// it has no projection.
+// dx = (dx^ - x^ (x^.dx^)) / |x|, in place, with dx^ = grad / scale; a row below the epsilon was only scaled,
+// so it has no projection.
 template <typename Grad, typename T>
 void differentiate_norm(Grad* grad, const T* unit, double norm, int64_t dim, double scale = 1) {
   const double radial = norm < kNormEpsilon
