@@ -137,7 +137,9 @@ class ClipLoss(nn.Module):
         """All ranks, which must be those that the arguments count; None where there is one."""
         if self.world_size == 1:
             return None
-        there = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        there = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            there = dist.get_rank(), dist.get_world_size()
         if there != (self.rank, self.world_size):
             raise ValueError(
                 f"rank and world_size must be those of torch.distributed, {there}, "
