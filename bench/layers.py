@@ -21,7 +21,7 @@ from contrastive_ops._backends import BACKENDS
 
 ROOT = README.parent
 PICTURE = ROOT / "docs" / "figures" / "layers.png"
-COLORS = ("#dbe4ee", "#dbe4ee", "#dbe4ee", "#fbe3b5", "#fbe3b5", "#cfe8d5", "#cfe8d5", "#eeeeee")
+COLORS = ("#f3dfe3", "#dbe4ee", "#dbe4ee", "#dbe4ee", "#fbe3b5", "#fbe3b5", "#cfe8d5", "#cfe8d5", "#eeeeee")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Layer:
 
 # From top to bottom: a call goes this way.
 LAYERS = (
+    Layer("other projects' names\nand signatures", ("adapters",)),
     Layer("what holds state", ("modules", "queue", "classifier")),
     Layer("a loss: check the arguments,\ncall one operator, reduce", ("functional",)),
     Layer("what ranks exchange,\naround the steps of a loss", ("distributed",)),

@@ -13,7 +13,8 @@ from train_ref.markdown import parts
 
 MODULES = (
     "functional", "modules", "queue", "_backends", "classifier.classifier", "classifier.optimizer",
-    "classifier.memory_bank", "classifier.history",
+    "classifier.memory_bank", "classifier.history", "adapters.lightly", "adapters.solo_learn",
+    "adapters.open_clip",
 )  # fmt: skip
 
 
