@@ -723,7 +723,7 @@ def _check_settings(
 ) -> None:
     """What the settings of all losses have in common."""
     for name, value in temperatures.items():
-        _check_temperature(name, value)
+        check_temperature(name, value)
     for name, value in flags.items():
         check_flag(name, value)
     check_flag("return_metrics", return_metrics)
@@ -732,13 +732,13 @@ def _check_settings(
     check_backend(backend)
 
 
-def _under_autocast(tensor: Tensor) -> bool:
+def under_autocast(tensor: Tensor) -> bool:
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """An operator decides itself what it computes in; autocast would reach the reference's own products."""
-    return torch.autocast(tensor.device.type, enabled=False) if _under_autocast(tensor) else nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if under_autocast(tensor) else nullcontext()
 
 
 def _check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -746,14 +746,14 @@ def _check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
     losses take what is wide beside what is not."""
     if tensor.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {_shape(other)}, got {_shape(tensor)}")
-    if tensor.dtype != other.dtype and not _under_autocast(other):
+    if tensor.dtype != other.dtype and not under_autocast(other):
         raise TypeError(
             f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}; pass "
             f"{name}.to({other_name}.dtype), or compute the loss under torch.autocast, where they may differ"
         )
 
 
-def _check_temperature(name: str, value: Any) -> None:
+def check_temperature(name: str, value: Any) -> None:
     check_number(name, value, above=0)
     least, most = _TEMPERATURES
     if not least <= value <= most:

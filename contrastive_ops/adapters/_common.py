@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..functional import _under_autocast, info_nce_loss
+from ..functional import info_nce_loss, under_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,7 +23,7 @@ def unit(rows: Tensor) -> Tensor:
 def multiplied(rows: Tensor) -> Tensor:
     """Normalised rows in the dtype in which autocast multiplies matrices, where it is enabled. PyTorch has
     normalised them in float32, and the losses multiply in the dtype of what they are given."""
-    if _under_autocast(rows) and rows.dtype == torch.float32:
+    if under_autocast(rows) and rows.dtype == torch.float32:
         return rows.to(torch.get_autocast_dtype(rows.device.type))
     return rows
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..functional import _check_temperature, consistency_loss, nt_xent_loss
+from ..functional import check_temperature, consistency_loss, nt_xent_loss
 from ._common import info_nce, unit, world
 
 
@@ -133,7 +133,7 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        _check_temperature("temperature", temperature)
+        check_temperature("temperature", temperature)
         if gather_distributed and not dist.is_available():
             raise ValueError("gather_distributed must be False: this PyTorch has no torch.distributed")
         self.temperature = temperature
@@ -188,7 +188,7 @@ class CO2Regularizer(nn.Module):
         self, alpha: float = 1, t_consistency: float = 0.05, memory_bank_size: int | Sequence[int] = 0
     ) -> None:
         super().__init__()
-        _check_temperature("t_consistency", t_consistency)
+        check_temperature("t_consistency", t_consistency)
         self.alpha = alpha
         self.t_consistency = t_consistency
         self.memory_bank = MemoryBank(memory_bank_size)
