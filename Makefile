@@ -10,7 +10,8 @@ CSRC := $(shell find csrc -type f)
 # which files come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(shell nproc) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all quick dist docs test-installed test-oldest test-peers asan emulate bench gpu lint format clean
+.PHONY: demo test test-all quick dist docs wheels distributions release test-installed test-wheels test-oldest test-peers \
+	asan emulate bench gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m train_ref fit --config digits_moco_v2_co2
@@ -34,24 +35,58 @@ PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/pytho
 test-oldest:
 	$(MAKE) quick VENV=.venv-oldest PYTHON=$(PYTHON_OLDEST) CONSTRAINTS=constraints-oldest.txt
 
-# The source distribution and the wheel.
+# The source distribution and this machine's wheel.
 dist: $(VENV)/.installed
 	rm -rf dist
 	$(BIN)/python -c "from setuptools.build_meta import build_sdist, build_wheel as wheel; build_sdist('dist'), wheel('dist')"
 
+# Wheels that need no compiler, in dist, for each Python of PYTHONS: for any Linux that has the glibc of torch's own
+# wheels, with kernels for each torch of MINORS (all that are supported, where it is not given). Each takes a core
+# some 20 minutes; what was compiled before is used again.
+PYTHONS ?= $(PYTHON)
+RELEASE := build/release
+TORCHES := build/torches
+wheels: $(RELEASE)/.installed
+	rm -rf build/wheels dist/*.whl
+	$(RELEASE)/bin/python .ci/torches.py $(TORCHES) $(MINORS)
+	for python in $(PYTHONS); do CONTRASTIVE_OPS_TORCHES=$(TORCHES) $$python -m pip --disable-pip-version-check \
+		wheel --quiet --no-deps --wheel-dir build/wheels . || exit 1; done
+	PATH="$(abspath $(RELEASE))/bin:$$PATH" .ci/repair dist build/wheels/*.whl
+	$(RELEASE)/bin/twine check --strict dist/*.whl
+
+# What is published: the wheels, and the source distribution.
+distributions: wheels
+	rm -rf dist/*.tar.gz
+	$(RELEASE)/bin/python -m build --sdist --outdir dist
+	$(RELEASE)/bin/twine check --strict dist/*
+
+# The present state as version VERSION: built, committed and tagged, or refused.
+release: $(RELEASE)/.installed
+	$(RELEASE)/bin/python .ci/release.py "$(VERSION)"
+
 # The wheel as its users have it: installed, and tested in a folder without the source. All else comes from VENV.
 ELSEWHERE := build/elsewhere
 PURELIB := python -c "import sysconfig; print(sysconfig.get_path('purelib'))"
-test-installed: dist
+INSTALLED := -m "not slow" tests/test_installation.py tests/test_readme.py tests/test_backends.py \
+	tests/test_functional.py tests/classifier/test_classifier.py tests/train_ref/test_cli.py tests/train_ref/test_help.py
+define install_elsewhere
 	rm -rf $(ELSEWHERE) && mkdir -p $(ELSEWHERE)
 	$(BIN)/python -m venv --without-pip $(ELSEWHERE)/.venv
 	$(BIN)/$(PURELIB) > $$($(ELSEWHERE)/.venv/bin/$(PURELIB))/others.pth
 	$(BIN)/python -m pip --quiet --disable-pip-version-check --python $(ELSEWHERE)/.venv/bin/python install \
-		--no-deps dist/*.whl
+		--no-deps --no-index --find-links dist --only-binary :all: contrastive-ops
 	cp -r tests bench docs README.md pyproject.toml $(ELSEWHERE)
-	cd $(ELSEWHERE) && CONTRASTIVE_OPS_SOURCE=$(CURDIR) .venv/bin/python -m pytest -m "not slow" \
-		tests/test_installation.py tests/test_readme.py tests/test_backends.py tests/test_functional.py \
-		tests/classifier/test_classifier.py tests/train_ref/test_cli.py tests/train_ref/test_help.py
+endef
+
+test-installed: dist
+	$(install_elsewhere)
+	cd $(ELSEWHERE) && CONTRASTIVE_OPS_SOURCE=$(CURDIR) .venv/bin/python -m pytest $(INSTALLED)
+
+# The same of what `make wheels` left, where there is neither a compiler nor anything else.
+test-wheels: $(VENV)/.installed
+	$(install_elsewhere)
+	cd $(ELSEWHERE) && env --ignore-environment HOME="$$HOME" PATH="$$PWD/.venv/bin" CONTRASTIVE_OPS_TEST_WHEEL=1 \
+		.venv/bin/python -m pytest tests/test_wheel.py $(INSTALLED)
 
 # The peers' own tests of the losses that contrastive_ops/adapters has under their names, with the adapters in their place.
 # Packages on an index come without these tests, so they are fetched from where the peers are developed; the variables may
@@ -129,12 +164,13 @@ DOCS := build/docs
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 
-$(DOCS)/.installed: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(DOCS)
-	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], \
-		sep='\n')" > $(DOCS)/requirements.txt
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
-		--requirement $(DOCS)/requirements.txt
+# Each of these has an environment of its own, with what pyproject.toml's extra of its name asks for and no torch.
+$(DOCS)/.installed $(RELEASE)/.installed: $(CONSTRAINTS) pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'] \
+		['$(notdir $(@D))'], sep='\n')" > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
+		--requirement $(@D)/requirements.txt
 	touch $@
 
 lint: $(VENV)/.linters

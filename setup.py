@@ -1,9 +1,10 @@
 """Builds the C++ extensions; everything else about the package stands in pyproject.toml.
 
 The CPU kernels are built once for each instruction set, as separate modules from the same sources; which one
-is imported is decided at run time (contrastive_ops/_backends.py). They call PyTorch's C++ library, which
-changes with every minor version: they are built against the torch of the environment, without build
-isolation, and carry its version in their names.
+is imported is decided at run time (contrastive_ops/_cpu.py). They call PyTorch's C++ library, which changes
+with every minor version: they are built against the torch of the environment, without build isolation, and
+carry its version in their names. A wheel for everybody has them for several versions side by side, from the
+folder that CONTRASTIVE_OPS_TORCHES names, which .ci/torches.py fills.
 
 Where they cannot be built, nothing is installed and a message says what is missing. A package without them is
 built where CONTRASTIVE_OPS_WITHOUT_CPP=1 asks for it: it is pure Python, and so is its wheel's tag.
@@ -20,6 +21,7 @@ import re
 import shutil
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import setuptools
@@ -40,6 +42,7 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, SetupError
 
 WITHOUT_CPP = "CONTRASTIVE_OPS_WITHOUT_CPP"
+TORCHES = "CONTRASTIVE_OPS_TORCHES"
 INSTEAD = (
     f"With {WITHOUT_CPP}=1 in the environment the package is built without its C++ kernels: losses on CPUs "
     "then run at eager speed, and there is no instance classification."
@@ -79,53 +82,76 @@ def torch_version():
         return None
 
 
-def extensions():
-    """One extension for each instruction set, one for calls of a kind that was seen before, and one for the
-    bookkeeping of instances."""
-    minor = "_".join((torch_version() or "none").split(".")[:2])
-    # Without a path to them: torch is imported first, and has them loaded.
-    libraries = ["c10", "torch", "torch_cpu", "torch_python"]
-    cpu = [
-        Extension(
-            f"contrastive_ops._cpu_{name}_torch_{minor}",
-            sorted(glob.glob("csrc/cpu/*.cpp")),
-            depends=["setup.py", *sorted(glob.glob("csrc/*.h")), *sorted(glob.glob("csrc/cpu/*.h"))],
-            language="c++",
-            libraries=libraries,
-            extra_compile_args=[
-                *COMPILE_ARGS,
-                "-fopenmp",  # ATen's thread pool is inlined from its headers
-                "-fno-trapping-math",
-                "-ffp-contract=off",  # multiply-adds are fused where the source says so, and nowhere else
-                "-Wno-unknown-pragmas",
-                f"-DCPU_CAPABILITY={name.upper()}",
-                f"-DCPU_CAPABILITY_{name.upper()}",
-                f"-DTORCH_EXTENSION_NAME=_cpu_{name}_torch_{minor}",
-                *flags,
-                *SANITIZERS,
-            ],
-            extra_link_args=["-fopenmp", *SANITIZERS],
+def minor(version):
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def torches():
+    """The torches that the kernels are built against, the newest first: versions, and the folders that have
+    their headers and libraries. They are the one that is installed here, if there is one, or those in the
+    folder that is named. None is imported."""
+    if not os.environ.get(TORCHES):
+        version = torch_version()
+        return {version: find_spec("torch").submodule_search_locations[0]} if version else {}
+    named = importlib.metadata.distributions(name="torch", path=glob.glob(f"{os.environ[TORCHES]}/*/"))
+    found = {each.version: str(each.locate_file("torch")) for each in named}
+    if not found:
+        sys.exit(
+            f"contrastive_ops: {TORCHES} names {os.environ[TORCHES]}, in whose folders there is no torch"
         )
-        for name, flags in INSTRUCTION_SETS.items()
-    ]
-    calls = Extension(
-        f"contrastive_ops._calls_torch_{minor}",
-        sorted(glob.glob("csrc/calls/*.cpp")),
-        depends=["setup.py", *sorted(glob.glob("csrc/calls/*.h"))],
+    return dict(sorted(found.items(), key=lambda each: minor(each[0]), reverse=True))
+
+
+def extensions():
+    """For each torch one extension for each instruction set and one for calls of a kind that was seen before,
+    and one for the bookkeeping of instances."""
+    found = torches() or {"none": ""}  # an error as soon as something is to be compiled
+    # It uses the pybind11 that comes with torch's headers, and nothing else of torch.
+    store = extension("_store", "csrc/store", [], *next(iter(found.items())))
+    return [each for torch in found.items() for each in extensions_for(*torch)] + [store]
+
+
+def extensions_for(version, folder):
+    suffix = "torch_" + "_".join(version.split(".")[:2])
+    # Without a path to them: torch is imported first, and has them loaded, wherever it lies.
+    libraries = ["c10", "torch", "torch_cpu", "torch_python"]
+    for name, flags in INSTRUCTION_SETS.items():
+        flags = [
+            # ATen's thread pool is inlined from its headers. Nothing links OpenMP's library: torch's own has
+            # been loaded with torch_cpu, and a second one would keep threads of its own.
+            "-fopenmp",
+            "-fno-trapping-math",
+            "-ffp-contract=off",  # multiply-adds are fused where the source says so, and nowhere else
+            "-Wno-unknown-pragmas",
+            f"-DCPU_CAPABILITY={name.upper()}",
+            f"-DCPU_CAPABILITY_{name.upper()}",
+            *flags,
+        ]
+        yield extension(f"_cpu_{name}_{suffix}", "csrc/cpu", flags, version, folder, libraries)
+    yield extension(f"_calls_{suffix}", "csrc/calls", [], version, folder, libraries)
+
+
+def extension(name, sources, flags, version, folder, libraries=()):
+    headers = [f"{folder}/include", f"{folder}/include/torch/csrc/api/include"]
+    made = Extension(
+        f"contrastive_ops.{name}",
+        [*sorted(glob.glob(f"{sources}/*.cpp")), "csrc/glibc.cpp"],
+        depends=["setup.py", *sorted(glob.glob("csrc/*.h")), *sorted(glob.glob(f"{sources}/*.h"))],
         language="c++",
-        libraries=libraries,
-        extra_compile_args=[*COMPILE_ARGS, f"-DTORCH_EXTENSION_NAME=_calls_torch_{minor}", *SANITIZERS],
+        libraries=list(libraries),
+        library_dirs=[f"{folder}/lib"],
+        extra_compile_args=[
+            *COMPILE_ARGS,
+            f"-DTORCH_EXTENSION_NAME={name}",
+            *flags,
+            *SANITIZERS,
+            # As headers of the system, torch's keep their warnings to themselves.
+            *(f"-isystem{path}" for path in headers),
+        ],
         extra_link_args=SANITIZERS,
     )
-    store = Extension(  # uses the pybind11 that comes with torch's headers, and nothing else of torch
-        "contrastive_ops._store",
-        sorted(glob.glob("csrc/store/*.cpp")),
-        depends=["setup.py", *sorted(glob.glob("csrc/store/*.h"))],
-        language="c++",
-        extra_compile_args=[*COMPILE_ARGS, *SANITIZERS],
-        extra_link_args=SANITIZERS,
-    )
-    return [*cpu, calls, store]
+    made.torch = version
+    return made
 
 
 class BuildPython(build_py):
@@ -138,7 +164,7 @@ class BuildPython(build_py):
 
 
 class BuildExtensions(build_ext):
-    """Builds the extensions side by side against the torch of this environment, or says why it cannot."""
+    """Builds the extensions side by side, or says why it cannot."""
 
     def initialize_options(self):
         super().initialize_options()
@@ -146,7 +172,7 @@ class BuildExtensions(build_ext):
         self.parallel = int(os.environ.get("MAX_JOBS") or len(INSTRUCTION_SETS) + 2)
 
     def run(self):
-        if torch_version() is None:
+        if not torches():
             raise SetupError(
                 "the C++ kernels of contrastive_ops are compiled against the torch that they will run with, "
                 "and where this build runs there is none. pip builds in an environment of its own unless it "
@@ -154,18 +180,13 @@ class BuildExtensions(build_ext):
                 "    pip install --no-build-isolation .\n\n"
                 f"{INSTEAD}"
             )
-        if tuple(map(int, torch_version().split(".")[:2])) < MINIMUM_TORCH:
+        oldest = min(torches(), key=minor)
+        if minor(oldest) < MINIMUM_TORCH:
             raise SetupError(
                 f"contrastive_ops needs torch {'.'.join(map(str, MINIMUM_TORCH))} or newer, and this "
-                f"environment has {torch_version()}. The C++ kernels are compiled against the torch that "
+                f"environment has {oldest}. The C++ kernels are compiled against the torch that "
                 "they will run with: upgrade torch first\n\n    pip install --upgrade torch\n"
             )
-        from torch.utils import cpp_extension
-
-        for extension in self.extensions:
-            extension.library_dirs = cpp_extension.library_paths("cpu")
-            # As headers of the system, torch's keep their warnings to themselves.
-            extension.extra_compile_args += [f"-isystem{path}" for path in cpp_extension.include_paths("cpu")]
         super().run()
 
     def build_extensions(self):
@@ -194,7 +215,7 @@ class BuildExtensions(build_ext):
         """Each in a folder of its own, for they share sources; it is kept, so that what was built for an
         editable installation serves a wheel too."""
         builder = copy.copy(self)
-        kept = f"{sys.implementation.cache_tag}-torch-{torch_version()}{'-sanitized' if SANITIZERS else ''}"
+        kept = f"{sys.implementation.cache_tag}-torch-{extension.torch}{'-sanitized' if SANITIZERS else ''}"
         builder.build_lib = os.path.join("build", kept)
         builder.build_temp = os.path.join(builder.build_lib, "objects", extension.name)
         super(BuildExtensions, builder).build_extension(extension)
