@@ -72,9 +72,9 @@ INSTALLED := -m "not slow" tests/test_installation.py tests/test_readme.py tests
 define install_elsewhere
 	rm -rf $(ELSEWHERE) && mkdir -p $(ELSEWHERE)
 	$(BIN)/python -m venv --without-pip $(ELSEWHERE)/.venv
-	$(BIN)/$(PURELIB) > $$($(ELSEWHERE)/.venv/bin/$(PURELIB))/others.pth
 	$(BIN)/python -m pip --quiet --disable-pip-version-check --python $(ELSEWHERE)/.venv/bin/python install \
 		--no-deps --no-index --find-links dist --only-binary :all: contrastive-ops
+	$(BIN)/$(PURELIB) > $$($(ELSEWHERE)/.venv/bin/$(PURELIB))/others.pth
 	cp -r tests bench docs README.md pyproject.toml $(ELSEWHERE)
 endef
 

@@ -1,7 +1,8 @@
 """Where the package's files lie: its compiled extensions, and which of several installations has them.
 
 An extension that calls PyTorch's C++ library has the version of torch in its name that it was built against
-(setup.py): PyTorch promises that it fits this version's releases, and no other's.
+(setup.py): PyTorch promises that it fits this version's releases, and no other's. A wheel has those for
+several versions.
 """
 
 from __future__ import annotations
@@ -49,11 +50,14 @@ def load_extension(stem: str) -> ModuleType:
     package = sys.modules[PACKAGE]
     name = f"{stem}_torch_{torch_minor()}"
     built = {each for folder in package.__path__ for each in extensions(Path(folder))}
-    others = sorted(
-        match[1].replace("_", ".") for each in built if (match := re.fullmatch(f"{stem}_torch_(.+)", each))
+    matches = (re.fullmatch(rf"{stem}_torch_(\d+)_(\d+)", each) for each in built)
+    others = sorted((int(match[1]), int(match[2])) for match in matches if match)
+    versions = ", ".join(f"{major}.{minor}" for major, minor in others)
+    again = (
+        f"install contrastive_ops again, compiled here: {INSTALL} --force-reinstall --no-deps --no-binary "
+        "contrastive-ops contrastive-ops (the last may be its source, after --editable where it "
+        "was installed so)"
     )
-    again = f"install contrastive_ops again: {INSTALL} --force-reinstall --no-deps, from its source (with "
-    again += "--editable, where it was installed so)"
     if name in built:
         try:
             return importlib.import_module(f"{PACKAGE}.{name}")
@@ -61,7 +65,7 @@ def load_extension(stem: str) -> ModuleType:
             raise ImportError(f"the C++ extension {name} cannot be loaded ({error}); {again}") from error
     if others:
         raise ImportError(
-            f"the C++ extension {stem} was built for torch {' and '.join(others)}, and this is torch "
+            f"the C++ extension {stem} was built for torch {versions}, and this is torch "
             f"{torch.__version__}; {again}"
         )
     raise ImportError(f"contrastive_ops was installed without its C++ extension {stem}; {again}")

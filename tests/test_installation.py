@@ -47,7 +47,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source as a clone has it, without what was compiled."""
     folder = tmp_path_factory.mktemp("clone") / "contrastive-ops"
     left_out = shutil.ignore_patterns(
-        ".*", "*.so", "__pycache__", "build", "dist", "runs", "*.egg-info", "CMakeFiles"
+        *(".git*", ".venv*", ".*cache*", ".hypothesis", ".benchmarks", "*.so", "__pycache__", "build"),
+        *("dist", "runs", "*.egg-info", "CMakeFiles"),
     )
     shutil.copytree(ROOT, folder, ignore=left_out)
     return folder
@@ -201,6 +202,46 @@ def test_the_source_distribution_is_enough_to_test(tree: Path, tmp_path: Path) -
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
+@pytest.fixture(scope="module")
+def unpacked(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the source distribution of the files under version control unpacks to."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("version control tells which files are meant")
+    folder = tmp_path_factory.mktemp("sdist")
+    done = run(tree, "-c", SETUP, "sdist", "--dist-dir", str(folder))
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@in_the_source
+def test_the_source_distribution_is_what_is_under_version_control(unpacked: Path) -> None:
+    """But for what a forge and version control need, and with what setuptools adds."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    ours = {name for name in listed.splitlines() if not name.startswith(".git")}
+    inside = {file.relative_to(unpacked).as_posix() for file in unpacked.rglob("*") if file.is_file()}
+    added = {
+        name for name in inside if re.match(r"(PKG-INFO|setup\.cfg|contrastive_ops\.egg-info/.+)$", name)
+    }
+    assert inside - added == ours
+    for name in ours:
+        assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes(), name
+
+
+@in_the_source
+def test_the_source_distribution_builds_the_same_wheel(unpacked: Path, tree: Path, tmp_path: Path) -> None:
+    contents = []
+    for source in (unpacked, tree):
+        wheels = tmp_path / str(len(contents))
+        done = run(source, "-c", SETUP, "bdist_wheel", "-d", str(wheels), CONTRASTIVE_OPS_WITHOUT_CPP="1")
+        assert done.returncode == 0, done.stderr
+        (wheel,) = wheels.glob("*.whl")
+        with zipfile.ZipFile(wheel) as content:
+            contents.append({name: content.read(name) for name in content.namelist()})
+    assert contents[0] == contents[1]
+
+
 def test_the_version_is_told_alike() -> None:
     assert distribution("contrastive-ops").version == contrastive_ops.__version__
     citation = ROOT / "CITATION.cff"
@@ -221,16 +262,27 @@ def test_extensions_hold_no_paths_and_no_debugging_symbols() -> None:
         assert ".debug_info" not in sections, file
 
 
-@pytest.mark.parametrize("other", ["2.13.0", "2.99.1+cu130", "3.0.0.dev20270101"])
+@pytest.mark.parametrize("other", ["2.8.0", "2.99.1+cu130", "3.0.0.dev20270101"])
 def test_another_torch_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     ours = ".".join(torch.__version__.split(".")[:2])
     monkeypatch.setattr(torch, "__version__", other)
     with pytest.raises(ImportError) as refused:
         load_extension("_cpu_default")
     message = str(refused.value)
-    assert re.search(rf"built for torch [\d. and]*{ours}", message)
+    assert re.search(rf"built for torch ([\d.]+, )*{re.escape(ours)}\b", message)
     assert f"this is torch {other}" in message
     assert "pip install --no-build-isolation" in message
+
+
+def test_the_versions_that_it_was_built_for_are_told_in_their_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for minor in ("2_10", "2_9", "2_14"):
+        (tmp_path / f"_cpu_default_torch_{minor}{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    monkeypatch.setattr(contrastive_ops, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    with pytest.raises(ImportError, match=r"built for torch 2\.9, 2\.10, 2\.14, and this is torch 2\.99\.0"):
+        load_extension("_cpu_default")
 
 
 def test_an_extension_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

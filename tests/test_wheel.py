@@ -1,7 +1,7 @@
 """A wheel for everybody, installed where there is no compiler: what is in it, and what it loads.
 
-`make test-wheels` installs one and runs this, as does each build of wheels that are published; elsewhere there
-is nothing to look at.
+`make test-wheels` installs one and runs this, and so does each build of wheels that are published; elsewhere
+there is nothing to look at.
 """
 
 from __future__ import annotations
