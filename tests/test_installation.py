@@ -55,7 +55,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    ours = ("PYTHONPATH", "PYTHONWARNINGS", "CXX", "CC", "CFLAGS", "CXXFLAGS", "CONTRASTIVE_OPS_WITHOUT_CPP")
+    ours = ["PYTHONPATH", "PYTHONWARNINGS", "CXX", "CC", "CFLAGS", "CXXFLAGS"]
+    ours += ["CONTRASTIVE_OPS_WITHOUT_CPP", "CONTRASTIVE_OPS_TORCHES"]
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=inherited | environment, capture_output=True, text=True
@@ -91,8 +92,9 @@ SETUP = "import runpy, sys\nsys.argv[0] = 'setup.py'\nrunpy.run_path('setup.py',
         (OLD_SETUPTOOLS, {}, ("setuptools 77", "65.5.0", "pip install --upgrade setuptools")),
         ("", {"CXX": "no-such-compiler"}, ("no no-such-compiler", "CXX", "CONTRASTIVE_OPS_WITHOUT_CPP=1")),
         ("", {"CXX": "false"}, ("false is none", "C++20", "OpenMP", "CONTRASTIVE_OPS_WITHOUT_CPP=1")),
+        ("", {"CONTRASTIVE_OPS_TORCHES": "no/such"}, ("CONTRASTIVE_OPS_TORCHES", "no/such", "no torch")),
     ],
-    ids=["isolated", "old-torch", "old-setuptools", "no-compiler", "compiler-that-cannot"],
+    ids=["isolated", "old-torch", "old-setuptools", "no-compiler", "compiler-that-cannot", "no-torches"],
 )
 def test_a_build_that_cannot_be_stops_and_says_what_to_do(
     tree: Path, before: str, environment: dict[str, str], words: tuple[str, ...]
@@ -103,6 +105,39 @@ def test_a_build_that_cannot_be_stops_and_says_what_to_do(
     assert all(word in said for word in words), done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tree.rglob("*.so"))
+
+
+EXTENSIONS = """
+import json, runpy, setuptools
+setuptools.setup = lambda **given: print(json.dumps({
+    each.name.partition(".")[2]: [each.libraries, each.library_dirs, each.extra_compile_args]
+    for each in given["ext_modules"]
+}))
+runpy.run_path("setup.py")
+"""
+
+
+@in_the_source
+def test_several_torches_are_built_against_side_by_side(tree: Path, tmp_path: Path) -> None:
+    """Whether or not one is installed. What does not call torch is built once, with the newest's headers."""
+    for version in ("2.9.1", "2.10.0", "2.14.1+cpu"):
+        information = tmp_path / version[:4].rstrip(".") / f"torch-{version}.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text(f"Metadata-Version: 2.4\nName: torch\nVersion: {version}\n")
+    done = run(tree, "-c", WITHOUT_TORCH + EXTENSIONS, CONTRASTIVE_OPS_TORCHES=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    extensions = json.loads(done.stdout)
+    stems = {name.rpartition("_torch_")[0] for name in extensions} - {""}
+    assert {"_cpu_default", "_calls"} <= stems
+    minors = ("2_9", "2_10", "2_14")
+    assert set(extensions) == {f"{stem}_torch_{minor}" for stem in stems for minor in minors} | {"_store"}
+    for name, (libraries, folders, arguments) in extensions.items():
+        torch = tmp_path / name.partition("_torch_")[2].replace("_", ".") / "torch"
+        if name == "_store":
+            torch = tmp_path / "2.14" / "torch"
+            assert libraries == []
+        assert folders == [str(torch / "lib")]
+        assert f"-isystem{torch / 'include'}" in arguments
 
 
 @in_the_source
