@@ -110,7 +110,7 @@ def test_everything_serves_without_a_compiler() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is loaded")
 def test_a_training_step_loads_no_library_twice() -> None:
-    """Of a second libtorch_cpu this would crash, of a second libgomp it would have threads of its own."""
+    """A second libtorch_cpu would end in a crash, and a second libgomp would keep threads of its own."""
     libraries = step()["libraries"]
     loaded = defaultdict(set)
     for file in libraries:
