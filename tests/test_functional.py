@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import pickle
+import shutil
 import warnings
 from typing import Any
 
@@ -18,6 +20,9 @@ from contrastive_ops import co2_loss, consistency_loss, info_nce_loss
 from tests.cases import Case
 
 LOSSES = (co2_loss, info_nce_loss, consistency_loss)
+compiles = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler for CPUs"
+)
 
 
 def call(loss: Any = co2_loss, **changes: Any) -> Any:
@@ -132,6 +137,7 @@ class TestTransposedQueue:
         co2_loss(query, key, queue.T[:64])  # not square
         assert not recwarn
 
+    @compiles
     def test_looks_at_nothing_that_is_traced(self, recwarn: pytest.WarningsRecorder) -> None:
         query, key, queue = self.square(16, torch.float32)
         torch.compile(co2_loss, fullgraph=True)(query, key, queue.T)
@@ -237,6 +243,7 @@ def test_modules_list_what_settings_there_are(name: str) -> None:
         module(tau=0.1)
 
 
+@compiles
 def test_modules_compile() -> None:
     query, key, queue = Case(batch=4, keys=6, dim=3).tensors()
     module = contrastive_ops.CO2Loss()
