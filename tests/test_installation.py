@@ -238,10 +238,19 @@ def test_the_source_distribution_is_enough_to_test(tree: Path, tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def unpacked(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the source distribution of the files under version control unpacks to."""
+def under_version_control() -> set[str]:
+    """The files of the repository, but for those that a forge and version control need."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("version control tells which files are meant")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:  # as where the checkout is another user's
+        pytest.skip(f"version control does not tell which files are meant: {listed.stderr}")
+    return {name for name in listed.stdout.splitlines() if not name.startswith(".git")}
+
+
+@pytest.fixture(scope="module")
+def unpacked(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the source distribution unpacks to."""
     folder = tmp_path_factory.mktemp("sdist")
     done = run(tree, "-c", SETUP, "sdist", "--dist-dir", str(folder))
     assert done.returncode == 0, done.stderr
@@ -251,10 +260,11 @@ def unpacked(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @in_the_source
-def test_the_source_distribution_is_what_is_under_version_control(unpacked: Path) -> None:
-    """But for what a forge and version control need, and with what setuptools adds."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    ours = {name for name in listed.splitlines() if not name.startswith(".git")}
+def test_the_source_distribution_is_what_is_under_version_control(
+    under_version_control: set[str], unpacked: Path
+) -> None:
+    """And what setuptools adds."""
+    ours = under_version_control
     inside = {file.relative_to(unpacked).as_posix() for file in unpacked.rglob("*") if file.is_file()}
     added = {
         name for name in inside if re.match(r"(PKG-INFO|setup\.cfg|contrastive_ops\.egg-info/.+)$", name)
