@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(shell nproc) --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all quick dist docs wheels distributions release test-installed test-wheels test-oldest test-peers \
-	asan emulate bench gpu lint format clean
+	asan arm emulate bench gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m train_ref fit --config digits_moco_v2_co2
@@ -124,6 +124,47 @@ asan: $(VENV)/.installed
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:faulthandler --capture=sys tests/test_ops_fuzz.py \
 		tests/classifier/test_store.py
+
+# The kernels as 64-bit ARM has them, compiled by setup.py as it is run there, and their tests, in qemu's emulation of such
+# a processor. Debian's Python for ARM lies in a folder of its own, and so does the oldest torch that is promised: later
+# ones for ARM link CUDA. A process of this Python cannot start another, so tests that do are left out.
+ARM := build/arm
+ARM_ROOT := $(abspath $(ARM))/root
+ARM_SITE := $(abspath $(ARM))/site
+ARM_QEMU = $(or $(shell command -v qemu-aarch64),$(shell command -v qemu-aarch64-static),qemu-aarch64)
+ARM_PYTHON = QEMU_LD_PREFIX=$(ARM_ROOT) $(ARM_QEMU) -cpu max $(ARM_ROOT)/usr/bin/python3
+ARM_APT := apt-get --quiet=2 -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Install-Recommends=false \
+	-o APT::Sandbox::User= -o Debug::NoLocking=true -o Dir::State=$(abspath $(ARM))/apt \
+	-o Dir::State::status=$(abspath $(ARM))/apt/status -o Dir::Cache=$(abspath $(ARM))/apt
+ARM_TESTS ?= tests/test_co2.py tests/test_nt_xent.py tests/test_conic.py tests/test_rows_ops.py tests/test_range.py \
+	tests/test_ops_fuzz.py tests/classifier/test_store.py
+arm: $(ARM)/.installed
+	headers=$$(echo $(ARM_ROOT)/usr/include/python3.*) && MAX_JOBS=$(shell nproc) PYTHONPATH=$(ARM_SITE) \
+		CPPFLAGS="-I$$headers -idirafter $(ARM_ROOT)/usr/include" \
+		$(ARM_PYTHON) setup.py --quiet build --build-lib $(ARM)/lib
+	cp -r tests pyproject.toml $(ARM)/lib
+	cd $(ARM)/lib && PYTHONPATH=$(ARM_SITE) OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=few $(ARM_PYTHON) -m pytest \
+		-k "not compiles and not reference" $(ARM_TESTS) $(PYTEST_ARGS)
+
+$(ARM)/.installed: constraints-oldest.txt
+	@missing=; \
+	for needed in apt-get:apt dpkg-deb:dpkg aarch64-linux-gnu-g++:g++-aarch64-linux-gnu $(ARM_QEMU):qemu-user \
+		/usr/aarch64-linux-gnu/include/stdio.h:libc6-dev-arm64-cross; do \
+		command -v $${needed%%:*} > /dev/null || test -e $${needed%%:*} || missing="$$missing $${needed##*:}"; \
+	done; \
+	test -z "$$missing" || { echo "make arm needs Debian's packages$$missing: apt-get install$$missing" >&2; exit 1; }
+	rm -rf $(ARM) && mkdir -p $(ARM)/apt/lists/partial $(ARM)/apt/archives/partial $(ARM_ROOT) && touch $(ARM)/apt/status
+	$(ARM_APT) update
+	$(ARM_APT) install --yes --download-only python3-dev libstdc++6 libgomp1
+	for package in $(ARM)/apt/archives/*.deb; do dpkg-deb --extract $$package $(ARM_ROOT) || exit 1; done
+	$(PYTHON) -m venv $(ARM)/pip
+	version=$$(basename $(ARM_ROOT)/usr/include/python3.*) && for packages in "--no-deps torch" \
+		"setuptools numpy pytest hypothesis filelock typing-extensions sympy networkx jinja2 fsspec"; do \
+		$(ARM)/pip/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+			--target $(ARM_SITE) --only-binary :all: --python-version $${version#python} \
+			--platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 $$packages || exit 1; \
+	done
+	touch $@
 
 # The kernels as they are compiled for two generations of GPUs, by the present Triton and by an older one, and by NVRTC, in
 # the emulator of tests/gpu_emulator. Volta's need NVRTC 12.

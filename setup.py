@@ -67,6 +67,7 @@ COMPILE_ARGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-aggressive-loop-optimizations",
     "-Wno-unknown-warning-option",  # clang has no such warning
+    "-Wno-psabi",  # for ARM, gcc notes of torch's headers that their pairs of vectors are passed as since gcc 10
 ]
 SANITIZERS = []
 if os.environ.get("CONTRASTIVE_OPS_SANITIZE", "0") not in ("", "0"):
@@ -215,7 +216,8 @@ class BuildExtensions(build_ext):
         """Each in a folder of its own, for they share sources; it is kept, so that what was built for an
         editable installation serves a wheel too."""
         builder = copy.copy(self)
-        kept = f"{sys.implementation.cache_tag}-torch-{extension.torch}{'-sanitized' if SANITIZERS else ''}"
+        kept = f"{sys.implementation.cache_tag}-{platform.machine()}-torch-{extension.torch}"
+        kept += "-sanitized" if SANITIZERS else ""
         builder.build_lib = os.path.join("build", kept)
         builder.build_temp = os.path.join(builder.build_lib, "objects", extension.name)
         super(BuildExtensions, builder).build_extension(extension)
