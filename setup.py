@@ -67,7 +67,7 @@ COMPILE_ARGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-aggressive-loop-optimizations",
     "-Wno-unknown-warning-option",  # clang has no such warning
-    "-Wno-psabi",  # for ARM, gcc notes of torch's headers that their pairs of vectors are passed as since gcc 10
+    "-Wno-psabi",  # gcc's notes on how ARM passes the pairs of vectors of torch's headers
 ]
 SANITIZERS = []
 if os.environ.get("CONTRASTIVE_OPS_SANITIZE", "0") not in ("", "0"):
