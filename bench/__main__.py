@@ -1,6 +1,6 @@
 """`python -m bench`: measure everything on this machine, write it down, and report.
 
-`--device cuda` measures the GPU. There each record is written as soon as it is measured, and one that is
+`--device cuda` measures the GPU. What is measured is written at once, on a CPU a size at a time, and what is
 written already is not measured again: a run that was cut goes on where it was.
 """
 

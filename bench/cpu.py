@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.cases import Case, grid, implementation, inputs, step
-from bench.records import begun, case_of, record, write
+from bench.records import begun, missing, record, write
 from bench.turns import seconds_by_turns
 from train_ref.memory import PeakMemory, in_fresh_process
 
@@ -34,8 +34,7 @@ def run(machine: dict[str, Any], chosen: Callable[[str], bool], output: Path) ->
         output: a JSON file.
     """
     result = begun(machine, output)
-    done = {case_of(each) for each in result["records"]}
-    cases = [case for case in grid() if chosen(str(case)) and case not in done]
+    cases = missing(result, grid(), chosen)
     for _, of_size in itertools.groupby(cases, lambda case: replace(case, impl="")):
         by_turns = list(of_size)
         for case, seconds in zip(by_turns, times(by_turns), strict=True):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench.cases import GRIDS, Case, Inputs, Loss, grid, implementation, inputs, step
-from bench.records import begun, case_of, record, write
+from bench.records import begun, missing, record, write
 from train_ref.memory import PeakMemory
 
 MOST_SETS = 32
@@ -40,8 +40,7 @@ def run(machine: dict[str, Any], chosen: Callable[[str], bool], output: Path) ->
         The exit status, which is always good: what does not fit the GPU's memory is left out.
     """
     result = begun(machine, output, "cuda")
-    done = {str(case_of(each)) for each in result["records"]}
-    cases = [case for case in grid("cuda") if chosen(str(case)) and str(case) not in done]
+    cases = missing(result, grid("cuda"), chosen)
     compile_ahead(cases)
     for case in cases:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ def begun(machine: dict[str, Any], output: Path, device: str = "cpu") -> Result:
         return json.loads(output.read_text(encoding="utf-8"))
     print("Measuring what the machine can do at best", flush=True)
     return {"machine": machine, "ceilings": ceilings.measure(device), "records": []}
+
+
+def missing(result: Result, cases: Iterable[Case], chosen: Callable[[str], bool]) -> list[Case]:
+    """The chosen cases that a result has no record of."""
+    done = {case_of(each) for each in result["records"]}
+    return [case for case in cases if chosen(str(case)) and case not in done]
 
 
 def record(case: Case, measured: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
