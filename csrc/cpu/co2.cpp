@@ -41,6 +41,7 @@ constexpr int64_t kKeptBytes = 32 << 20;     // at most this for similarities fr
 template <typename Product, bool kInstance, bool kConsistency>
 class CO2 {
   using Operand = typename Product::Operand;
+  static constexpr int64_t kTile = Product::kTile;
 
  public:
   using T = typename Product::Sum;
@@ -83,7 +84,7 @@ class CO2 {
   // The statistics of each range of keys (ranges, B, 8), and what is known of the rows without keys (B, 11).
   std::tuple<at::Tensor, at::Tensor> statistics(const Kept& kept = {}) const {
     const Positives<T> positive(query_, key_);
-    std::vector<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
+    Array<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
     for_each_tile([&](const Step& step) {
       step.product.load(step.keys, false, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
@@ -99,11 +100,11 @@ class CO2 {
   // dL/dq (B, D), of completed rows, with what the pass for the statistics has kept.
   at::Tensor gradient(const at::Tensor& rows, const Kept& kept = {}) const {
     const Records<CO2Row> known(rows);
-    std::vector<PanelCoefficients<T>> panel_coefficients(panels_);
+    Array<PanelCoefficients<T>> panel_coefficients(panels_);
     for (int64_t row = 0; row < query_.count; ++row)
       panel_coefficients[row / kPanel<T>].set(row % kPanel<T>, coefficients(known[row]));
 
-    std::vector<T> parts(ranges_ * rows_ * dim_);
+    Array<T> parts(ranges_ * rows_ * dim_);
     for_each_tile([&](const Step& step) {
       step.product.load(step.keys, true, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
@@ -126,8 +127,8 @@ class CO2 {
     // As large as half precision takes them: of float16 those below 6e-8 would be lost.
     constexpr T kScale = std::is_same_v<Operand, at::Half> ? T(1 << 14) : T(1);
     const Positives<T> positive(query_, key_);
-    std::vector<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
-    std::vector<T> parts(ranges_ * rows_ * dim_);
+    Array<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
+    Array<T> parts(ranges_ * rows_ * dim_);
     for_each_tile([&](const Step& step) {
       step.product.load(step.keys, true, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
@@ -178,9 +179,8 @@ class CO2 {
   template <typename Function>
   void for_each_tile(const Function& function) const {
     at::parallel_for(0, blocks_ * ranges_, 1, [&](int64_t begin, int64_t end) {
-      std::vector<T> s(kTile * kPanel<T>), y(kConsistency ? s.size() : 0);
-      std::vector<Operand> buffer(Product::tile_elements(dim_));
-      Product product(dim_, buffer.data());
+      Array<T> s(kTile * kPanel<T>), y(kConsistency ? s.size() : 0);
+      Product product(dim_);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task / ranges_ * block_panels_, last = std::min(first + block_panels_, panels_);
         const int64_t range = task % ranges_;
@@ -198,7 +198,7 @@ class CO2 {
     });
   }
 
-  std::tuple<at::Tensor, at::Tensor> records(const std::vector<PanelStatistics<T>>& statistics,
+  std::tuple<at::Tensor, at::Tensor> records(const Array<PanelStatistics<T>>& statistics,
                                              const Positives<T>& positive) const {
     auto [partial, part] = empty_records<CO2Partial>({ranges_, query_.count});
     for (int64_t range = 0; range < ranges_; ++range)
@@ -212,14 +212,14 @@ class CO2 {
   }
 
   // What a range of keys adds to the gradient of a panel (D, lanes), of all parts (ranges, panels, D, lanes).
-  T* part(std::vector<T>& parts, int64_t range, int64_t panel) const {
+  T* part(Array<T>& parts, int64_t range, int64_t panel) const {
     return &parts[(range * panels_ + panel) * kPanel<T> * dim_];
   }
 
   // dL/dq^ = sum_j g_j n_j + (dL/ds_+) k^, then dq = (dq^ - q^ (q^.dq^)) / |q|. The sums over keys are those
   // of the ranges, each times `factor(range, row)`.
   template <typename Factor>
-  at::Tensor finish_gradient(const Records<CO2Row>& known, const std::vector<T>& parts,
+  at::Tensor finish_gradient(const Records<CO2Row>& known, const Array<T>& parts,
                              const Factor& factor) const {
     at::Tensor gradient = empty({query_.count, dim_}, c10::CppTypeToScalarType<T>::value);
     T* out = gradient.mutable_data_ptr<T>();

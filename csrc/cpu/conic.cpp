@@ -62,7 +62,7 @@ struct Wanted {
 template <typename Product>
 class ConIC {
   using T = typename Product::Sum;
-  using Operand = typename Product::Operand;
+  static constexpr int64_t kTile = Product::kTile;
 
  public:
   ConIC(const UnitViews<Product>& views, const at::Tensor& weight, const at::Tensor& target,
@@ -100,10 +100,10 @@ class ConIC {
   // The statistics of each range of the weight's rows (ranges, V B, 3).
   at::Tensor statistics(const at::Tensor& positives) const {
     const Records<ConICPositives> positive(positives);
-    std::vector<T> threshold(own_.size());
+    Array<T> threshold(own_.size());
     for (int64_t row = 0; row < views_.count; ++row) threshold[row] = static_cast<T>(positive[row].threshold);
 
-    std::vector<PanelStatistics<T>> statistics(ranges_ * views_.panels);  // (ranges, panels)
+    Array<PanelStatistics<T>> statistics(ranges_ * views_.panels);  // (ranges, panels)
     for_each_tile(false, [&](const Step& step) {
       for (int64_t panel = 0; panel < views_.panels; ++panel) {
         step.product.similarities(views_.packed(panel), step.s);
@@ -133,10 +133,10 @@ class ConIC {
     at::Tensor grad_views =
         empty({wanted.views ? views_.views : 0, views_.batch, dim_}, views_.tensor.scalar_type());
     at::Tensor grad_weight = empty({writes ? weight_.size(0) : 0, dim_}, weight_.scalar_type());
-    std::vector<T> parts(wanted.views ? ranges_ * block_ * kPanel<T> * dim_ : 0);
+    Array<T> parts(wanted.views ? ranges_ * block_ * kPanel<T> * dim_ : 0);
     // Views that come in several blocks leave the weight's gradient unfinished in between.
     const bool several = block_ < views_.panels && wanted.weight;
-    std::vector<T> unfinished(several ? weight_.size(0) * dim_ : 0);
+    Array<T> unfinished(several ? weight_.size(0) * dim_ : 0);
 
     int64_t first = 0, last = 0;
     do {  // once where there are no views, too: the weight's gradient is 0
@@ -155,7 +155,8 @@ class ConIC {
             tile.product.accumulate_keys(tile.s, views_.packed_rows(panel), tile.grad.data());
         }
         if (!wanted.weight) return;
-        std::vector<T>& row = tile.row;
+        tile.product.finish_keys(tile.grad.data());
+        Array<T>& row = tile.row;
         for (int64_t key = 0; key < tile.count; ++key) {
           tile.product.copy_key_grad(tile.grad.data(), key, row.data());
           const int64_t index = tile.begin + key;
@@ -180,7 +181,7 @@ class ConIC {
   // A tile of the weight, normalised, and a thread's room for meeting it with panels of views.
   struct Step {
     Product& product;
-    std::vector<T>&unit, &grad, &row;
+    Array<T>&unit, &grad, &row;
     std::vector<double>& norm;
     T* s;  // (kTile x kPanel)
     int64_t range = 0, begin = 0, count = 0;
@@ -190,11 +191,9 @@ class ConIC {
   void for_each_tile(bool transposed_too, const Function& function) const {
     const Matrix weight(weight_);
     at::parallel_for(0, ranges_, 1, [&](int64_t begin, int64_t end) {
-      std::vector<T> unit(kTile * dim_), grad(Product::keys_grad_elements(dim_)), row(dim_),
-          s(kTile * kPanel<T>);
+      Array<T> unit(kTile * dim_), grad(Product::keys_grad_elements(dim_)), row(dim_), s(kTile * kPanel<T>);
       std::vector<double> norm(kTile);
-      std::vector<Operand> buffer(Product::tile_elements(dim_));
-      Product product(dim_, buffer.data());
+      Product product(dim_);
       Step step{product, unit, grad, row, norm, s.data()};
       for (step.range = begin; step.range < end; ++step.range)
         for (int64_t tile = step.range * tiles_ / ranges_; tile < (step.range + 1) * tiles_ / ranges_;
@@ -235,8 +234,8 @@ class ConIC {
   }
 
   // dL/dx^ = sum_j g_j n_j - 4 alpha sum_j (1 - x^.x^j) x^j, then the derivative of the norm.
-  void finish_views(int64_t first_panel, int64_t last_panel, const std::vector<T>& parts,
-                    const double* loss_weight, at::Tensor& out) const {
+  void finish_views(int64_t first_panel, int64_t last_panel, const Array<T>& parts, const double* loss_weight,
+                    at::Tensor& out) const {
     const int64_t last = std::min(last_panel * kPanel<T>, views_.count);
     at::parallel_for(first_panel * kPanel<T>, last, 1, [&](int64_t begin, int64_t end) {
       std::vector<double> grad(dim_);
@@ -270,8 +269,8 @@ class ConIC {
   std::vector<int64_t> own_;  // which row of the weight each view owns; -1 for one elsewhere, and for padding
   int64_t block_ = 0;         // panels that the gradient's pass walks the weight with
   double scale_ = 1;
-  std::vector<PanelCoefficients<T>> coefficients_;
-  std::vector<T> grad_own_;
+  Array<PanelCoefficients<T>> coefficients_;
+  Array<T> grad_own_;
 };
 
 // The losses in the dtype L, and the coefficients of their gradients.

@@ -158,7 +158,7 @@ class NTXent {
   using T = typename Product::Sum;
 
   static constexpr int64_t kKeys = 2 * kPanel<T>;  // of a tile
-  static_assert(kKeys <= kTile);
+  static_assert(kKeys <= Product::kTile);
   // The similarity of pairs that are no negatives. Every power of it is 0, and differences are finite.
   static constexpr T kExcluded = std::numeric_limits<T>::lowest() / 4;
 
@@ -186,7 +186,7 @@ class NTXent {
   // The statistics of each range of keys (ranges, 2 B, 5), and s_ip(i) (2 B,).
   std::tuple<at::Tensor, at::Tensor> statistics() const {
     const Positives<T> positive(rows_, rows_, [](int64_t panel) { return panel ^ 1; });
-    std::vector<PanelStatistics<T>> statistics(ranges_ * rows_.panels);  // (ranges, panels)
+    Array<PanelStatistics<T>> statistics(ranges_ * rows_.panels);  // (ranges, panels)
     const auto add = [&](const T* s, const T* y, int64_t range, int64_t group) {
       const T* threshold = &positive.threshold[group * kKeys];
       PanelStatistics<T>* views = &statistics[range * rows_.panels + 2 * group];
@@ -194,7 +194,7 @@ class NTXent {
       add_tile<true, false>(y, s, kKeys, threshold + kPanel<T>, temperatures_, views[1]);
     };
     for_each_tile(false, [&](const Tile& tile) {
-      std::vector<T> s_transposed(kKeys * kPanel<T>), y_transposed(kKeys * kPanel<T>);
+      Array<T> s_transposed(kKeys * kPanel<T>), y_transposed(kKeys * kPanel<T>);
       for (int64_t group = tile.first_group; group < tile.last_group; ++group) {
         similarities(tile, group);
         add(tile.s, tile.y, tile.range, group);
@@ -225,15 +225,15 @@ class NTXent {
     if (key_losses) bound = std::max(bound, largest_gradient(*key_losses, key_layout_));
     const double scale = scale_to_half(bound);
     const auto row_coefficients = panel_coefficients(losses, layout_, scale);
-    const auto other_coefficients = key_losses ? panel_coefficients(*key_losses, key_layout_, scale)
-                                               : std::vector<PanelCoefficients<T>>();
+    const auto other_coefficients =
+        key_losses ? panel_coefficients(*key_losses, key_layout_, scale) : Array<PanelCoefficients<T>>();
     const auto& key_coefficients = symmetric_ ? row_coefficients : other_coefficients;
 
     // The gradient of rows as queries, (ranges, panels, D, lanes), and of the same rows as keys, (rows, D).
     const int64_t elements = rows_.panels * kPanel<T> * dim_;
-    std::vector<T> as_queries(ranges_ * elements), as_keys(symmetric_ ? elements : 0);
+    Array<T> as_queries(ranges_ * elements), as_keys(symmetric_ ? elements : 0);
     for_each_tile(true, [&](const Tile& tile) {
-      std::vector<T> grad(symmetric_ ? Product::keys_grad_elements(dim_) : 0), row(dim_);
+      Array<T> grad(symmetric_ ? Product::keys_grad_elements(dim_) : 0), row(dim_);
       for (int64_t group = tile.first_group; group < tile.last_group; ++group) {
         similarities(tile, group);
         replace_by_both_gradients<kConsistency>(tile.s, tile.y, temperatures_, &row_coefficients[2 * group],
@@ -245,6 +245,7 @@ class NTXent {
         tile.product.accumulate_keys(tile.s, rows_.packed_rows(2 * group), grad.data());
         tile.product.accumulate_keys(tile.y, rows_.packed_rows(2 * group + 1), grad.data());
       }
+      if (symmetric_) tile.product.finish_keys(grad.data());
       for (int64_t key = 0; symmetric_ && key < kKeys; ++key) {
         tile.product.copy_key_grad(grad.data(), key, row.data());
         T* sum = &as_keys[(tile.group * kKeys + key) * dim_];
@@ -288,15 +289,10 @@ class NTXent {
 
   // A thread's memory for tiles.
   struct Workspace {
-    std::vector<T> s, y;
-    std::vector<Operand> buffer;
+    Array<T> s, y;
     Product product;
 
-    explicit Workspace(int64_t dim)
-        : s(kKeys * kPanel<T>),
-          y(s.size()),
-          buffer(Product::tile_elements(dim)),
-          product(dim, buffer.data()) {}
+    explicit Workspace(int64_t dim) : s(kKeys * kPanel<T>), y(s.size()), product(dim) {}
   };
 
   const Panels<Product>& keys() const { return other_keys_ ? *other_keys_ : rows_; }
@@ -392,9 +388,9 @@ class NTXent {
             .d_query = view ? -first.d_key : first.d_query};
   }
 
-  static std::vector<PanelCoefficients<T>> panel_coefficients(const WeightedLosses& losses,
-                                                              const Layout<T>& layout, double scale) {
-    std::vector<PanelCoefficients<T>> panels(2 * layout.groups());
+  static Array<PanelCoefficients<T>> panel_coefficients(const WeightedLosses& losses, const Layout<T>& layout,
+                                                        double scale) {
+    Array<PanelCoefficients<T>> panels(2 * layout.groups());
     for (int64_t index = 0; index < 2 * layout.batch; ++index) {
       const int64_t row = layout.row(index);
       const NTXentCoefficients& other = losses.rows[layout.other_view(index)];

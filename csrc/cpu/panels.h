@@ -60,8 +60,8 @@ class Panels {
 
  private:
   const int64_t operand_;
-  std::vector<T> unit_;
-  std::vector<Operand> packed_, packed_rows_;
+  Array<T> unit_;
+  Array<Operand> packed_, packed_rows_;
 };
 
 // What each query row has in common with the key that is its positive: the one of its lane, in the panel of
@@ -69,18 +69,17 @@ class Panels {
 template <typename T>
 struct Positives {
   std::vector<double> similarity;  // s_+
-  std::vector<T> threshold;        // the same from the product that gives every s_j, so that equal keys tie
+  Array<T> threshold;              // the same from the product that gives every s_j, so that equal keys tie
 
   // In double: this error would be divided by tau, and no sum over keys averages it.
   template <typename Product, typename PanelOf = std::identity>
   Positives(const Panels<Product>& queries, const Panels<Product>& keys, const PanelOf& panel_of = {})
       : similarity(queries.panels * kPanel<T>), threshold(similarity.size()) {
-    static_assert(kPanel<T> <= kTile);
+    static_assert(kPanel<T> <= Product::kTile);
     const int64_t dim = queries.dim;
     at::parallel_for(0, queries.panels, 1, [&](int64_t begin, int64_t end) {
-      std::vector<T> similarities(kPanel<T> * kPanel<T>);
-      std::vector<typename Product::Operand> buffer(Product::tile_elements(dim));
-      Product product(dim, buffer.data());
+      Array<T> similarities(kPanel<T> * kPanel<T>);
+      Product product(dim);
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t first = panel * kPanel<T>, first_key = panel_of(panel) * kPanel<T>;
         product.load(Matrix(keys.unit(first_key), kPanel<T>, dim), false);

@@ -8,7 +8,8 @@
 //
 //   similarities:     out (keys x panel)  = N (keys x D) . q^T (D x panel)
 //   accumulate:       grad (D x panel)   += N^T (D x keys) . g (keys x panel)
-//   accumulate_keys:  grad (keys x D)    += g (keys x panel) . q (panel x D), with q from pack_rows
+//   accumulate_keys:  grad (keys x D)    += g (keys x panel) . q (panel x D), with q from pack_rows; the last
+//                     may be added by finish_keys only
 //
 // Keys come first in `out`, so the lanes of a vector are query rows: statistics of a row never cross lanes.
 #pragma once
@@ -22,10 +23,6 @@
 #include "matrix.h"
 
 namespace contrastive_ops {
-
-// Keys per tile. With D = 128 a float tile is 48 KiB; the similarities of a panel to it, with query and key,
-// are 24 KiB and stay in the first-level cache.
-inline constexpr int64_t kTile = 96;
 
 inline constexpr int64_t kTaskOperations = 1 << 21;  // multiply-adds that are worth a thread
 
@@ -121,14 +118,16 @@ class DirectProduct {
  public:
   using Sum = T;
   using Operand = T;
+  // At most so many keys a tile. With D = 128 a float tile is 48 KiB; the similarities of a panel to it, with
+  // query and key, are 24 KiB and stay in the first-level cache.
+  static constexpr int64_t kTile = 96;
   // Whether a product takes longer than to write and read what it gives.
   static constexpr bool kDearerThanMemory = true;
   static int64_t padded_dim(int64_t dim) { return dim; }
-  static int64_t tile_elements(int64_t dim) { return kTile * dim; }
   static int64_t packed_rows_elements(int64_t dim) { return chunks(dim) * kPanel<T> * kPanel<T>; }
   static int64_t keys_grad_elements(int64_t dim) { return chunks(dim) * kTile * kPanel<T>; }
 
-  DirectProduct(int64_t dim, Operand* buffer) : dim_(dim), buffer_(buffer) {}
+  explicit DirectProduct(int64_t dim) : dim_(dim) {}
 
   // rows (kPanel x dim) -> (dim x kPanel)
   static void pack(const T* rows, int64_t dim, Operand* out) {
@@ -159,8 +158,9 @@ class DirectProduct {
     const bool by_column = keys.row_stride == 1 && keys.column_stride != 1;
     row_stride_ = by_column ? 1 : dim_;
     column_stride_ = by_column ? kTile : 1;
-    copy(keys, buffer_, row_stride_, column_stride_);
-    tile_ = buffer_;
+    copied_.resize(kTile * dim_);
+    copy(keys, copied_.data(), row_stride_, column_stride_);
+    tile_ = copied_.data();
   }
 
   void similarities(const Operand* queries, T* out) {
@@ -177,6 +177,8 @@ class DirectProduct {
                     grad + chunk * kTile * kPanel<T>, ahead_);
   }
 
+  void finish_keys(T* /*grad*/) {}
+
   // A key's row of what accumulate_keys has made.
   void copy_key_grad(const T* grad, int64_t key, T* out) const {
     for (int64_t d = 0; d < dim_; d += kPanel<T>)
@@ -187,7 +189,7 @@ class DirectProduct {
   static int64_t chunks(int64_t dim) { return at::divup(dim, kPanel<T>); }
 
   int64_t dim_, count_ = 0, row_stride_ = 0, column_stride_ = 0;
-  Operand* buffer_;
+  Array<T> copied_;
   const T* tile_ = nullptr;
   Ahead<T> ahead_;
 };
@@ -198,18 +200,20 @@ class LibraryProduct {
  public:
   using Sum = float;
   using Operand = T;
+  // Twice as many as of floats: a tile takes as much memory, and the library is called half as often, which
+  // is a tenth of the time of products this small.
+  static constexpr int64_t kTile = 192;
   static constexpr bool kDearerThanMemory = false;
   static constexpr int64_t kColumns = kPanel<float>;
   static int64_t padded_dim(int64_t dim) { return dim + dim % 2; }
-  // rows, their transpose, weights
-  static int64_t tile_elements(int64_t dim) { return kTile * (2 * padded_dim(dim) + kColumns); }
   static int64_t packed_rows_elements(int64_t dim) { return kColumns * dim; }
   static int64_t keys_grad_elements(int64_t dim) { return kTile * dim; }
 
-  LibraryProduct(int64_t dim, Operand* buffer)
+  explicit LibraryProduct(int64_t dim)
       : dim_(dim),
         depth_(padded_dim(dim)),
-        rows_(buffer),
+        memory_(kTile * (2 * depth_ + kColumns)),
+        rows_(memory_.data()),
         columns_(rows_ + kTile * depth_),
         weights_(columns_ + kTile * depth_) {}
 
@@ -268,9 +272,9 @@ class LibraryProduct {
     count_ = keys.rows;
     const bool same = keys.dtype == c10::CppTypeToScalarType<T>::value;
     if (keys.row_stride == 1 && keys.column_stride != 1) {
-      copy(keys, columns_, 1, kTile);
+      copy(keys, columns_, 1, columns_stride());
       pad_columns();
-      transpose(columns_, kTile, rows_, depth_, depth_, count_);
+      transpose(columns_, columns_stride(), rows_, depth_, depth_, count_);
       tile_ = rows_, tile_stride_ = depth_;
       return;
     }
@@ -283,7 +287,7 @@ class LibraryProduct {
       tile_ = rows_, tile_stride_ = depth_;
     }
     if (transposed_too) {
-      transpose(tile_, tile_stride_, columns_, kTile, count_, dim_);
+      transpose(tile_, tile_stride_, columns_, columns_stride(), count_, dim_);
       pad_columns();
     }
   }
@@ -303,13 +307,32 @@ class LibraryProduct {
         const auto [low, high] = at::vec::interleave2(even, odd);
         at::vec::convert_from_float<T>(low, high).store(weights_ + i * kColumns + 2 * r);
       }
-    at::native::cpublas::brgemm(dim_, kColumns, count_ + count_ % 2, kTile, kColumns, kColumns, true,
-                                columns_, weights_, grad);
+    at::native::cpublas::brgemm(dim_, kColumns, count_ + count_ % 2, columns_stride(), kColumns, kColumns,
+                                true, columns_, weights_, grad);
   }
 
+  // Several panels that lie one after another are multiplied at once: with one at a time, what takes longest
+  // is to read and write `grad`.
   void accumulate_keys(const float* weights, const Operand* rows, float* grad) {
-    at::vec::convert(weights, weights_, count_ * kColumns);
-    at::native::cpublas::brgemm(count_, dim_, kColumns, kColumns, dim_, dim_, true, weights_, rows, grad);
+    const bool follows = rows == waiting_rows_ + waiting_ * packed_rows_elements(dim_);
+    if (waiting_ == kTogether || !follows) finish_keys(grad);
+    if (waiting_ == 0) waiting_rows_ = rows;
+    constexpr int64_t kStride = kTogether * kColumns, kW = kWidth<float>;
+    waiting_weights_.resize(kTile * kStride);
+    T* to = &waiting_weights_[waiting_++ * kColumns];
+    for (int64_t i = 0; i < count_; ++i)
+      for (int64_t r = 0; r < kColumns; r += 2 * kW) {
+        const float* from = weights + i * kColumns + r;
+        at::vec::convert_from_float<T>(Vec<float>::loadu(from), Vec<float>::loadu(from + kW))
+            .store(to + i * kStride + r);
+      }
+  }
+
+  void finish_keys(float* grad) {
+    const int64_t depth = std::exchange(waiting_, 0) * kColumns;
+    if (depth > 0)
+      at::native::cpublas::brgemm(count_, dim_, depth, kTogether * kColumns, dim_, dim_, true,
+                                  waiting_weights_.data(), waiting_rows_, grad);
   }
 
   // A key's row of what accumulate_keys has made.
@@ -337,15 +360,22 @@ class LibraryProduct {
       }
   }
 
+  // Of the transpose's rows, in whole lines of the cache.
+  int64_t columns_stride() const { return at::divup(count_, 32) * 32; }
+
   // The odd key out is paired with a weight of 0: what it holds must be finite.
   void pad_columns() {
     if (count_ % 2)
-      for (int64_t d = 0; d < dim_; ++d) columns_[d * kTile + count_] = T(0);
-    if (depth_ != dim_) std::fill_n(columns_ + dim_ * kTile, kTile, T(0));
+      for (int64_t d = 0; d < dim_; ++d) columns_[d * columns_stride() + count_] = T(0);
+    if (depth_ != dim_) std::fill_n(columns_ + dim_ * columns_stride(), columns_stride(), T(0));
   }
 
-  int64_t dim_, depth_, count_ = 0, tile_stride_ = 0;
-  T *rows_, *columns_, *weights_;
+  static constexpr int64_t kTogether = 4;  // panels that accumulate_keys multiplies at once
+
+  int64_t dim_, depth_, count_ = 0, tile_stride_ = 0, waiting_ = 0;
+  Array<T> memory_, waiting_weights_;
+  const Operand* waiting_rows_ = nullptr;
+  T *rows_, *columns_, *weights_;  // a tile, its transpose, and what is to be multiplied with it
   const T* tile_ = nullptr;
 };
 

@@ -4,8 +4,9 @@
 
 #include <atomic>
 #include <cstddef>
-#include <memory>
 #include <utility>
+
+#include "matrix.h"
 
 namespace contrastive_ops {
 
@@ -16,19 +17,22 @@ class SpareMemory {
   explicit SpareMemory(size_t bytes) : piece_(waiting_.exchange(nullptr)) {
     if (piece_ && piece_->size >= bytes) return;
     delete std::exchange(piece_, nullptr);
-    piece_ = new Piece{std::make_unique_for_overwrite<std::byte[]>(bytes), bytes};
+    piece_ = new Piece{bytes};
   }
 
   ~SpareMemory() { delete waiting_.exchange(piece_); }
   SpareMemory(const SpareMemory&) = delete;
   SpareMemory& operator=(const SpareMemory&) = delete;
 
-  void* data() const { return piece_->memory.get(); }
+  void* data() const { return piece_->memory; }
 
  private:
   struct Piece {
-    std::unique_ptr<std::byte[]> memory;
-    size_t size;
+    explicit Piece(size_t size) : size(size), memory(LineAllocator<std::byte>().allocate(size)) {}
+    ~Piece() { LineAllocator<std::byte>().deallocate(memory, size); }
+
+    const size_t size;
+    std::byte* const memory;
   };
 
   static inline std::atomic<Piece*> waiting_ = nullptr;
