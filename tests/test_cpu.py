@@ -92,6 +92,79 @@ def test_similarities_that_are_kept_are_those_computed_again(dtype: torch.dtype)
         torch.testing.assert_close(of_some[1], gradient[some], rtol=1e-5, atol=1e-6)
 
 
+def _conic_tensors(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randn(2, 20, 8, generator=generator, dtype=dtype)
+    weight = torch.randn(rows, 8, generator=generator, dtype=dtype)
+    target = torch.randint(rows, (20,), generator=generator)
+    return views, weight, target, torch.rand(20, generator=generator, dtype=dtype)
+
+
+def _conic(views: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """What its backward needs to know."""
+    return torch.ops.contrastive_ops.conic(views, weight, target, 0.2, 3.0, 1.5, "cpu")[-1]
+
+
+def _conic_backward(statistics: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    *inputs, grad_loss = tensors
+    operator = torch.ops.contrastive_ops.conic_backward
+    return operator(grad_loss, *inputs, statistics, 0.2, 1.5, True, True, "cpu")
+
+
+def _has_similarities(statistics: Tensor) -> bool:
+    return statistics.untyped_storage().nbytes() > statistics.nbytes
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_conic_keeps_few_similarities_for_its_backward(dtype: torch.dtype, threads: int) -> None:
+    """A copy of what backward gets has none of them. Either way the gradients are the same bits, every time."""
+    torch.set_num_threads(threads)
+    views, weight, target, grad_loss = _conic_tensors(1000, dtype)
+    statistics = _conic(views, weight, target)
+    assert _has_similarities(statistics)
+    assert not _has_similarities(statistics.clone())
+    again = _conic_backward(statistics.clone(), views, weight, target, grad_loss)
+    for _ in range(2):
+        kept = _conic_backward(statistics, views, weight, target, grad_loss)
+        assert all(map(torch.equal, kept, again))
+
+
+def test_conic_keeps_no_more_similarities_than_it_may() -> None:
+    views, weight, target, _ = _conic_tensors(1 << 17, torch.float32)
+    assert not _has_similarities(_conic(views, weight, target))
+    with torch.inference_mode():  # where nothing tells whether a tensor was written to
+        few = (x.clone() for x in _conic_tensors(1000, torch.float32)[:3])
+        assert not _has_similarities(_conic(*few))
+
+
+@pytest.mark.parametrize("written", ["views", "weight"])
+def test_similarities_of_tensors_that_were_written_to_are_computed_again(written: str) -> None:
+    views, weight, target, grad_loss = _conic_tensors(1000, torch.float32)
+    statistics = _conic(views, weight, target)
+    before = _conic_backward(statistics, views, weight, target, grad_loss)
+    {"views": views, "weight": weight}[written].add_(0.25)
+    after = _conic_backward(statistics, views, weight, target, grad_loss)
+    again = _conic_backward(statistics.clone(), views, weight, target, grad_loss)
+    assert all(map(torch.equal, after, again))
+    assert not torch.equal(after[0], before[0])
+    # Nor are those of others of the same sizes taken for theirs.
+    others = _conic_tensors(1000, torch.float32)[:2]
+    of_others = _conic_backward(statistics, *others, target, grad_loss)
+    assert all(map(torch.equal, of_others, before))
+
+
+def test_what_lies_behind_statistics_is_read_only_if_conic_put_it_there() -> None:
+    tensors = _conic_tensors(1000, torch.float32)
+    statistics = _conic(*tensors[:3])
+    expected = _conic_backward(statistics, *tensors)
+    memory = torch.zeros(statistics.untyped_storage().nbytes() // 8, dtype=torch.float64)
+    for taken in (memory, torch.cat([memory, memory]), memory[: statistics.numel() + 8]):
+        elsewhere = taken[: statistics.numel()].view(statistics.shape).copy_(statistics)
+        assert all(map(torch.equal, _conic_backward(elsewhere, *tensors), expected))
+
+
 def test_calls_at_once_keep_similarities_apart() -> None:
     """What a call leaves to the next is never had by two, and fits whatever the next one is."""
     sizes, dtypes = (17, 300, 2000), (torch.float32, torch.float64)

@@ -24,6 +24,7 @@
 #include <optional>
 #include <utility>
 
+#include "kept_pairs.h"
 #include "losses.h"
 #include "operators.h"
 #include "panels.h"
@@ -60,24 +61,20 @@ class CO2 {
     share_out();
   }
 
-  // The similarities s and y of all pairs (panels, K, lanes), from one pass to the next; none where there are
-  // too many.
+  // The similarities s and y of all pairs, from one pass to the next; none where there are too many.
   class Kept {
    public:
     Kept() = default;
-    explicit Kept(const CO2& passes) : keys_(passes.queue_.rows), count_(passes.rows_ * keys_) {
-      const int64_t bytes = 2 * count_ * static_cast<int64_t>(sizeof(T));
-      if (Product::kDearerThanMemory && bytes <= kKeptBytes) memory_.emplace(bytes);
+    explicit Kept(const CO2& passes) {
+      const int64_t keys = passes.queue_.rows, bytes = KeptPairs<T>::bytes(passes.panels_, keys);
+      if (!Product::kDearerThanMemory || 2 * bytes > kKeptBytes) return;
+      memory_.emplace(2 * bytes);
+      s = {memory_->data(), keys}, y = {static_cast<std::byte*>(memory_->data()) + bytes, keys};
     }
 
-    explicit operator bool() const { return memory_.has_value(); }
-    T* s(int64_t panel, int64_t key) const {
-      return static_cast<T*>(memory_->data()) + (panel * keys_ + key) * kPanel<T>;
-    }
-    T* y(int64_t panel, int64_t key) const { return s(panel, key) + count_; }
+    KeptPairs<T> s, y;
 
    private:
-    int64_t keys_ = 0, count_ = 0;
     std::optional<SpareMemory> memory_;
   };
 
@@ -109,7 +106,7 @@ class CO2 {
       step.product.load(step.keys, true, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         const auto [s, y] = pairs(step, panel, kept);
-        if (!kept) similarities(step, panel, s, y);
+        if (!kept.s) similarities(step, panel, s, y);
         gradient_of_tile<kInstance, kConsistency>(s, y, step.keys.rows, temperatures_,
                                                   panel_coefficients[panel], step.s);
         step.product.accumulate(step.s, part(parts, step.range, panel));
@@ -242,9 +239,9 @@ class CO2 {
 
   // Where s and y of a tile and a panel are, (kTile x kPanel) each.
   static std::pair<T*, T*> pairs(const Step& step, int64_t panel, const Kept& kept) {
-    if (!kept) return {step.s, step.y};
+    if (!kept.s) return {step.s, step.y};
     const int64_t first_key = step.tile * kTile;
-    return {kept.s(panel, first_key), kept.y(panel, first_key)};
+    return {kept.s.at(panel, first_key), kept.y.at(panel, first_key)};
   }
 
   void similarities(const Step& step, int64_t panel, T* s, T* y) const {

@@ -6,7 +6,8 @@
 //
 //   forward    s = N x^T of the tile, then per view the running maximum, the partition sum of its negatives,
 //              and the rank of its own row
-//   backward   s again, g = d loss / d s in place of it, then grad views += N^T g, in a part of each range,
+//   backward   s again, unless forward could leave it (csrc/cpu/kept_pairs.h); g = d loss / d s in place of
+//   it, then grad views += N^T g, in a part of each range,
 //              and the tile's own gradient += g x. That is complete when the tile has met all views: it is
 //              differentiated through the norm and written, or spent on a step of SGD there and then.
 //
@@ -14,12 +15,13 @@
 // threads gives equal bits. A view's own row is no negative: in forward its s is -inf, in backward its g is
 // set apart.
 //
-// Bound by arithmetic. A pair costs 4 products of 2 D operations and 2 exponentials: at 512 x 65536 x 128
-// that is 34 GFLOP, 73 ms on two cores of 234 GFLOP/s each, beside about 6 ms of exponentials; the weight is
-// read twice and its gradient written once, 96 MiB. docs/performance.md has what was measured.
+// Bound by arithmetic. A pair costs 4 products of 2 D operations, or 3, and 2 exponentials: at 512 x 65536 x
+// 128 that is 34 GFLOP, 73 ms on two cores of 234 GFLOP/s each, beside about 6 ms of exponentials; the weight
+// is read twice and its gradient written once, 96 MiB. docs/performance.md has what was measured.
 
 #include <limits>
 
+#include "kept_pairs.h"
 #include "losses.h"
 #include "operators.h"
 #include "panels.h"
@@ -30,6 +32,7 @@ namespace contrastive_ops {
 namespace {
 
 constexpr int64_t kPartialBytes = 32 << 20;  // at most this for the views' gradients of separate ranges
+constexpr int64_t kKeptBytes = 16 << 20;     // at most this for similarities from forward to backward
 
 // The views (V, B, D) normalised, a row each, and what the loss makes of them without the weight.
 template <typename Product>
@@ -97,8 +100,16 @@ class ConIC {
     return positives;
   }
 
+  // Coefficients that are to be written (V, B, 3), and behind them room for the similarities that they are
+  // made of, if a product takes longer than memory and they are few.
+  std::pair<at::Tensor, KeptPairs<T>> coefficients_with_pairs() const {
+    const auto [coefficients, memory] =
+        appendix().template append<ConICCoefficients>({views_.views, views_.batch}, bytes_of_pairs());
+    return {coefficients, {memory, weight_.size(0)}};
+  }
+
   // The statistics of each range of the weight's rows (ranges, V B, 3).
-  at::Tensor statistics(const at::Tensor& positives) const {
+  at::Tensor statistics(const at::Tensor& positives, const KeptPairs<T>& kept = {}) const {
     const Records<ConICPositives> positive(positives);
     Array<T> threshold(own_.size());
     for (int64_t row = 0; row < views_.count; ++row) threshold[row] = static_cast<T>(positive[row].threshold);
@@ -106,9 +117,10 @@ class ConIC {
     Array<PanelStatistics<T>> statistics(ranges_ * views_.panels);  // (ranges, panels)
     for_each_tile(false, [&](const Step& step) {
       for (int64_t panel = 0; panel < views_.panels; ++panel) {
-        step.product.similarities(views_.packed(panel), step.s);
-        for_own_rows(step, panel, [](T& s, int64_t) { s = -std::numeric_limits<T>::infinity(); });
-        add_tile<true, false, T>(step.s, nullptr, step.count, &threshold[panel * kPanel<T>], temperatures_,
+        T* s = kept ? kept.at(panel, step.begin) : step.s;
+        step.product.similarities(views_.packed(panel), s);
+        for_own_rows(step, panel, s, [](T& s, int64_t) { s = -std::numeric_limits<T>::infinity(); });
+        add_tile<true, false, T>(s, nullptr, step.count, &threshold[panel * kPanel<T>], temperatures_,
                                  statistics[step.range * views_.panels + panel]);
       }
     });
@@ -138,6 +150,8 @@ class ConIC {
     const bool several = block_ < views_.panels && wanted.weight;
     Array<T> unfinished(several ? weight_.size(0) * dim_ : 0);
 
+    const KeptPairs<T> kept(appendix().of(statistics, bytes_of_pairs()), weight_.size(0));
+
     int64_t first = 0, last = 0;
     do {  // once where there are no views, too: the weight's gradient is 0
       first = last, last = std::min(first + block_, views_.panels);
@@ -145,10 +159,11 @@ class ConIC {
       for_each_tile(wanted.views, [&](Step& tile) {
         if (wanted.weight) std::fill(tile.grad.begin(), tile.grad.end(), T(0));
         for (int64_t panel = first; panel < last; ++panel) {
-          tile.product.similarities(views_.packed(panel), tile.s);
-          gradient_of_tile<true, false, T>(tile.s, nullptr, tile.count, temperatures_, coefficients_[panel],
+          const T* s = kept ? kept.at(panel, tile.begin) : tile.s;
+          if (!kept) tile.product.similarities(views_.packed(panel), tile.s);
+          gradient_of_tile<true, false, T>(s, nullptr, tile.count, temperatures_, coefficients_[panel],
                                            tile.s);
-          for_own_rows(tile, panel, [this](T& g, int64_t row) { g = grad_own_[row]; });
+          for_own_rows(tile, panel, tile.s, [this](T& g, int64_t row) { g = grad_own_[row]; });
           if (wanted.views)
             tile.product.accumulate(tile.s, &parts[(tile.range * block_ + panel - first) * kPanel<T> * dim_]);
           if (wanted.weight)
@@ -209,12 +224,20 @@ class ConIC {
     });
   }
 
-  // Calls `function` with the entry of `step.s` where a view of the panel meets its own row, and the view.
+  Appendix appendix() const { return Appendix({views_.tensor, weight_}); }
+
+  int64_t bytes_of_pairs() const {
+    const int64_t bytes = KeptPairs<T>::bytes(views_.panels, weight_.size(0));
+    return Product::kDearerThanMemory && bytes <= kKeptBytes ? bytes : 0;
+  }
+
+  // Calls `function` with the entry of the tile's s where a view of the panel meets its own row, and the
+  // view.
   template <typename Function>
-  void for_own_rows(const Step& step, int64_t panel, const Function& function) const {
+  void for_own_rows(const Step& step, int64_t panel, T* s, const Function& function) const {
     for (int64_t lane = 0; lane < kPanel<T>; ++lane) {
       const int64_t view = panel * kPanel<T> + lane, key = own_[view] - step.begin;
-      if (own_[view] >= 0 && key >= 0 && key < step.count) function(step.s[key * kPanel<T> + lane], view);
+      if (own_[view] >= 0 && key >= 0 && key < step.count) function(s[key * kPanel<T> + lane], view);
     }
   }
 
@@ -273,17 +296,17 @@ class ConIC {
   Array<T> grad_own_;
 };
 
-// The losses in the dtype L, and the coefficients of their gradients.
+// The losses in the dtype L, and the coefficients of their gradients, which are written to `statistics`.
 template <typename L, typename Product>
 Losses merge_rows(const at::Tensor& partial, const at::Tensor& positives, const UnitViews<Product>& views,
-                  const ConICSettings& settings) {
+                  const ConICSettings& settings, const at::Tensor& statistics) {
   const Records<ConICPartial> parts(partial);
   const Records<ConICPositives> positive(positives);
   constexpr at::ScalarType dtype = c10::CppTypeToScalarType<L>::value;
   at::Tensor loss = empty({views.batch}, dtype), consistency = empty({views.batch}, dtype),
              classification = empty({views.views, views.batch}, dtype),
              rank = empty({views.views, views.batch}, at::kLong);
-  auto [statistics, view] = empty_records<ConICCoefficients>({views.views, views.batch});
+  auto* view = reinterpret_cast<ConICCoefficients*>(statistics.mutable_data_ptr<double>());
   L* view_losses = classification.mutable_data_ptr<L>();
   for (int64_t row = 0; row < views.count; ++row) {
     const ConICPartial sums = merge(&parts[row], {partial.size(0), views.count}, settings);
@@ -317,9 +340,10 @@ Losses conic(const at::Tensor& views, const at::Tensor& weight, const at::Tensor
              const ConICSettings& settings) {
   return with_views(views, false, [&](const auto& unit_views) {
     const ConIC passes(unit_views, weight, target, settings);
-    const at::Tensor positives = passes.positives(), partial = passes.statistics(positives);
+    const auto [coefficients, kept] = passes.coefficients_with_pairs();
+    const at::Tensor positives = passes.positives(), partial = passes.statistics(positives, kept);
     return merge_rows<typename std::decay_t<decltype(unit_views)>::T>(partial, positives, unit_views,
-                                                                      settings);
+                                                                      settings, coefficients);
   });
 }
 
@@ -339,7 +363,8 @@ at::Tensor conic_statistics(const at::Tensor& views, const at::Tensor& weight, c
 Losses conic_merge(const at::Tensor& partial, const at::Tensor& positives, const at::Tensor& views,
                    const ConICSettings& settings) {
   return with_views(views, false, [&](const auto& unit_views) {
-    return merge_rows<double>(partial, positives, unit_views, settings);
+    const auto coefficients = empty_records<ConICCoefficients>({unit_views.views, unit_views.batch});
+    return merge_rows<double>(partial, positives, unit_views, settings, std::get<0>(coefficients));
   });
 }
 
