@@ -6,10 +6,10 @@
 //
 //   forward    s = N x^T of the tile, then per view the running maximum, the partition sum of its negatives,
 //              and the rank of its own row
-//   backward   s again, unless forward could leave it (csrc/cpu/kept_pairs.h); g = d loss / d s in place of
-//   it, then grad views += N^T g, in a part of each range,
-//              and the tile's own gradient += g x. That is complete when the tile has met all views: it is
-//              differentiated through the norm and written, or spent on a step of SGD there and then.
+//   backward   s again, unless forward has left it (csrc/cpu/kept_pairs.h); in place of it g = d loss / d s,
+//              then grad views += N^T g, in a part of each range, and the tile's own gradient += g x. That is
+//              complete when the tile has met all views: it is differentiated through the norm and written,
+//              or spent on a step of SGD there and then.
 //
 // Ranges are merged in a fixed order, and a row of the weight belongs to one of them: equal input on equal
 // threads gives equal bits. A view's own row is no negative: in forward its s is -inf, in backward its g is
