@@ -94,15 +94,17 @@ test-wheels: $(VENV)/.installed
 PEERS := build/peers
 LIGHTLY ?= https://github.com/lightly-ai/lightly
 SOLO_LEARN ?= https://github.com/vturrisi/solo-learn
+OPEN_CLIP ?= https://github.com/mlfoundations/open_clip
 FETCH_PEER = rm -rf $@ && git init --quiet $@ && git -C $@ fetch --quiet --depth 1 $(1) $(2) && \
 	git -C $@ checkout --quiet FETCH_HEAD
-TEST_PEER = PYTHONPATH=.:$(abspath tests/adapters):$(abspath $(PEERS)/needed) OMP_NUM_THREADS=1 \
+TEST_PEER = PYTHONPATH=.:src:$(abspath tests/adapters):$(abspath $(PEERS)/needed) OMP_NUM_THREADS=1 \
 	$(abspath $(BIN))/python -m pytest --rootdir=. --config-file=/dev/null -p in_their_place $(PYTEST_ARGS)
-test-peers: $(VENV)/.installed $(PEERS)/lightly $(PEERS)/solo-learn $(PEERS)/needed
+test-peers: $(VENV)/.installed $(PEERS)/lightly $(PEERS)/solo-learn $(PEERS)/open_clip $(PEERS)/needed
 	cd $(PEERS)/lightly && $(TEST_PEER) tests/loss/test_ntx_ent_loss.py tests/loss/test_co2.py \
 		--deselect tests/loss/test_ntx_ent_loss.py::TestNTXentLoss::test_forward_pass_neg_temp
 	cd $(PEERS)/solo-learn && $(TEST_PEER) tests/losses/test_simclr.py tests/losses/test_mocov2plus.py \
 		tests/losses/test_mocov3.py
+	cd $(PEERS)/open_clip && $(TEST_PEER) tests/test_loss.py tests/test_factory_task.py tests/test_clap_task.py
 
 $(PEERS)/lightly:
 	$(call FETCH_PEER,$(LIGHTLY),e8d317fc5a87f4387a85a35e689869039ec249ee)
@@ -110,9 +112,13 @@ $(PEERS)/lightly:
 $(PEERS)/solo-learn:
 	$(call FETCH_PEER,$(SOLO_LEARN),9187ea39c2c3f43c455ab06664d2b019a9802954)
 
-# What lightly's tests need beyond [test,train].
+$(PEERS)/open_clip:
+	$(call FETCH_PEER,$(OPEN_CLIP),89fb801f1e6087880e951fc8354b8a2077b79c6d)
+
+# What lightly's tests and open_clip need beyond [test,train].
 $(PEERS)/needed: $(VENV)/.dependencies
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ pytest-mock==3.17.0
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
+		pytest-mock==3.17.0 ftfy==6.3.1 regex==2026.11.19 wcwidth==0.9.4
 
 # Calls of the operators, right and wrong, and the tests of the active set, on C++ whose every access to memory gcc's
 # sanitizers watch: their first report ends it. It has a build of its own.

@@ -40,8 +40,9 @@ class Problem:
         inputs: makes them for a size.
         products: matrix products of 2·B·K·D operations that a step needs. CO2 takes two passes over the
             queue, each with the similarities of query and key, and the second with the gradient; InfoNCE
-            has no use for the key's; ConIC's second pass has gradients of views and weight. NT-Xent's
-            similarities are symmetric, half of them in either pass are enough, and the gradient is one.
+            needs one, with the query's and the gradient, which is known up to a factor of the row; ConIC's
+            second pass has gradients of views and weight. NT-Xent's similarities are symmetric, half of
+            them in either pass are enough, and the gradient is one.
         exponentials: a pair of row and key, in all passes.
         eager_matrices: B×K matrices that eager PyTorch holds at its peak, measured; other peers hold fewer or
             about as many.
@@ -277,7 +278,7 @@ _NT_XENT = Problem(
 PROBLEMS = {
     "co2": _CO2,
     "info_nce": replace(
-        _CO2, settings=_MOCO | {"consistency_weight": 0.0}, products=3, exponentials=2, eager_matrices=4
+        _CO2, settings=_MOCO | {"consistency_weight": 0.0}, products=2, exponentials=1, eager_matrices=4
     ),
     "nt_xent": _NT_XENT,
     "nt_xent_co2": replace(

@@ -119,7 +119,7 @@ def _has_similarities(statistics: Tensor) -> bool:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_conic_keeps_few_similarities_for_its_backward(dtype: torch.dtype, threads: int) -> None:
-    """A copy of what backward gets has none of them. Either way the gradients are the same bits, every time."""
+    """A copy of what backward gets has none of them. Either way gradients are the same bits, every time."""
     torch.set_num_threads(threads)
     views, weight, target, grad_loss = _conic_tensors(1000, dtype)
     statistics = _conic(views, weight, target)
