@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,14 +25,14 @@ MATMUL_SHAPES = {
 
 
 def measure(device: str = "cpu") -> dict:
-    """Copying in GB/s, bytes read and written; matrix products of each dtype and multiply-adds in TFLOP/s;
-    on a GPU, exponentials in 10¹² a second, and products in TF32."""
+    """Copying in GB/s, bytes read and written; matrix products of each dtype in TFLOP/s, on a CPU
+    multiply-adds too, on a GPU products in TF32; exponentials in 10¹² a second."""
     ceilings = {
         "copy_gb_s": copy_gb_s(device),
         "matmul_tflop_s": {dtype: matmul_tflop_s(dtype, device) for dtype in GRIDS[device].dims},
     }
     if device == "cpu":
-        return ceilings | {"fma_tflop_s": fma_tflop_s()}
+        return ceilings | vector_rates()
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     ceilings["matmul_tflop_s"]["tf32"] = matmul_tflop_s("float32", device)
@@ -40,13 +41,13 @@ def measure(device: str = "cpu") -> dict:
 
 
 def floor_ms(case: Case, ceilings: dict) -> float:
-    """The time of what takes longest at the best rates measured: the matrix products; on a GPU also the
-    exponentials, and reading the queue once. All of them can run at the same time."""
+    """The time of what takes longest at the best rates measured: the matrix products, the exponentials, or
+    reading the queue once. All of them can run at the same time."""
     rates = [ceilings["matmul_tflop_s"][case.dtype]]
     if case.dtype == "float32":
         rates += [ceilings.get("fma_tflop_s") or 0, ceilings["matmul_tflop_s"].get("tf32", 0) / 3]
     seconds = [case.operations / (max(rates) * 1e12)]
-    if "exponentials_t_s" in ceilings:
+    if ceilings.get("exponentials_t_s"):
         exponentials = case.problem.exponentials * case.B * case.K
         queue = case.K * case.D * getattr(torch, case.dtype).itemsize
         seconds += [
@@ -87,29 +88,38 @@ def exponentials_t_s() -> float:
     return chains(steps, programs).numel() * steps / seconds / 1e12
 
 
-def fma_tflop_s() -> float | None:
-    """Float32 multiply-adds of all cores, which torch.mm may stay well below; None without a compiler."""
+def vector_rates() -> dict[str, float]:
+    """Float32 multiply-adds of all cores, which torch.mm may stay well below, and exponentials; none where
+    there is no compiler."""
     compiler = shutil.which("cc")
     if compiler is None:
-        return None
+        return {}
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "fma.so")
-        source = Path(__file__).with_name("fma.c")
+        library = Path(folder, "vectors.so")
+        source = Path(__file__).with_name("vectors.c")
         subprocess.run(
             [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True
         )
-        multiply_add = ctypes.CDLL(str(library)).multiply_add  # a call of it releases the interpreter's lock
-    multiply_add.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float, ctypes.POINTER(ctypes.c_float)]
-    multiply_add.restype = ctypes.c_double  # operations done
+        vectors = ctypes.CDLL(str(library))  # a call of it releases the interpreter's lock
+    result = ctypes.POINTER(ctypes.c_float)
+    vectors.multiply_add.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float, result]
+    vectors.exponentials.argtypes = [ctypes.c_long, result]
+    vectors.multiply_add.restype = vectors.exponentials.restype = ctypes.c_double  # how many were done
+    return {
+        "fma_tflop_s": _on_all_cores(
+            lambda: vectors.multiply_add(20_000_000, 0.5, 1.0, ctypes.c_float()),
+        ),
+        "exponentials_t_s": _on_all_cores(lambda: vectors.exponentials(2_000_000, ctypes.c_float())),
+    }
 
-    def run(_: int) -> float:
-        return multiply_add(20_000_000, 0.5, 1.0, ctypes.c_float())
 
+def _on_all_cores(run: Callable[[], float]) -> float:
+    """How many 10¹² a second, of what a call does on one core."""
     cores = torch.get_num_threads()
     best = 0.0
     with ThreadPoolExecutor(cores) as threads:
         for _ in range(10):
             start = time.perf_counter()
-            operations = sum(threads.map(run, range(cores)))
-            best = max(best, operations / (time.perf_counter() - start))
+            done = sum(threads.map(lambda _: run(), range(cores)))
+            best = max(best, done / (time.perf_counter() - start))
     return best / 1e12
