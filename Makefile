@@ -149,7 +149,7 @@ arm: $(ARM)/.installed
 		CPPFLAGS="-I$$headers -idirafter $(ARM_ROOT)/usr/include" \
 		$(ARM_PYTHON) setup.py --quiet build --build-lib $(ARM)/lib
 	cp -r tests pyproject.toml $(ARM)/lib
-	cd $(ARM)/lib && PYTHONPATH=$(ARM_SITE) OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=few $(ARM_PYTHON) -m pytest \
+	cd $(ARM)/lib && PYTHONPATH=$(ARM_SITE) OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=interpreted $(ARM_PYTHON) -m pytest \
 		-k "not compiles and not reference" $(ARM_TESTS) $(PYTEST_ARGS)
 
 $(ARM)/.installed: constraints-oldest.txt

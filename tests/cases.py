@@ -21,7 +21,7 @@ from tests.gpu_emulator.driver import REQUESTED
 # The Triton kernels are interpreted, slowly, on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The keys of a long queue: of one that people train with, or sixteen times fewer where kernels run slowly.
-SLOW = INTERPRETED or bool(REQUESTED)
+SLOW = INTERPRETED or bool(REQUESTED) or os.environ.get("HYPOTHESIS_PROFILE") == "interpreted"
 FULL_SIZE = 4096 if SLOW else 65536
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
