@@ -215,7 +215,8 @@ class TestGradient:
             torch.autograd.grad(loss, learning), torch.autograd.grad(expected, learning), strict=True
         ):
             assert a.dtype == dtype
-            assert distance(a.double(), e.double()) <= 2 * torch.finfo(dtype).eps * e.double().norm()
+            roundings = 4 if dtype == torch.float64 else 2  # what is expected is rounded so as well
+            assert distance(a.double(), e.double()) <= roundings * torch.finfo(dtype).eps * e.double().norm()
 
     def test_only_what_is_needed(self, backend: str) -> None:
         case = ConICCase()
