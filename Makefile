@@ -150,7 +150,7 @@ arm: $(ARM)/.installed
 		$(ARM_PYTHON) setup.py --quiet build --build-lib $(ARM)/lib
 	cp -r tests pyproject.toml $(ARM)/lib
 	cd $(ARM)/lib && PYTHONPATH=$(ARM_SITE) OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=interpreted $(ARM_PYTHON) -m pytest \
-		-k "not compiles and not reference" $(ARM_TESTS) $(PYTEST_ARGS)
+		-m "not slow and not thorough" -k "not compiles and not reference" $(ARM_TESTS) $(PYTEST_ARGS)
 
 $(ARM)/.installed: constraints-oldest.txt
 	@missing=; \
