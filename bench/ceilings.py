@@ -47,7 +47,7 @@ def floor_ms(case: Case, ceilings: dict) -> float:
     if case.dtype == "float32":
         rates += [ceilings.get("fma_tflop_s") or 0, ceilings["matmul_tflop_s"].get("tf32", 0) / 3]
     seconds = [case.operations / (max(rates) * 1e12)]
-    if ceilings.get("exponentials_t_s"):
+    if "exponentials_t_s" in ceilings:
         exponentials = case.problem.exponentials * case.B * case.K
         queue = case.K * case.D * getattr(torch, case.dtype).itemsize
         seconds += [
@@ -106,9 +106,7 @@ def vector_rates() -> dict[str, float]:
     vectors.exponentials.argtypes = [ctypes.c_long, result]
     vectors.multiply_add.restype = vectors.exponentials.restype = ctypes.c_double  # how many were done
     return {
-        "fma_tflop_s": _on_all_cores(
-            lambda: vectors.multiply_add(20_000_000, 0.5, 1.0, ctypes.c_float()),
-        ),
+        "fma_tflop_s": _on_all_cores(lambda: vectors.multiply_add(20_000_000, 0.5, 1.0, ctypes.c_float())),
         "exponentials_t_s": _on_all_cores(lambda: vectors.exponentials(2_000_000, ctypes.c_float())),
     }
 
