@@ -83,12 +83,13 @@ class CO2 {
     const Positives<T> positive(query_, key_);
     Array<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
     for_each_tile([&](const Step& step) {
-      step.product.load(step.keys, false, step.next);
+      step.product.load(step.keys, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         const auto [s, y] = pairs(step, panel, kept);
         similarities(step, panel, s, y);
         add_tile<kInstance, kConsistency>(s, y, step.keys.rows, &positive.threshold[panel * kPanel<T>],
-                                          temperatures_, statistics[step.range * panels_ + panel]);
+                                          temperatures_, statistics[step.range * panels_ + panel],
+                                          step.fetch_ahead());
       }
     });
     return records(statistics, positive);
@@ -103,12 +104,12 @@ class CO2 {
 
     Array<T> parts(ranges_ * rows_ * dim_);
     for_each_tile([&](const Step& step) {
-      step.product.load(step.keys, true, step.next);
+      step.product.load(step.keys, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         const auto [s, y] = pairs(step, panel, kept);
         if (!kept.s) similarities(step, panel, s, y);
         gradient_of_tile<kInstance, kConsistency>(s, y, step.keys.rows, temperatures_,
-                                                  panel_coefficients[panel], step.s);
+                                                  panel_coefficients[panel], step.s, step.fetch_ahead());
         step.product.accumulate(step.s, part(parts, step.range, panel));
       }
     });
@@ -127,13 +128,13 @@ class CO2 {
     Array<PanelStatistics<T>> statistics(ranges_ * panels_);  // (ranges, panels)
     Array<T> parts(ranges_ * rows_ * dim_);
     for_each_tile([&](const Step& step) {
-      step.product.load(step.keys, true, step.next);
+      step.product.load(step.keys, step.next);
       for (int64_t panel = step.first_panel; panel < step.last_panel; ++panel) {
         similarities(step, panel, step.s, step.y);
         Exponentials<T> exponentials{step.s, kScale};
-        add_tile<kInstance, kConsistency>(step.s, step.y, step.keys.rows,
-                                          &positive.threshold[panel * kPanel<T>], temperatures_,
-                                          statistics[step.range * panels_ + panel], exponentials);
+        add_tile<kInstance, kConsistency>(
+            step.s, step.y, step.keys.rows, &positive.threshold[panel * kPanel<T>], temperatures_,
+            statistics[step.range * panels_ + panel], step.fetch_ahead(), exponentials);
         T* sums = part(parts, step.range, panel);
         scale_lanes(sums, dim_, exponentials.of_older);
         step.product.accumulate(step.s, sums);
@@ -155,6 +156,10 @@ class CO2 {
     const Matrix* next;  // the keys after them, if there are any in the range
     int64_t range, tile, first_panel, last_panel;
     T *s, *y;  // (kTile x kPanel) each
+
+    auto fetch_ahead() const {
+      return [this] { product.fetch_ahead(); };
+    }
   };
 
   // Gives every thread as many (block of rows) x (range of keys) as every other, and bounds the partial
@@ -281,7 +286,8 @@ auto with_passes(const at::Tensor& query, const at::Tensor& key, const at::Tenso
   // Rows are multiplied in the query's dtype, the queue rounded to it a tile at a time as it is loaded; but
   // float16 may not hold what a queue of another dtype does.
   const bool holds = query.scalar_type() != at::kHalf || queue.scalar_type() == at::kHalf;
-  return with_product(query.scalar_type(), holds, [&](auto product) {
+  const bool below_2 = settings.normalize || (are_below_2(query) && are_below_2(key));
+  return with_product(query.scalar_type(), holds, query.size(0), below_2, [&](auto product) {
     using Product = typename decltype(product)::type;
     if (settings.consistency_weight == 0)
       return function(CO2<Product, true, false>(query, key, queue, settings));

@@ -115,13 +115,13 @@ class ConIC {
     for (int64_t row = 0; row < views_.count; ++row) threshold[row] = static_cast<T>(positive[row].threshold);
 
     Array<PanelStatistics<T>> statistics(ranges_ * views_.panels);  // (ranges, panels)
-    for_each_tile(false, [&](const Step& step) {
+    for_each_tile([&](const Step& step) {
       for (int64_t panel = 0; panel < views_.panels; ++panel) {
         T* s = kept ? kept.at(panel, step.begin) : step.s;
         step.product.similarities(views_.packed(panel), s);
         for_own_rows(step, panel, s, [](T& s, int64_t) { s = -std::numeric_limits<T>::infinity(); });
         add_tile<true, false, T>(s, nullptr, step.count, &threshold[panel * kPanel<T>], temperatures_,
-                                 statistics[step.range * views_.panels + panel]);
+                                 statistics[step.range * views_.panels + panel], [] {});
       }
     });
 
@@ -156,13 +156,13 @@ class ConIC {
     do {  // once where there are no views, too: the weight's gradient is 0
       first = last, last = std::min(first + block_, views_.panels);
       std::fill(parts.begin(), parts.end(), T(0));
-      for_each_tile(wanted.views, [&](Step& tile) {
+      for_each_tile([&](Step& tile) {
         if (wanted.weight) std::fill(tile.grad.begin(), tile.grad.end(), T(0));
         for (int64_t panel = first; panel < last; ++panel) {
           const T* s = kept ? kept.at(panel, tile.begin) : tile.s;
           if (!kept) tile.product.similarities(views_.packed(panel), tile.s);
           gradient_of_tile<true, false, T>(s, nullptr, tile.count, temperatures_, coefficients_[panel],
-                                           tile.s);
+                                           tile.s, [] {});
           for_own_rows(tile, panel, tile.s, [this](T& g, int64_t row) { g = grad_own_[row]; });
           if (wanted.views)
             tile.product.accumulate(tile.s, &parts[(tile.range * block_ + panel - first) * kPanel<T> * dim_]);
@@ -203,7 +203,7 @@ class ConIC {
   };
 
   template <typename Function>
-  void for_each_tile(bool transposed_too, const Function& function) const {
+  void for_each_tile(const Function& function) const {
     const Matrix weight(weight_);
     at::parallel_for(0, ranges_, 1, [&](int64_t begin, int64_t end) {
       Array<T> unit(kTile * dim_), grad(Product::keys_grad_elements(dim_)), row(dim_), s(kTile * kPanel<T>);
@@ -218,7 +218,7 @@ class ConIC {
           step.count = rows.rows;
           copy(rows, unit.data(), dim_, 1);
           for (int64_t key = 0; key < rows.rows; ++key) norm[key] = normalize(&unit[key * dim_], dim_);
-          product.load(Matrix(unit.data(), rows.rows, dim_), transposed_too);
+          product.load(Matrix(unit.data(), rows.rows, dim_));
           function(step);
         }
     });
@@ -329,7 +329,7 @@ Losses merge_rows(const at::Tensor& partial, const at::Tensor& positives, const 
 // Calls `function` with the views as the engine of their dtype takes them.
 template <typename Function>
 auto with_views(const at::Tensor& views, bool for_keys, const Function& function) {
-  return with_product(views.scalar_type(), true, [&](auto product) {
+  return with_product(views.scalar_type(), true, views.size(0) * views.size(1), true, [&](auto product) {
     return function(UnitViews<typename decltype(product)::type>(views, for_keys));
   });
 }

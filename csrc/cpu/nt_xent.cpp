@@ -52,8 +52,8 @@ void replace_by_both_gradients(T* s, T* y, const Temperatures& temperatures, con
     const auto a = first - row1.max_s, b = second - row2.max_s, d = a - b;
     Vec<T> e_first(T(0)), e_second(T(0));
     if constexpr (kConsistency) {
-      e_first = exp2_nonpositive(a * scales.consistency);
-      e_second = exp2_nonpositive(b * scales.consistency);
+      e_first = exp_nonpositive(a, scales.consistency);
+      e_second = exp_nonpositive(b, scales.consistency);
     }
     g_first = g_first + gradient<true, kConsistency>(a, d, e_first, e_second, row1, scales);
     g_second = g_second + gradient<true, kConsistency>(b, d.neg(), e_second, e_first, row2, scales);
@@ -190,10 +190,10 @@ class NTXent {
     const auto add = [&](const T* s, const T* y, int64_t range, int64_t group) {
       const T* threshold = &positive.threshold[group * kKeys];
       PanelStatistics<T>* views = &statistics[range * rows_.panels + 2 * group];
-      add_tile<true, kConsistency>(s, y, kKeys, threshold, temperatures_, views[0]);
-      add_tile<true, false>(y, s, kKeys, threshold + kPanel<T>, temperatures_, views[1]);
+      add_tile<true, kConsistency>(s, y, kKeys, threshold, temperatures_, views[0], [] {});
+      add_tile<true, false>(y, s, kKeys, threshold + kPanel<T>, temperatures_, views[1], [] {});
     };
-    for_each_tile(false, [&](const Tile& tile) {
+    for_each_tile([&](const Tile& tile) {
       Array<T> s_transposed(kKeys * kPanel<T>), y_transposed(kKeys * kPanel<T>);
       for (int64_t group = tile.first_group; group < tile.last_group; ++group) {
         similarities(tile, group);
@@ -232,7 +232,7 @@ class NTXent {
     // The gradient of rows as queries, (ranges, panels, D, lanes), and of the same rows as keys, (rows, D).
     const int64_t elements = rows_.panels * kPanel<T> * dim_;
     Array<T> as_queries(ranges_ * elements), as_keys(symmetric_ ? elements : 0);
-    for_each_tile(true, [&](const Tile& tile) {
+    for_each_tile([&](const Tile& tile) {
       Array<T> grad(symmetric_ ? Product::keys_grad_elements(dim_) : 0), row(dim_);
       for (int64_t group = tile.first_group; group < tile.last_group; ++group) {
         similarities(tile, group);
@@ -312,21 +312,21 @@ class NTXent {
   int64_t first_group(int64_t block) const { return block * layout_.groups() / blocks_; }
 
   template <typename Function>
-  void for_each_tile(bool transposed_too, const Function& function) const {
+  void for_each_tile(const Function& function) const {
     if (symmetric_)
-      for_each_tile_of_rows(transposed_too, function);
+      for_each_tile_of_rows(function);
     else
-      for_each_tile_of_keys(transposed_too, function);
+      for_each_tile_of_keys(function);
   }
 
   // Calls `function` with tiles and the groups that they are to meet, so that every two groups, and each
   // group with itself, meet once.
   template <typename Function>
-  void for_each_tile_of_rows(bool transposed_too, const Function& function) const {
+  void for_each_tile_of_rows(const Function& function) const {
     const auto meet = [&](int64_t lower, int64_t upper) {
       Workspace memory(dim_);
       for (int64_t group = first_group(upper); group < first_group(upper + 1); ++group) {
-        memory.product.load(Matrix(rows_.unit(group * kKeys), kKeys, dim_), transposed_too);
+        memory.product.load(Matrix(rows_.unit(group * kKeys), kKeys, dim_));
         const int64_t last = lower == upper ? group + 1 : first_group(lower + 1);
         function(Tile{memory.product, memory.s.data(), memory.y.data(), 0, group, first_group(lower), last});
       }
@@ -346,14 +346,14 @@ class NTXent {
 
   // Calls `function` with tiles of other instances, for each block of groups of rows.
   template <typename Function>
-  void for_each_tile_of_keys(bool transposed_too, const Function& function) const {
+  void for_each_tile_of_keys(const Function& function) const {
     at::parallel_for(0, blocks_ * ranges_, 1, [&](int64_t begin, int64_t end) {
       Workspace memory(dim_);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / ranges_, range = task % ranges_, groups = key_layout_.groups();
         const int64_t first = first_group(block), last = first_group(block + 1);
         for (int64_t group = range * groups / ranges_; group < (range + 1) * groups / ranges_; ++group) {
-          memory.product.load(Matrix(other_keys_->unit(group * kKeys), kKeys, dim_), transposed_too);
+          memory.product.load(Matrix(other_keys_->unit(group * kKeys), kKeys, dim_));
           function(Tile{memory.product, memory.s.data(), memory.y.data(), range, group, first, last});
         }
       }
@@ -465,7 +465,8 @@ Losses merge_rows(const at::Tensor& partial, const at::Tensor& positive, const N
 template <typename Function>
 auto with_passes(const at::Tensor& views, const NTXentSettings& settings,
                  const std::optional<NTXentKeys>& keys, bool for_gradient, const Function& function) {
-  return with_product(views.scalar_type(), true, [&](auto product) {
+  const bool below_2 = settings.normalize || are_below_2(views);
+  return with_product(views.scalar_type(), true, 2 * views.size(1), below_2, [&](auto product) {
     using Product = typename decltype(product)::type;
     if (settings.consistency_weight == 0)
       return function(NTXent<Product, false>(views, settings, keys, for_gradient));

@@ -30,7 +30,7 @@ class Panels {
         dim(dim),
         panels(panels),
         norm(panels * kPanel<T>, 1),
-        operand_(Product::padded_dim(dim) * kPanel<T>),
+        operand_(Product::packed_elements(dim)),
         unit_(panels * kPanel<T> * dim),
         packed_(panels * operand_),
         packed_rows_(for_keys ? panels * Product::packed_rows_elements(dim) : 0) {
@@ -82,7 +82,7 @@ struct Positives {
       Product product(dim);
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t first = panel * kPanel<T>, first_key = panel_of(panel) * kPanel<T>;
-        product.load(Matrix(keys.unit(first_key), kPanel<T>, dim), false);
+        product.load(Matrix(keys.unit(first_key), kPanel<T>, dim));
         product.similarities(queries.packed(panel), similarities.data());
         for (int64_t lane = 0; lane < kPanel<T>; ++lane) {
           const T *q = queries.unit(first + lane), *k = keys.unit(first_key + lane);

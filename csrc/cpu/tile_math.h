@@ -87,6 +87,17 @@ struct PanelCoefficients {
   }
 };
 
+template <typename T>
+struct Scales {
+  Exponent<T> instance, consistency;
+  Vec<T> inverse_tau_c;
+
+  explicit Scales(const Temperatures& temperatures)
+      : instance(temperatures.instance),
+        consistency(temperatures.consistency),
+        inverse_tau_c(static_cast<T>(1 / temperatures.consistency)) {}
+};
+
 // What add_tile does with a tile's e^{a/tau} but adding them up: nothing.
 struct Dropped {
   static constexpr bool kKept = false;
@@ -102,14 +113,17 @@ struct Exponentials {
   T of_older[kPanel<T>] = {};
 };
 
+inline constexpr int64_t kRun = 16;  // keys whose terms are summed before they join the tile's sums
+
 // Adds a tile's similarities s and y (keys x panel). `threshold` holds each row's s_+, for the rank.
-template <bool kInstance, bool kConsistency, typename T, typename Kept = Dropped>
-void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Temperatures& temperatures,
-              PanelStatistics<T>& total, Kept&& kept = {}) {
+// Arithmetic leaves memory idle: `meanwhile` is called for every run of keys. (Within its callers it would be
+// short of registers, by a tenth of ConIC's time.)
+template <bool kInstance, bool kConsistency, typename T, typename Meanwhile, typename Kept = Dropped>
+[[gnu::noinline]] void add_tile(const T* s, const T* y, int64_t keys, const T* threshold,
+                                const Temperatures& temperatures, PanelStatistics<T>& total,
+                                const Meanwhile& meanwhile, Kept&& kept = {}) {
   constexpr bool kKept = std::decay_t<Kept>::kKept;
-  constexpr int64_t kRun = 16;  // keys whose terms are summed before they join the tile's sums
-  const Vec<T> scale(static_cast<T>(M_LOG2E / temperatures.instance));
-  const Vec<T> scale_c(static_cast<T>(M_LOG2E / temperatures.consistency));
+  const Scales<T> scales(temperatures);
   const Vec<T> zero(T(0));
   for (int64_t lane = 0; lane < kPanel<T>; lane += kWidth<T>) {
     const auto load_s = [&](int64_t j) { return Vec<T>::loadu(s + j * kPanel<T> + lane); };
@@ -127,18 +141,20 @@ void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Te
     const auto positive = Vec<T>::loadu(threshold + lane);
     Vec<T> z_instance = zero, z_query = zero, z_key = zero, d_query = zero, d_key = zero, rank = zero;
     for (int64_t run = 0; run < keys; run += kRun) {
+      meanwhile();
       Vec<T> run_instance = zero, run_query = zero, run_key = zero, run_d_query = zero, run_d_key = zero;
       for (int64_t j = run; j < std::min(run + kRun, keys); ++j) {
         const auto s_j = load_s(j), a = s_j - max_s;
         rank = rank + s_j.gt(positive);
         if constexpr (kInstance) {
-          const auto e_instance = exp2_nonpositive(a * scale);
+          const auto e_instance = exp_nonpositive(a, scales.instance);
           run_instance = run_instance + e_instance;
           if constexpr (kKept) (e_instance * kept.scale).store(kept.in_place_of_s + j * kPanel<T> + lane);
         }
         if constexpr (kConsistency) {
           const auto b = load_y(j) - max_y, d = a - b;
-          const auto e_query = exp2_nonpositive(a * scale_c), e_key = exp2_nonpositive(b * scale_c);
+          const auto e_query = exp_nonpositive(a, scales.consistency),
+                     e_key = exp_nonpositive(b, scales.consistency);
           run_query = run_query + e_query;
           run_key = run_key + e_key;
           run_d_query = at::vec::fmadd(e_query, d, run_d_query);
@@ -165,30 +181,20 @@ void add_tile(const T* s, const T* y, int64_t keys, const T* threshold, const Te
     };
     merge(total.rank, Vec<T>(T(1)), rank);
     if constexpr (kInstance) {
-      const auto of_older = exp2_nonpositive(moved_s * scale);
+      const auto of_older = exp_nonpositive(moved_s, scales.instance);
       merge(total.z_instance, of_older, z_instance);
       if constexpr (kKept) of_older.store(kept.of_older + lane);
     }
     if constexpr (kConsistency) {
       shift(total.d_query, total.z_query, moved_s - moved_y);
       shift(total.d_key, total.z_key, moved_s - moved_y);
-      const auto scale_query = exp2_nonpositive(moved_s * scale_c),
-                 scale_key = exp2_nonpositive(moved_y * scale_c);
+      const auto scale_query = exp_nonpositive(moved_s, scales.consistency),
+                 scale_key = exp_nonpositive(moved_y, scales.consistency);
       merge(total.z_query, scale_query, z_query), merge(total.d_query, scale_query, d_query);
       merge(total.z_key, scale_key, z_key), merge(total.d_key, scale_key, d_key);
     }
   }
 }
-
-template <typename T>
-struct Scales {
-  Vec<T> instance, consistency, inverse_tau_c;  // log2(e)/tau, log2(e)/tau_c, 1/tau_c
-
-  explicit Scales(const Temperatures& temperatures)
-      : instance(static_cast<T>(M_LOG2E / temperatures.instance)),
-        consistency(static_cast<T>(M_LOG2E / temperatures.consistency)),
-        inverse_tau_c(static_cast<T>(1 / temperatures.consistency)) {}
-};
 
 // g = d loss / d s of a vector of pairs; e_query = e^{a/tau_c} and e_key = e^{b/tau_c}.
 template <bool kInstance, bool kConsistency, typename T>
@@ -202,24 +208,27 @@ inline Vec<T> gradient(Vec<T> a, Vec<T> d, Vec<T> e_query, Vec<T> e_key, const V
     g = at::vec::fmadd(e_key, row.minus_key_low, g);
     g = at::vec::fmadd(q, (d - row.mean) * scales.inverse_tau_c, g);
   }
-  if constexpr (kInstance) g = at::vec::fmadd(exp2_nonpositive(a * scales.instance), row.instance, g);
+  if constexpr (kInstance) g = at::vec::fmadd(exp_nonpositive(a, scales.instance), row.instance, g);
   return g;
 }
 
-// g of a tile (keys x panel), which may be written in place of its s.
-template <bool kInstance, bool kConsistency, typename T>
-void gradient_of_tile(const T* s, const T* y, int64_t keys, const Temperatures& temperatures,
-                      const PanelCoefficients<T>& coefficients, T* g) {
+// g of a tile (keys x panel), which may be written in place of its s. `meanwhile` as above.
+template <bool kInstance, bool kConsistency, typename T, typename Meanwhile>
+[[gnu::noinline]] void gradient_of_tile(const T* s, const T* y, int64_t keys,
+                                        const Temperatures& temperatures,
+                                        const PanelCoefficients<T>& coefficients, T* g,
+                                        const Meanwhile& meanwhile) {
   const Scales<T> scales(temperatures);
   for (int64_t lane = 0; lane < kPanel<T>; lane += kWidth<T>) {
     const auto rows = coefficients.lanes(lane);
     for (int64_t j = 0; j < keys; ++j) {
+      if (j % kRun == 0) meanwhile();
       const int64_t at = j * kPanel<T> + lane;
       const auto a = Vec<T>::loadu(s + at) - rows.max_s;
       Vec<T> b(T(0)), e_query(T(0)), e_key(T(0));
       if constexpr (kConsistency) {
         b = Vec<T>::loadu(y + at) - rows.max_y;
-        e_query = exp2_nonpositive(a * scales.consistency), e_key = exp2_nonpositive(b * scales.consistency);
+        e_query = exp_nonpositive(a, scales.consistency), e_key = exp_nonpositive(b, scales.consistency);
       }
       gradient<kInstance, kConsistency>(a, a - b, e_query, e_key, rows, scales).store(g + at);
     }

@@ -5,7 +5,9 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 namespace contrastive_ops {
 
@@ -20,20 +22,32 @@ inline constexpr int64_t kWidth = Vec<T>::size();
 template <typename T>
 inline constexpr int64_t kPanel = 2 * kWidth<T>;
 
-// 2^x for x <= 0, to half a unit in the last place; 0 below the smallest normal number; NaN stays NaN.
-//
-// Adding 1.5 * 2^23 + 127 rounds x to an integer n and leaves n + 127, the exponent field of 2^n, in the low
-// bits; what remains, r = x - n in [-1/2, 1/2], goes into a minimax polynomial (relative error 2e-9 in float,
-// 3e-18 in double).
+// The exponent of a softmax's terms, e^{a/tau}: a power of 2, of a times a factor.
 template <typename T>
-inline Vec<T> exp2_nonpositive(Vec<T> x);
+struct Exponent {
+  static constexpr T kLeast = std::is_same_v<T, float> ? -127 : -1023;  // of a power that is 0
+  Vec<T> factor, least;                                                 // a below `least` gives 0
+
+  explicit Exponent(double temperature)
+      : factor(static_cast<T>(M_LOG2E / temperature)),
+        least(static_cast<T>(kLeast * temperature / M_LOG2E)) {}
+};
+
+// e^{a/tau} for a <= 0, to half a unit in the last place and what the factor's rounding does; 0 below the
+// smallest normal number; NaN stays NaN.
+//
+// Adding 1.5 * 2^23 + 127 rounds x = a * factor to an integer n and leaves n + 127, the exponent field of
+// 2^n, in the low bits; what remains, r = x - n in [-1/2, 1/2], goes into a minimax polynomial (relative
+// error 2e-9 in float, 3e-18 in double). n = -127 makes the exponent field, and 2^n, zero.
+template <typename T>
+inline Vec<T> exp_nonpositive(Vec<T> a, const Exponent<T>& exponent);
 
 template <>
-inline Vec<float> exp2_nonpositive(Vec<float> x) {
-  x = at::vec::clamp_min(x, Vec<float>(-127.f));  // n = -127 makes the exponent field, and 2^n, zero
+inline Vec<float> exp_nonpositive(Vec<float> a, const Exponent<float>& exponent) {
+  a = at::vec::clamp_min(a, exponent.least);
   const Vec<float> magic(0x1.8p23f + 127.f);
-  const Vec<float> shifted = x + magic;
-  const Vec<float> r = x - (shifted - magic);
+  const Vec<float> shifted = at::vec::fmadd(a, exponent.factor, magic);
+  const Vec<float> r = at::vec::fmsub(a, exponent.factor, shifted - magic);
   Vec<float> p(1.534581348e-4f);
   p = at::vec::fmadd(p, r, Vec<float>(1.339993125e-3f));
   p = at::vec::fmadd(p, r, Vec<float>(9.618488958e-3f));
@@ -41,16 +55,16 @@ inline Vec<float> exp2_nonpositive(Vec<float> x) {
   p = at::vec::fmadd(p, r, Vec<float>(2.402264689e-1f));
   p = at::vec::fmadd(p, r, Vec<float>(6.931472057e-1f));
   p = at::vec::fmadd(p, r, Vec<float>(1.f));
-  const auto exponent = std::bit_cast<Vec<int32_t>>(shifted) << Vec<int32_t>(23);
-  return p * std::bit_cast<Vec<float>>(exponent);
+  const auto power = std::bit_cast<Vec<int32_t>>(shifted) << Vec<int32_t>(23);
+  return p * std::bit_cast<Vec<float>>(power);
 }
 
 template <>
-inline Vec<double> exp2_nonpositive(Vec<double> x) {
-  x = at::vec::clamp_min(x, Vec<double>(-1023.));
+inline Vec<double> exp_nonpositive(Vec<double> a, const Exponent<double>& exponent) {
+  a = at::vec::clamp_min(a, exponent.least);
   const Vec<double> magic(0x1.8p52 + 1023.);
-  const Vec<double> shifted = x + magic;
-  const Vec<double> r = x - (shifted - magic);
+  const Vec<double> shifted = at::vec::fmadd(a, exponent.factor, magic);
+  const Vec<double> r = at::vec::fmsub(a, exponent.factor, shifted - magic);
   Vec<double> p(4.43527840433824252e-10);
   p = at::vec::fmadd(p, r, Vec<double>(7.0741055780738967e-9));
   p = at::vec::fmadd(p, r, Vec<double>(1.01781980516256904e-7));
@@ -63,8 +77,8 @@ inline Vec<double> exp2_nonpositive(Vec<double> x) {
   p = at::vec::fmadd(p, r, Vec<double>(2.40226506959101562e-1));
   p = at::vec::fmadd(p, r, Vec<double>(6.9314718055994533e-1));
   p = at::vec::fmadd(p, r, Vec<double>(1.));
-  const auto exponent = std::bit_cast<Vec<int64_t>>(shifted) << Vec<int64_t>(52);
-  return p * std::bit_cast<Vec<double>>(exponent);
+  const auto power = std::bit_cast<Vec<int64_t>>(shifted) << Vec<int64_t>(52);
+  return p * std::bit_cast<Vec<double>>(power);
 }
 
 }  // namespace contrastive_ops
