@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -69,6 +70,23 @@ COMPILE_ARGS = [
     "-Wno-unknown-warning-option",  # clang has no such warning
     "-Wno-psabi",  # gcc's notes on how ARM passes the pairs of vectors of torch's headers
 ]
+# A compiler that does not take the first cannot compile the kernels; one that does not take the second
+# leaves out those for AMX.
+CPP_PROBE = """
+#include <bit>
+#include <concepts>
+#include <omp.h>
+std::integral auto zero = std::bit_cast<int>(0.f);
+"""
+AMX_PROBE = """
+#include <immintrin.h>
+[[gnu::target("amx-tile,amx-bf16")]] bool probe(float* sums) {
+  _tile_zero(0);
+  _tile_dpbf16ps(0, 1, 2);
+  _tile_stored(0, sums, 64);
+  return __builtin_cpu_supports("amx-bf16");
+}
+"""
 SANITIZERS = []
 if os.environ.get("CONTRASTIVE_OPS_SANITIZE", "0") not in ("", "0"):
     INSTRUCTION_SETS = {"default": []}
@@ -199,18 +217,24 @@ class BuildExtensions(build_ext):
         if shutil.which(command) is None:
             raise SetupError(
                 f"contrastive_ops needs a C++20 compiler, and there is no {command}: install one, such as "
-                f"g++ 10 or newer, or let CXX name it. {INSTEAD}"
+                f"g++ 11 or newer, or let CXX name it. {INSTEAD}"
             )
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
-            source.write_text("#include <omp.h>\n#include <concepts>\nstd::integral auto zero = 0;\n")
+            source.write_text(CPP_PROBE)
             try:
                 self.compiler.compile([str(source)], folder, extra_postargs=["-std=c++20", "-fopenmp"])
             except CompileError as error:
                 raise SetupError(
                     f"contrastive_ops needs a C++20 compiler with OpenMP, and {command} is none: install "
-                    f"one, such as g++ 10 or newer, or let CXX name it. {INSTEAD}"
+                    f"one, such as g++ 11 or newer, or let CXX name it. {INSTEAD}"
                 ) from error
+            source.write_text(AMX_PROBE)
+            probe = [command, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+            if subprocess.run(probe, capture_output=True).returncode == 0:
+                for each in self.extensions:
+                    if each.name.startswith("contrastive_ops._cpu_avx512"):
+                        each.define_macros.append(("CONTRASTIVE_OPS_WITH_AMX", None))
 
     def build_extension(self, extension):
         """Each in a folder of its own, for they share sources; it is kept, so that what was built for an

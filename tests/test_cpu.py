@@ -127,6 +127,51 @@ def test_many_queries_get_what_few_do(
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6 * scale, equal_nan=True)
 
 
+def _gappy(queue: Tensor) -> Tensor:
+    return queue.new_full((len(queue), 50, queue.shape[1]), math.nan).index_copy_(
+        1, torch.tensor([7]), queue[:, None]
+    )[:, 7]
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_a_long_key_among_others_leaves_them_alone(overlapping: bool) -> None:
+    """Keys may lie far apart, or share their numbers."""
+    case = Case(batch=230, keys=333, dim=64)
+    query, key, queue = case.tensors()
+    if overlapping:
+        numbers = queue.flatten()[: case.keys + case.dim - 1].clone()
+        numbers[100] = 3.0
+        queue = numbers.unfold(0, case.dim, 1)
+    else:
+        queue[100, 5] = 3.0
+        queue = _gappy(queue)
+    settings = case.settings() | {"temperature": 5.0, "consistency_temperature": 5.0}
+    expected = oracle(query, key, queue, **settings)
+    actual = fused(query, key, queue, **settings, backend="cpu")
+    for a, e, relative in zip(actual, expected, (1e-6, 1e-5), strict=True):
+        assert distance(a, e) <= relative * e.norm()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_collapsed_views_tie(seed: int) -> None:
+    """A negative that equals the positive does not rank above it, whichever of the two is the query."""
+    first, second = torch.randn(2, 128, generator=torch.Generator().manual_seed(seed))
+    views = first.expand(200, 128), second.expand(200, 128)
+    _, metrics = nt_xent_loss(*views, return_metrics=True, backend="cpu")
+    # Above it are the other rows of the same view, which are equal to the query.
+    assert (metrics.positive_rank == 199).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_incoming_gradient_that_is_no_number_reaches_all_keys(dtype: torch.dtype) -> None:
+    views, weight, target, _ = _conic_tensors(100, dtype)
+    bits = torch.full((20,), -1, dtype=torch.int32)
+    statistics = _conic(views, weight, target)
+    of_views, of_weight = _conic_backward(statistics, views, weight, target, bits.view(torch.float32))
+    assert of_views.isnan().all()
+    assert of_weight.isnan().all()
+
+
 @pytest.mark.parametrize("dim", [1, 31, 128, 200])
 @pytest.mark.parametrize("length", [1.0, 30.0])
 def test_many_rows_that_are_not_normalised(dim: int, length: float) -> None:

@@ -4,23 +4,29 @@
 // times the rate of multiply-adds of float32 in vectors. A float32 of 24 bits is the sum of three bfloat16 of
 // 8 bits, a = a1 + a2 + a3, exactly, so that
 //
-//   a b = a1 b1 + (a1 b2 + a2 b1) + (a1 b3 + a2 b2 + a3 b1) + terms below 2^-25 |a b|,
+//   a b = a1 b1 + (a1 b2 + a2 b1) + (a1 b3 + a2 b2 + a3 b1) + terms of at most 2^-24 |a b| together,
 //
-// which is less than float32 loses when it adds up: the six come out as exact as multiply-adds do.
+// which is what one rounding of float32 may lose: the six come out as exact as multiply-adds do. (The unit
+// takes numbers below 2^-126 for zero, and so what is below of the parts of others.) They are not added up in
+// the same order where a and b change places.
 #pragma once
 
-#if defined(CPU_CAPABILITY_AVX512) && __has_include(<amxtileintrin.h>)
+#ifdef CONTRASTIVE_OPS_WITH_AMX  // setup.py defines it where the compiler knows the instructions
 #define CONTRASTIVE_OPS_AMX [[gnu::target("amx-tile,amx-bf16")]]
 
 #include <ATen/cpu/Utils.h>
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
+#include <cctype>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
-#include <string_view>
+#include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "direct_product.h"
 
@@ -30,7 +36,6 @@ namespace amx {
 // A block is what a register holds: 16 rows of 32 bfloat16, or of 16 pairs. Operands are rows of blocks,
 // along the depth of the product; where numbers have several parts, those of a block follow each other.
 inline constexpr int64_t kRows = 16, kDepth = 32, kBlock = kRows * kDepth, kRowBytes = 64, kBlockBytes = 1024;
-inline constexpr int64_t kFetched = 32;  // lines of the cache that are fetched ahead at a time
 // Registers are used as two by two blocks of sums.
 inline constexpr int64_t kSquare = 2 * kRows;
 
@@ -83,14 +88,16 @@ struct Blocks {
   }
 };
 
-CONTRASTIVE_OPS_AMX [[gnu::always_inline]] inline void load_left(const std::byte* at, const Blocks& a) {
-  _tile_loadd(4, at, a.row);
-  _tile_loadd(5, at + a.rows, a.row);
+CONTRASTIVE_OPS_AMX [[gnu::always_inline]] inline void load_left(const std::byte* upper, const Blocks& a) {
+  const std::byte* lower = upper + a.rows;
+  _tile_loadd(4, upper, a.row);
+  _tile_loadd(5, lower, a.row);
 }
 
-CONTRASTIVE_OPS_AMX [[gnu::always_inline]] inline void load_right(const std::byte* at, const Blocks& b) {
-  _tile_loadd(6, at, b.row);
-  _tile_loadd(7, at + b.rows, b.row);
+CONTRASTIVE_OPS_AMX [[gnu::always_inline]] inline void load_right(const std::byte* left, const Blocks& b) {
+  const std::byte* right = left + b.rows;
+  _tile_loadd(6, left, b.row);
+  _tile_loadd(7, right, b.row);
 }
 
 CONTRASTIVE_OPS_AMX [[gnu::always_inline]] inline void multiply_registers() {
@@ -100,17 +107,18 @@ CONTRASTIVE_OPS_AMX [[gnu::always_inline]] inline void multiply_registers() {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// sums (kSquare x kSquare) = or += the products of rows of a and b, which begin at these.
+// sums (kSquare x kSquare) = or += the products of two rows of blocks of a, from this one on, and two of b.
 template <int kParts, bool kAdd>
-CONTRASTIVE_OPS_AMX void multiply_square(int64_t steps, const Blocks& a, int64_t a_rows, const Blocks& b,
-                                         int64_t b_rows, float* sums, int64_t row_stride) {
+CONTRASTIVE_OPS_AMX void multiply_square(int64_t steps, const Blocks& a, int64_t a_index, const Blocks& b,
+                                         int64_t b_index, float* sums, int64_t row_stride) {
   const int64_t bytes = row_stride * static_cast<int64_t>(sizeof(float));
-  float* lower = sums + kRows * row_stride;
+  float *right_sums = sums + kRows, *lower = sums + kRows * row_stride, *lower_right = lower + kRows;
+  asm volatile("" ::: "memory");  // gcc's loads of blocks do not say that they read memory
   if constexpr (kAdd) {
     _tile_loadd(0, sums, bytes);
-    _tile_loadd(1, sums + kRows, bytes);
+    _tile_loadd(1, right_sums, bytes);
     _tile_loadd(2, lower, bytes);
-    _tile_loadd(3, lower + kRows, bytes);
+    _tile_loadd(3, lower_right, bytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -118,9 +126,9 @@ CONTRASTIVE_OPS_AMX void multiply_square(int64_t steps, const Blocks& a, int64_t
     _tile_zero(3);
   }
   for (int64_t step = 0; step < steps; ++step) {
-    const std::byte *left = a.at(a_rows, step), *right = b.at(b_rows, step);
+    const std::byte *left = a.at(a_index, step), *right = b.at(b_index, step);
     load_left(left, a);
-    if constexpr (kParts == 3) {  // small terms first, each with an operand of the one before
+    if constexpr (kParts == 3) {  // the largest last, each with an operand of the one before
       load_right(right + 2 * kBlockBytes, b), multiply_registers();
       load_right(right + kBlockBytes, b), multiply_registers();
       load_left(left + kBlockBytes, a), multiply_registers();
@@ -132,9 +140,9 @@ CONTRASTIVE_OPS_AMX void multiply_square(int64_t steps, const Blocks& a, int64_t
     }
   }
   _tile_stored(0, sums, bytes);
-  _tile_stored(1, sums + kRows, bytes);
+  _tile_stored(1, right_sums, bytes);
   _tile_stored(2, lower, bytes);
-  _tile_stored(3, lower + kRows, bytes);
+  _tile_stored(3, lower_right, bytes);
 }
 
 // out (rows x columns) = or += a . b, the columns in whole squares. What is ahead is fetched meanwhile. Of
@@ -146,14 +154,14 @@ void multiply(int64_t rows, int64_t columns, int64_t steps, const Blocks& a, con
   alignas(64) float apart[kSquare * kSquare];
   for (int64_t row = 0; row < rows; row += kSquare)
     for (int64_t column = 0; column < columns; column += kSquare) {
-      ahead.fetch(kFetched * Ahead<T>::kLine);
-      const int64_t a_rows = row / kRows, b_rows = column / kRows;
+      ahead.fetch_some();
+      const int64_t a_index = row / kRows, b_index = column / kRows;
       float* to = out + row * row_stride + column;
       if (row + kSquare <= rows && !(kAdd && kParts > 1)) {
-        multiply_square<kParts, kAdd>(steps, a, a_rows, b, b_rows, to, row_stride);
+        multiply_square<kParts, kAdd>(steps, a, a_index, b, b_index, to, row_stride);
         continue;
       }
-      multiply_square<kParts, false>(steps, a, a_rows, b, b_rows, apart, kSquare);
+      multiply_square<kParts, false>(steps, a, a_index, b, b_index, apart, kSquare);
       for (int64_t r = 0; r < std::min(kSquare, rows - row); ++r)
         for (int64_t c = 0; c < kSquare; c += kRows) {
           const __m512 sum = _mm512_load_ps(apart + r * kSquare + c);
@@ -165,19 +173,27 @@ void multiply(int64_t rows, int64_t columns, int64_t steps, const Blocks& a, con
 
 // The first so many of 16 or 32 lanes.
 template <typename Lanes>
-Lanes first(int64_t count) {
+Lanes first_lanes(int64_t count) {
   return static_cast<Lanes>((uint64_t{1} << std::clamp<int64_t>(count, 0, 8 * sizeof(Lanes))) - 1);
 }
 
+// Rounded to bfloat16 in the upper half of its bits; the lower is to be cleared.
+template <bool kMayBeNaN>
+inline __m512i rounded(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x8000);
+  if constexpr (!kMayBeNaN) return _mm512_add_epi32(bits, half);
+  return _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), bits, half);  // or a NaN might end
+}
+
 // Writes a row of each part of 16 pairs of numbers, rounded to nearest but for the last of three, of which no
-// bit is left.
+// bit is left. That one keeps what a NaN is.
 template <int kParts>
 inline void split(__m512 first, __m512 second, std::byte* out) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000)), half = _mm512_set1_epi32(0x8000);
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
 #pragma GCC unroll 3
   for (int part = 0; part < kParts; ++part) {
     __m512i low = _mm512_castps_si512(first), high = _mm512_castps_si512(second);
-    if (part < 2) low = _mm512_add_epi32(low, half), high = _mm512_add_epi32(high, half);
+    if (part < 2) low = rounded<kParts == 1>(first), high = rounded<kParts == 1>(second);
     high = _mm512_and_si512(high, upper);
     _mm512_store_si512(out + part * kBlockBytes, _mm512_or_si512(_mm512_srli_epi32(low, 16), high));
     if (part + 1 == kParts) break;
@@ -246,12 +262,12 @@ uint32_t take_rows(const T* from, int64_t row_stride, int64_t rows, int64_t dept
     for (int64_t step = 0; step < all_steps; ++step, to += kStepBytes, at += kDepth) {
       const int64_t count = r >= rows ? 0 : step + 1 < all_steps ? kDepth : last;
       if constexpr (std::is_same_v<T, float>) {
-        const __m512 low = _mm512_maskz_loadu_ps(first<__mmask16>(count), at);
-        const __m512 high = _mm512_maskz_loadu_ps(first<__mmask16>(count - kRows), at + kRows);
+        const __m512 low = _mm512_maskz_loadu_ps(first_lanes<__mmask16>(count), at);
+        const __m512 high = _mm512_maskz_loadu_ps(first_lanes<__mmask16>(count - kRows), at + kRows);
         bits = any_of(bits, _mm512_castps_si512(low), _mm512_castps_si512(high));
         split<kPartsOf<T>>(low, high, to);
       } else {
-        _mm512_store_si512(to, _mm512_maskz_loadu_epi16(first<__mmask32>(count), at));
+        _mm512_store_si512(to, _mm512_maskz_loadu_epi16(first_lanes<__mmask32>(count), at));
       }
     }
   }
@@ -271,7 +287,7 @@ uint32_t take_columns(const T* from, int64_t row_stride, int64_t rows, int64_t d
       const int64_t count = std::min(kDepth, depth - step * kDepth);
       if constexpr (std::is_same_v<T, float>) {
         for (int64_t half = 0; half < 2; ++half, at += kRows, to += block_row) {
-          const auto lanes = first<__mmask16>(rows - r - half * kRows);
+          const auto lanes = first_lanes<__mmask16>(rows - r - half * kRows);
           __m512i low[kRows], high[kRows];
           for (int64_t i = 0; i < kRows; ++i) {
             low[i] = _mm512_maskz_loadu_epi32(i < count ? lanes : 0, at + i * row_stride);
@@ -283,7 +299,7 @@ uint32_t take_columns(const T* from, int64_t row_stride, int64_t rows, int64_t d
             split<kPartsOf<T>>(_mm512_castsi512_ps(low[i]), _mm512_castsi512_ps(high[i]), to + i * kRowBytes);
         }
       } else {
-        const auto lanes = first<__mmask32>(rows - r);
+        const auto lanes = first_lanes<__mmask32>(rows - r);
         const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
         __m512i even[kRows], odd[kRows];  // of the matrix's columns
         for (int64_t i = 0; i < kRows; ++i, at += 2 * row_stride) {
@@ -326,11 +342,12 @@ class AMXProduct {
   // Whether this chip has AMX, the system lets us at it, and oneDNN is not held back to less.
   static bool available() {
     static const bool answer = [] {
-      for (const char* name : {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"})
-        if (const char* limit = std::getenv(name)) {
-          const std::string_view isa = limit;
-          if (isa.find("AMX") == isa.npos && isa != "DEFAULT") return false;
-        }
+      const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
+      if (limit == nullptr) limit = std::getenv("DNNL_MAX_CPU_ISA");
+      std::string isa = limit == nullptr ? "" : limit;
+      for (char& letter : isa) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
+      const auto has = [&isa](const char* name) { return isa.find(name) != isa.npos; };
+      if ((has("AVX") || has("SSE")) && !has("AMX")) return false;
       return __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx();
     }();
     return answer;
@@ -351,19 +368,14 @@ class AMXProduct {
       convert(rows, rounded.data(), kColumns * dim);
       amx::take_rows(rounded.data(), dim, kColumns, dim, bytes(out));
     }
-    for (int64_t block = 0; block < packed_elements(dim) / amx::kBlock; ++block) {
-      Operand* at = out + block * amx::kBlock;
-      __m512i rows_of_block[amx::kRows];
-      std::memcpy(rows_of_block, at, sizeof(rows_of_block));
-      amx::transpose(rows_of_block);
-      std::memcpy(at, rows_of_block, sizeof(rows_of_block));
-    }
+    for (int64_t block = 0; block < packed_elements(dim) / amx::kBlock; ++block)
+      amx::transpose(reinterpret_cast<__m512i*>(out + block * amx::kBlock));
   }
 
   // rows (kPanel x dim) -> an operand whose rows are dimensions; a pair are rows 16 apart
   static void pack_rows(const float* rows, int64_t dim, Operand* out) {
     for (int64_t d = 0; d < padded_dim(dim); d += amx::kRows) {
-      const __mmask16 lanes = amx::first<__mmask16>(dim - d);
+      const __mmask16 lanes = amx::first_lanes<__mmask16>(dim - d);
       for (int64_t i = 0; i < amx::kRows; ++i)
         amx::split<kParts>(_mm512_maskz_loadu_ps(lanes, rows + i * dim + d),
                            _mm512_maskz_loadu_ps(lanes, rows + (i + amx::kRows) * dim + d),
@@ -381,40 +393,30 @@ class AMXProduct {
   }
 
   void similarities(const Operand* queries, float* out) {
-    amx::multiply<kParts, false>(count_, kColumns, amx::steps(dim_), rows(),
-                                 amx::Blocks::in_order<kParts>(queries, dim_), out, kColumns, ahead_);
+    const amx::Blocks keys = rows();
+    if (!all_apart())
+      amx::multiply<kParts, false>(count_, kColumns, amx::steps(dim_), keys,
+                                   amx::Blocks::in_order<kParts>(queries, dim_), out, kColumns, ahead_);
     if constexpr (kSplits) {
       if (apart_.empty()) return;
       Array<float> unpacked(dim_ * kColumns);
       unpack(queries, unpacked.data());
-      for (const auto& [first, end] : apart_)
-        product<false>(end - first, dim_, apart_tile_.data + first * apart_tile_.row_stride,
+      for (const auto& [begin, end] : apart_)
+        product<false>(end - begin, dim_, apart_tile_.data + begin * apart_tile_.row_stride,
                        apart_tile_.row_stride, apart_tile_.column_stride, unpacked.data(),
-                       out + first * kColumns, ahead_);
+                       out + begin * kColumns, ahead_);
     }
   }
 
   void accumulate(const float* weights, float* grad) {
-    for (int64_t column = 0; column < kColumns; column += amx::kRows)
-      for (int64_t pair = 0; pair < amx::steps(count_) * amx::kRows; ++pair) {
-        const int64_t step = pair / amx::kRows, i = pair % amx::kRows;
-        const int64_t first = step * amx::kDepth + amx::first_of_pair<T>(i);
-        const int64_t second = first + amx::kApart<T>;
-        const float* at = weights + column;
-        const __m512 zero = _mm512_setzero_ps();
-        amx::split<kParts>(first < count_ ? _mm512_loadu_ps(at + first * kColumns) : zero,
-                           second < count_ ? _mm512_loadu_ps(at + second * kColumns) : zero,
-                           bytes(weights_.data()) +
-                               (column / amx::kRows * amx::steps(count_) + step) * kParts * amx::kBlockBytes +
-                               i * amx::kRowBytes);
-      }
-    amx::multiply<kParts, true>(dim_, kColumns, amx::steps(count_), columns(),
-                                amx::Blocks::in_order<kParts>(weights_.data(), count_), grad, kColumns,
-                                ahead_);
+    const amx::Blocks transpose = columns();
+    if (!all_apart())
+      amx::multiply<kParts, true>(dim_, kColumns, amx::steps(count_), transpose, take_weights(weights), grad,
+                                  kColumns, ahead_);
     if constexpr (kSplits)
-      for (const auto& [first, end] : apart_)
-        product<true>(dim_, end - first, apart_tile_.data + first * apart_tile_.row_stride,
-                      apart_tile_.column_stride, apart_tile_.row_stride, weights + first * kColumns, grad,
+      for (const auto& [begin, end] : apart_)
+        product<true>(dim_, end - begin, apart_tile_.data + begin * apart_tile_.row_stride,
+                      apart_tile_.column_stride, apart_tile_.row_stride, weights + begin * kColumns, grad,
                       ahead_);
   }
 
@@ -442,7 +444,7 @@ class AMXProduct {
                                 padded_dim(dim_), ahead_);
   }
 
-  void fetch_ahead() { ahead_.fetch(amx::kFetched * Ahead<T>::kLine); }
+  void fetch_ahead() { ahead_.fetch_some(); }
 
   // A key's row of what accumulate_keys has made.
   void copy_key_grad(const float* grad, int64_t key, float* out) const {
@@ -460,25 +462,48 @@ class AMXProduct {
         const int64_t row = tile_.row_stride * static_cast<int64_t>(sizeof(T));
         return {tile_.data, row, amx::kRows * row, amx::kRowBytes};
       }
-    if (!std::exchange(has_rows_, true)) take(count_, dim_, !tile_.by_column, rows_);
+    if (!std::exchange(has_rows_, true)) take(false, rows_);
     return amx::Blocks::in_order<kParts>(rows_.data(), dim_);
   }
 
   amx::Blocks columns() {
-    if (!std::exchange(has_columns_, true)) take(dim_, count_, tile_.by_column, columns_);
+    if (!std::exchange(has_columns_, true)) take(true, columns_);
     return amx::Blocks::in_order<kParts>(columns_.data(), count_);
   }
 
   // The tile, or its transpose, as an operand.
-  void take(int64_t rows, int64_t depth, bool by_row, Array<Operand>& out) {
-    const int64_t stride = tile_.by_column ? tile_.column_stride : tile_.row_stride;
-    const auto taken = [&] {
-      return by_row ? amx::take_rows(tile_.data, stride, rows, depth, bytes(out.data()))
-                    : amx::take_columns(tile_.data, stride, rows, depth, bytes(out.data()));
-    };
-    const uint32_t bits = taken();
+  void take(bool transposed, Array<Operand>& out) {
+    const uint32_t bits = take_as_it_is(transposed, out);
     if constexpr (kSplits)
-      if (reaches_2(bits)) set_apart(), taken();
+      if (reaches_2(bits)) set_apart(), take_as_it_is(transposed, out);
+  }
+
+  uint32_t take_as_it_is(bool transposed, Array<Operand>& out) const {
+    const int64_t rows = transposed ? dim_ : count_, depth = transposed ? count_ : dim_;
+    if (transposed == tile_.by_column)
+      return amx::take_rows(tile_.data, long_stride(tile_), rows, depth, bytes(out.data()));
+    return amx::take_columns(tile_.data, long_stride(tile_), rows, depth, bytes(out.data()));
+  }
+
+  static int64_t long_stride(const Tile<T>& tile) {
+    return tile.by_column ? tile.column_stride : tile.row_stride;
+  }
+
+  // The right operand of a product with the transpose. A pair are weights of two keys.
+  amx::Blocks take_weights(const float* weights) {
+    const __m512 zero = _mm512_setzero_ps();
+    std::byte* to = bytes(weights_.data());
+    for (int64_t column = 0; column < kColumns; column += amx::kRows)
+      for (int64_t step = 0; step < amx::steps(count_); ++step, to += kParts * amx::kBlockBytes)
+        for (int64_t pair = 0; pair < amx::kRows; ++pair) {
+          const int64_t first = step * amx::kDepth + amx::first_of_pair<T>(pair);
+          const int64_t second = first + amx::kApart<T>;
+          const float* at = weights + column;
+          amx::split<kParts>(first < count_ ? _mm512_loadu_ps(at + first * kColumns) : zero,
+                             second < count_ ? _mm512_loadu_ps(at + second * kColumns) : zero,
+                             to + pair * amx::kRowBytes);
+        }
+    return amx::Blocks::in_order<kParts>(weights_.data(), count_);
   }
 
   // Whether a float of these bits may be none, or 2 or more: the exponent's first bit says so.
@@ -487,27 +512,25 @@ class AMXProduct {
   // Keys with a number that is no number, or so large that its parts might be none, are zero in the products
   // of parts and multiplied apart. In rows of unit length there is none.
   void set_apart() {
-    uint32_t bits[kTile] = {};  // that any number of a key has
-    const auto add = [&](int64_t key, const float* number) { bits[key] |= std::bit_cast<uint32_t>(*number); };
-    if (tile_.by_column)
-      for (int64_t d = 0; d < dim_; ++d)
-        for (int64_t key = 0; key < count_; ++key) add(key, tile_.data + d * tile_.column_stride + key);
-    else
-      for (int64_t key = 0; key < count_; ++key)
-        for (int64_t d = 0; d < dim_; ++d) add(key, tile_.data + key * tile_.row_stride + d);
+    apart_tile_ = tile_;
+    without_.resize(kTile * dim_);
     for (int64_t key = 0; key < count_; ++key) {
-      if (!reaches_2(bits[key])) continue;
+      float* copy = &without_[key * dim_];
+      uint32_t bits = 0;
+      for (int64_t d = 0; d < dim_; ++d) {
+        copy[d] = tile_.data[key * tile_.row_stride + d * tile_.column_stride];
+        bits |= std::bit_cast<uint32_t>(copy[d]);
+      }
+      if (!reaches_2(bits)) continue;
+      std::fill_n(copy, dim_, 0.f);
       if (apart_.empty() || apart_.back().second != key) apart_.emplace_back(key, key);
       ++apart_.back().second;
     }
-    apart_tile_ = tile_;
-    const int64_t elements =
-        tile_.by_column ? (dim_ - 1) * tile_.column_stride + count_ : (count_ - 1) * tile_.row_stride + dim_;
-    without_.assign(tile_.data, tile_.data + elements);
-    tile_.data = without_.data();
-    for (const auto& [first, end] : apart_)
-      for (int64_t key = first; key < end; ++key)
-        for (int64_t d = 0; d < dim_; ++d) without_[key * tile_.row_stride + d * tile_.column_stride] = 0;
+    tile_ = Tile<T>(without_.data(), dim_);
+  }
+
+  bool all_apart() const {
+    return kSplits && count_ > 0 && apart_.size() == 1 && apart_[0] == std::pair<int64_t, int64_t>(0, count_);
   }
 
   // What `pack` has made of floats (D x panel): the sum of their parts.

@@ -154,7 +154,7 @@ class LibraryProduct {
                                   waiting_weights_.data(), waiting_rows_, grad);
   }
 
-  void fetch_ahead() { ahead_.fetch(kFetched * Ahead<T>::kLine); }
+  void fetch_ahead() { ahead_.fetch_some(); }
 
   // A key's row of what accumulate_keys has made.
   void copy_key_grad(const float* grad, int64_t key, float* out) const {
@@ -193,7 +193,6 @@ class LibraryProduct {
     if (depth_ != dim_) std::fill_n(columns_ + dim_ * columns_stride(), columns_stride(), T(0));
   }
 
-  static constexpr int64_t kFetched = 32;  // lines of the cache at a time
   static constexpr int64_t kTogether = 4;  // panels that accumulate_keys multiplies at once
 
   int64_t dim_, depth_, count_ = 0, tile_stride_ = 0, waiting_ = 0;

@@ -1,10 +1,8 @@
 // The matrix products of a tile of keys with a panel of queries, in engines with one interface:
 //
 //   DirectProduct   float, double: register-blocked multiply-adds on the tile as it lies in memory
-//   AMXProduct      float, bfloat16 on chips with AMX
-//   LibraryProduct  bfloat16, float16 on other chips with matrix or dot-product units: ATen's brgemm
-//   (oneDNN),
-//                   which accumulates in float32
+//   AMXProduct      float of many queries, bfloat16: on chips with AMX
+//   LibraryProduct  bfloat16, float16: ATen's brgemm (oneDNN) on chips that multiply them
 //
 // An engine turns kPanel query rows into an `Operand` (pack), takes in a tile of keys (load), and then gives
 //
@@ -28,13 +26,18 @@ namespace contrastive_ops {
 
 inline constexpr int64_t kTaskOperations = 1 << 21;  // multiply-adds that are worth a thread
 
-// A tile of floats is split into parts once for all queries, which takes as long as two panels gain by it.
-inline constexpr int64_t kQueriesWorthParts = 192;
+struct Queries {
+  int64_t count, dim;
 
-// Calls `function` with the engine that multiplies so many queries of a dtype; half precision in hardware if
-// allowed. `below_2`: all their numbers are, as in rows of unit length.
-template <typename Function>
-auto with_product(at::ScalarType dtype, bool half_precision, int64_t queries, bool below_2,
+  // A tile of floats is split into parts for all panels that meet it, which takes as long as two of them
+  // gain; and depths are padded to 32.
+  bool are_worth_parts() const { return count >= 192 && dim >= 32; }
+};
+
+// Calls `function` with the engine that multiplies queries of a dtype; half precision in hardware if allowed.
+// `below_2` tells whether all their numbers are (or none at all), as in rows of unit length.
+template <typename Below2, typename Function>
+auto with_product(at::ScalarType dtype, bool half_precision, const Queries& queries, const Below2& below_2,
                   const Function& function) {
   if (dtype == at::kDouble) return function(std::type_identity<DirectProduct<double>>{});
 #ifdef CONTRASTIVE_OPS_AMX
@@ -46,7 +49,7 @@ auto with_product(at::ScalarType dtype, bool half_precision, int64_t queries, bo
   if (half_precision && dtype == at::kHalf && LibraryProduct<at::Half>::available())
     return function(std::type_identity<LibraryProduct<at::Half>>{});
 #ifdef CONTRASTIVE_OPS_AMX
-  if (below_2 && queries >= kQueriesWorthParts && AMXProduct<float>::available())
+  if (queries.are_worth_parts() && AMXProduct<float>::available() && below_2())
     return function(std::type_identity<AMXProduct<float>>{});
 #endif
   return function(std::type_identity<DirectProduct<float>>{});

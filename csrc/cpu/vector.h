@@ -4,9 +4,11 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 namespace contrastive_ops {
@@ -30,7 +32,8 @@ struct Exponent {
 
   explicit Exponent(double temperature)
       : factor(static_cast<T>(M_LOG2E / temperature)),
-        least(static_cast<T>(kLeast * temperature / M_LOG2E)) {}
+        least(static_cast<T>(
+            std::max<double>(kLeast * temperature / M_LOG2E, std::numeric_limits<T>::lowest()))) {}
 };
 
 // e^{a/tau} for a <= 0, to half a unit in the last place and what the factor's rounding does; 0 below the
