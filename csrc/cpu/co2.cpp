@@ -286,8 +286,7 @@ auto with_passes(const at::Tensor& query, const at::Tensor& key, const at::Tenso
   // Rows are multiplied in the query's dtype, the queue rounded to it a tile at a time as it is loaded; but
   // float16 may not hold what a queue of another dtype does.
   const bool holds = query.scalar_type() != at::kHalf || queue.scalar_type() == at::kHalf;
-  const auto below_2 = [&] { return settings.normalize || (are_below_2(query) && are_below_2(key)); };
-  return with_product(query.scalar_type(), holds, {query.size(0), query.size(1)}, below_2, [&](auto product) {
+  return with_product(query.scalar_type(), holds, [&](auto product) {
     using Product = typename decltype(product)::type;
     if (settings.consistency_weight == 0)
       return function(CO2<Product, true, false>(query, key, queue, settings));

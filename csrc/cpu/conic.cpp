@@ -329,10 +329,9 @@ Losses merge_rows(const at::Tensor& partial, const at::Tensor& positives, const 
 // Calls `function` with the views as the engine of their dtype takes them.
 template <typename Function>
 auto with_views(const at::Tensor& views, bool for_keys, const Function& function) {
-  const auto below_2 = [] { return true; };  // they are normalised
-  return with_product(
-      views.scalar_type(), true, {views.size(0) * views.size(1), views.size(2)}, below_2,
-      [&](auto product) { return function(UnitViews<typename decltype(product)::type>(views, for_keys)); });
+  return with_product(views.scalar_type(), true, [&](auto product) {
+    return function(UnitViews<typename decltype(product)::type>(views, for_keys));
+  });
 }
 
 }  // namespace

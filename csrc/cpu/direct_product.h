@@ -108,7 +108,6 @@ struct Tile {
   bool by_column = false;
 
   Tile() = default;
-  Tile(const T* rows, int64_t row_stride) : data(rows), row_stride(row_stride), column_stride(1) {}
 
   // At most `most` keys: as they lie, or converted, and gathered where the strides would jump through memory,
   // into `copied`.

@@ -157,17 +157,6 @@ void copy(const Matrix& from, T* out, int64_t row_stride, int64_t column_stride)
   });
 }
 
-// Whether all numbers are numbers, and of magnitudes below 2.
-inline bool are_below_2(const at::Tensor& tensor) {
-  bool answer = true;
-  const at::Tensor numbers = tensor.contiguous();
-  with_dtype(numbers.scalar_type(), [&](auto element) {
-    const auto* x = numbers.const_data_ptr<decltype(element)>();
-    for (int64_t i = 0; i < numbers.numel(); ++i) answer &= std::abs(static_cast<float>(x[i])) < 2;
-  });
-  return answer;
-}
-
 // Writes a row of a contiguous tensor, of any floating dtype.
 template <typename T>
 void write_row(const at::Tensor& out, int64_t row, const T* values) {

@@ -187,26 +187,23 @@ class NTXent {
   std::tuple<at::Tensor, at::Tensor> statistics() const {
     const Positives<T> positive(rows_, rows_, [](int64_t panel) { return panel ^ 1; });
     Array<PanelStatistics<T>> statistics(ranges_ * rows_.panels);  // (ranges, panels)
-    // A view's threshold is the product of its positive, as key, with itself. Where similarities are those of
-    // this group as keys, that of the other view has its operands in their order.
-    const auto add = [&](const T* s, const T* y, int64_t range, int64_t group, bool as_keys) {
+    const auto add = [&](const T* s, const T* y, int64_t range, int64_t group) {
       const T* threshold = &positive.threshold[group * kKeys];
-      const T *first = threshold + (as_keys ? kPanel<T> : 0), *second = threshold + (as_keys ? 0 : kPanel<T>);
       PanelStatistics<T>* views = &statistics[range * rows_.panels + 2 * group];
-      add_tile<true, kConsistency>(s, y, kKeys, first, temperatures_, views[0], [] {});
-      add_tile<true, false>(y, s, kKeys, second, temperatures_, views[1], [] {});
+      add_tile<true, kConsistency>(s, y, kKeys, threshold, temperatures_, views[0], [] {});
+      add_tile<true, false>(y, s, kKeys, threshold + kPanel<T>, temperatures_, views[1], [] {});
     };
     for_each_tile([&](const Tile& tile) {
       Array<T> s_transposed(kKeys * kPanel<T>), y_transposed(kKeys * kPanel<T>);
       for (int64_t group = tile.first_group; group < tile.last_group; ++group) {
         similarities(tile, group);
-        add(tile.s, tile.y, tile.range, group, false);
+        add(tile.s, tile.y, tile.range, group);
         if (!symmetric_ || group == tile.group) continue;
         transpose_panel(tile.s, &s_transposed[0]);
         transpose_panel(tile.y, &s_transposed[kOtherView<T>]);
         transpose_panel(tile.s + kOtherView<T>, &y_transposed[0]);
         transpose_panel(tile.y + kOtherView<T>, &y_transposed[kOtherView<T>]);
-        add(s_transposed.data(), y_transposed.data(), tile.range, tile.group, true);
+        add(s_transposed.data(), y_transposed.data(), tile.range, tile.group);
       }
     });
 
@@ -468,14 +465,12 @@ Losses merge_rows(const at::Tensor& partial, const at::Tensor& positive, const N
 template <typename Function>
 auto with_passes(const at::Tensor& views, const NTXentSettings& settings,
                  const std::optional<NTXentKeys>& keys, bool for_gradient, const Function& function) {
-  const auto below_2 = [&] { return settings.normalize || are_below_2(views); };
-  return with_product(views.scalar_type(), true, {2 * views.size(1), views.size(2)}, below_2,
-                      [&](auto product) {
-                        using Product = typename decltype(product)::type;
-                        if (settings.consistency_weight == 0)
-                          return function(NTXent<Product, false>(views, settings, keys, for_gradient));
-                        return function(NTXent<Product, true>(views, settings, keys, for_gradient));
-                      });
+  return with_product(views.scalar_type(), true, [&](auto product) {
+    using Product = typename decltype(product)::type;
+    if (settings.consistency_weight == 0)
+      return function(NTXent<Product, false>(views, settings, keys, for_gradient));
+    return function(NTXent<Product, true>(views, settings, keys, for_gradient));
+  });
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The matrix products of a tile of keys with a panel of queries, in engines with one interface:
 //
 //   DirectProduct   float, double: register-blocked multiply-adds on the tile as it lies in memory
-//   AMXProduct      float of many queries, bfloat16: on chips with AMX
-//   LibraryProduct  bfloat16, float16: ATen's brgemm (oneDNN) on chips that multiply them
+//   AMXProduct      bfloat16, on chips with AMX
+//   LibraryProduct  bfloat16, float16: ATen's brgemm (oneDNN), on other chips that multiply them
 //
 // An engine turns kPanel query rows into an `Operand` (pack), takes in a tile of keys (load), and then gives
 //
@@ -26,32 +26,18 @@ namespace contrastive_ops {
 
 inline constexpr int64_t kTaskOperations = 1 << 21;  // multiply-adds that are worth a thread
 
-struct Queries {
-  int64_t count, dim;
-
-  // A tile of floats is split into parts for all panels that meet it, which takes as long as two of them
-  // gain; and depths are padded to 32.
-  bool are_worth_parts() const { return count >= 192 && dim >= 32; }
-};
-
-// Calls `function` with the engine that multiplies queries of a dtype; half precision in hardware if allowed.
-// `below_2` tells whether all their numbers are (or none at all), as in rows of unit length.
-template <typename Below2, typename Function>
-auto with_product(at::ScalarType dtype, bool half_precision, const Queries& queries, const Below2& below_2,
-                  const Function& function) {
+// Calls `function` with the engine that multiplies rows of a dtype; half precision in hardware if allowed.
+template <typename Function>
+auto with_product(at::ScalarType dtype, bool half_precision, const Function& function) {
   if (dtype == at::kDouble) return function(std::type_identity<DirectProduct<double>>{});
-#ifdef CONTRASTIVE_OPS_AMX
-  if (half_precision && dtype == at::kBFloat16 && AMXProduct<at::BFloat16>::available())
-    return function(std::type_identity<AMXProduct<at::BFloat16>>{});
+#ifdef CONTRASTIVE_OPS_WITH_AMX
+  if (half_precision && dtype == at::kBFloat16 && AMXProduct::available())
+    return function(std::type_identity<AMXProduct>{});
 #endif
   if (half_precision && dtype == at::kBFloat16 && LibraryProduct<at::BFloat16>::available())
     return function(std::type_identity<LibraryProduct<at::BFloat16>>{});
   if (half_precision && dtype == at::kHalf && LibraryProduct<at::Half>::available())
     return function(std::type_identity<LibraryProduct<at::Half>>{});
-#ifdef CONTRASTIVE_OPS_AMX
-  if (queries.are_worth_parts() && AMXProduct<float>::available() && below_2())
-    return function(std::type_identity<AMXProduct<float>>{});
-#endif
   return function(std::type_identity<DirectProduct<float>>{});
 }
 
