@@ -143,7 +143,8 @@ inline __m512i upper_halves() {
   return _mm512_set1_epi32(static_cast<int>(0xffff0000));
 }
 
-// Writes 16 pairs of numbers, rounded to nearest; but a NaN might end as a number, and is cut off.
+// Writes 16 pairs of numbers, rounded to nearest. A NaN, which might become a number so, loses its lower
+// bits.
 inline void write_pairs(__m512 first, __m512 second, std::byte* out) {
   const auto rounded = [](__m512 x) {
     const __m512i bits = _mm512_castps_si512(x);
@@ -328,30 +329,27 @@ class AMXProduct {
   static std::byte* bytes(Operand* operand) { return reinterpret_cast<std::byte*>(operand); }
   static int64_t padded_dim(int64_t dim) { return amx::squares(dim) * amx::kSquare; }
 
-  // The tile as left operand: as it lies, or made when it is asked for first.
+  // The tile as left operand: as it lies, if it can be taken so.
   amx::Blocks rows() {
     if (!tile_.by_column && count_ % amx::kSquare == 0 && dim_ % amx::kDepth == 0) {
       const int64_t row = tile_.row_stride * static_cast<int64_t>(sizeof(Operand));
       return {tile_.data, row, amx::kRows * row, amx::kRowBytes};
     }
-    if (!std::exchange(has_rows_, true)) {
-      if (tile_.by_column)
-        amx::take_columns(tile_.data, tile_.column_stride, count_, dim_, bytes(rows_.data()));
-      else
-        amx::take_rows(tile_.data, tile_.row_stride, count_, dim_, bytes(rows_.data()));
-    }
-    return amx::Blocks::in_order(rows_.data(), dim_);
+    return taken(false, has_rows_, rows_);
   }
 
-  // Its transpose.
-  amx::Blocks columns() {
-    if (!std::exchange(has_columns_, true)) {
-      if (tile_.by_column)
-        amx::take_rows(tile_.data, tile_.column_stride, dim_, count_, bytes(columns_.data()));
+  amx::Blocks columns() { return taken(true, has_columns_, columns_); }
+
+  // The tile or its transpose, copied when it is asked for first.
+  amx::Blocks taken(bool transposed, bool& has, Array<Operand>& out) const {
+    const int64_t rows = transposed ? dim_ : count_, depth = transposed ? count_ : dim_;
+    if (!std::exchange(has, true)) {
+      if (transposed == tile_.by_column)
+        amx::take_rows(tile_.data, tile_.long_stride(), rows, depth, bytes(out.data()));
       else
-        amx::take_columns(tile_.data, tile_.row_stride, dim_, count_, bytes(columns_.data()));
+        amx::take_columns(tile_.data, tile_.long_stride(), rows, depth, bytes(out.data()));
     }
-    return amx::Blocks::in_order(columns_.data(), count_);
+    return amx::Blocks::in_order(out.data(), depth);
   }
 
   // The right operand of a product with the transpose: a pair are neighbouring keys.

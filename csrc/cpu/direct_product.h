@@ -124,6 +124,8 @@ struct Tile {
     copy(keys, copied.data(), row_stride, column_stride);
     data = copied.data();
   }
+
+  int64_t long_stride() const { return by_column ? column_stride : row_stride; }
 };
 
 template <typename T>
