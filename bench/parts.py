@@ -56,7 +56,7 @@ PARTS = (
     ),
     Part(
         "tests", 240,
-        (*PYTEST, "-m", "not slow", "-k", "triton or test_gpu or launch", "tests/test_gpu.py", *OPERATORS),
+        (*PYTEST, "-m", "not slow", "-k", "triton or cuda or test_gpu or launch", "tests/test_gpu.py", *OPERATORS),
     ),
     Part("promises", 240, ("-m", "pytest", "-q", "-s", "bench/test_gpu_promises.py")),
     Part(
