@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops.cuda._compiler import SHARED_BYTES
+from contrastive_ops.cuda._compiler import architecture as architecture_name
 from contrastive_ops.cuda._launch import CudaKernels, CudaLaunch, take
 from contrastive_ops.gpu import served_by
 from contrastive_ops.gpu.launch import Chip, Launch
@@ -64,7 +65,8 @@ def compile_text(text: str, architecture: int, machine_code: bool = False) -> Co
     compiler = nvrtc(architecture)
     assert compiler is not None, f"no NVRTC for {architecture}"
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    target = f"--gpu-architecture={'sm' if machine_code else 'compute'}_{architecture}"
+    name = architecture_name(divmod(architecture, 10))
+    target = f"--gpu-architecture={'sm' if machine_code else 'compute'}_{name}"
     options = [target, "--std=c++20", f"-I{SOURCES}", *(["--ptxas-options=-v"] if machine_code else [])]
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
 

@@ -143,7 +143,12 @@ def target_for(capability: tuple[int, int]) -> str:
         )
     best = fitting[-1]
     kind = "sm" if best[0] == capability[0] else "compute"
-    return f"{kind}_{best[0]}{best[1]}"
+    return f"{kind}_{architecture(best) if best == capability else ''.join(map(str, best))}"
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """As NVRTC names it, with the instructions that a GPU has and later ones have not (csrc/cuda/warpgroups.h)."""
+    return "".join(map(str, capability)) + ("a" if capability == (9, 0) else "")
 
 
 def driver_too_old(driver_version: int) -> str | None:

@@ -220,18 +220,11 @@ __device__ void add_tile(float (&s)[kBlocks][Tile::kNumbers], RowSums (&sums)[2]
 
 // The sums of a warp's rows over a range, relative to the maxima of all their lanes.
 template <class Tile, bool kInstance, bool kConsistency, bool kBounded, class Keys>
-__device__ void sum_up(Keys& walk, RowSums (&sums)[2], const Measured& measured, float ratio, int64 begin,
-                       int64 end) {
+__device__ void sum_up(Keys& walk, RowSums (&sums)[2], const Measured& measured, float ratio, int64 end) {
   for (RowSums& row : sums) row.begin(kBounded ? 0 : kLowestLogit);
-  walk.restart(begin);
-  walk.prefetch();
-#pragma unroll 1
-  for (int64 key = begin; key < end; key += Tile::kKeys) {
-    float s[kConsistency ? 2 : 1][Tile::kNumbers];
-    walk.similarities(s);
+  walk.each_tile([&](float (&s)[kConsistency ? 2 : 1][Tile::kNumbers], int64 key) {
     add_tile<Tile, kInstance, kConsistency, kBounded>(s, sums, measured, ratio, end - key);
-  }
-  walk.finish();
+  });
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot)
     for (int i = 0; i < 2; ++i) sums[slot].merge_lane(Tile::Places::mask(i), measured.scales[slot], ratio);
@@ -291,7 +284,7 @@ __device__ void co2_statistics(const Arguments& x) {
   walk.hold();
   const float ratio = static_cast<float>(x.ratio);
   RowSums sums[2];
-  sum_up<Tile, kInstance, kConsistency, Arguments::BOUNDED>(walk, sums, measured, ratio, begin, end);
+  sum_up<Tile, kInstance, kConsistency, Arguments::BOUNDED>(walk, sums, measured, ratio, end);
   if constexpr (Arguments::BOUNDED) {
     bool held = true;
 #pragma unroll
@@ -299,7 +292,7 @@ __device__ void co2_statistics(const Arguments& x) {
       held =
           held && (first + own[slot] >= x.batch || sums[slot].template are_held<kInstance, kConsistency>());
     if (__syncthreads_or(!held))
-      sum_up<Tile, kInstance, kConsistency, false>(walk, sums, measured, ratio, begin, end);
+      sum_up<Tile, kInstance, kConsistency, false>(walk, sums, measured, ratio, end);
   }
 
 #pragma unroll
@@ -438,8 +431,8 @@ struct RowPull {
 
 // s and y of a tile become g, in place of s.
 template <class Tile, bool kInstance, bool kConsistency, int kBlocks>
-__device__ void pull_tile(float (&s)[kBlocks][Tile::kNumbers], float (&g)[1][Tile::kNumbers],
-                          const RowPull (&rows)[2], float ratio, int64 left) {
+__device__ void pull_tile(float (&s)[kBlocks][Tile::kNumbers], const RowPull (&rows)[2], float ratio,
+                          int64 left) {
 #pragma unroll
   for (int n = 0; n < Tile::kNumbers; ++n) {
     const RowPull& row = rows[(n >> 1) & 1];
@@ -458,16 +451,16 @@ __device__ void pull_tile(float (&s)[kBlocks][Tile::kNumbers], float (&g)[1][Til
       }
     }
     if constexpr (kInstance) pull = fmaf(exp2_fast(a * ratio), row.instance, pull);
-    g[0][n] = pull;
+    s[0][n] = pull;
   }
   if (left < Tile::kKeys) {
 #pragma unroll
     for (int n = 0; n < Tile::kNumbers; ++n)
-      if (Tile::Places::column(n) >= left) g[0][n] = 0;
+      if (Tile::Places::column(n) >= left) s[0][n] = 0;
   }
   if constexpr (IsSame<typename Tile::Operand, Half>::value) {
 #pragma unroll
-    for (int n = 0; n < Tile::kNumbers; ++n) g[0][n] = fminf(fmaxf(g[0][n], -kLargestHalf), kLargestHalf);
+    for (int n = 0; n < Tile::kNumbers; ++n) s[0][n] = fminf(fmaxf(s[0][n], -kLargestHalf), kLargestHalf);
   }
 }
 
@@ -499,17 +492,11 @@ __device__ void co2_gradient(const Arguments& x) {
   Walk<Tile, Query, Key, Queue> walk({x.query, x.batch, x.dim}, {x.key, x.batch, x.dim}, first, first,
                                      {x.queue, x.keys, x.dim}, begin, end, first_column);
   walk.hold();
-  walk.prefetch();
   const float ratio = static_cast<float>(x.ratio);
   float grad[1][Tile::kWidth / 2] = {};
-#pragma unroll 1
-  for (int64 key = begin; key < end; key += Tile::kKeys) {
-    float s[kBlocks][Tile::kNumbers], g[1][Tile::kNumbers];
-    walk.similarities(s);
-    pull_tile<Tile, kInstance, kConsistency>(s, g, rows, ratio, x.keys - key);
-    walk.accumulate(grad, g);
-  }
-  walk.finish();
+  walk.add_gradients(grad, [&](float (&s)[kBlocks][Tile::kNumbers], int64 key) {
+    pull_tile<Tile, kInstance, kConsistency>(s, rows, ratio, x.keys - key);
+  });
 
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {

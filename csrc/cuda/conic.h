@@ -199,11 +199,7 @@ __device__ void conic_statistics(const Arguments& x) {
 
   auto walk = walk_of<Tile>(x.unit, x.unit_weight, begin, end, 0);
   walk.hold();
-  walk.prefetch();
-#pragma unroll 1
-  for (int64 key = begin; key < end; key += Tile::kKeys) {
-    float s[2][Tile::kNumbers];
-    walk.similarities(s);
+  walk.each_tile([&](float (&s)[2][Tile::kNumbers], int64 key) {
     const int64 left = x.keys - key;
 #pragma unroll
     for (int block = 0; block < 2; ++block)
@@ -234,8 +230,7 @@ __device__ void conic_statistics(const Arguments& x) {
         }
         row.z += z;
       }
-  }
-  walk.finish();
+  });
 
 #pragma unroll
   for (int block = 0; block < 2; ++block)
@@ -370,12 +365,8 @@ __device__ void conic_views(const Arguments& x) {
     }
   auto walk = walk_of<Tile>(x.unit, x.unit_weight, begin, end, first_column);
   walk.hold();
-  walk.prefetch();
   float grad[2][Tile::kWidth / 2] = {};
-#pragma unroll 1
-  for (int64 key = begin; key < end; key += Tile::kKeys) {
-    float s[2][Tile::kNumbers];
-    walk.similarities(s);
+  walk.add_gradients(grad, [&](float (&s)[2][Tile::kNumbers], int64 key) {
     const int64 left = x.keys - key;
 #pragma unroll
     for (int block = 0; block < 2; ++block)
@@ -399,9 +390,7 @@ __device__ void conic_views(const Arguments& x) {
           }
         }
       }
-    walk.accumulate(grad, s);
-  }
-  walk.finish();
+  });
 
 #pragma unroll
   for (int block = 0; block < 2; ++block)
@@ -476,12 +465,8 @@ __device__ void conic_weight(const Arguments& x) {
   auto walk = walk_of<Tile, Tile::kRows * kStride * sizeof(float)>(x.unit_weight, x.unit, 0, x.padded_rows,
                                                                    first_column);
   walk.hold();
-  walk.prefetch();
   float grad[2][Tile::kWidth / 2] = {}, radial[2][2] = {};
-#pragma unroll 1
-  for (int64 view = 0; view < x.padded_rows; view += Tile::kKeys) {
-    float s[2][Tile::kNumbers];
-    walk.similarities(s);
+  walk.add_gradients(grad, [&](float (&s)[2][Tile::kNumbers], int64 view) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int64 row = view + Tile::Places::column(number_of(0, i));
@@ -501,9 +486,7 @@ __device__ void conic_weight(const Arguments& x) {
             radial[block][slot] = fmaf(g, similarity, radial[block][slot]);
         }
     }
-    walk.accumulate(grad, s);
-  }
-  walk.finish();
+  });
 
   // dw = (dw^ - w^ (w^.dw^)) / |w|; a row below the epsilon was only scaled, so it has no projection. A warp
   // takes its keys one after the other, from shared memory, so that lanes read and write neighbouring

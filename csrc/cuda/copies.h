@@ -1,7 +1,5 @@
 // Tiles of rows on their way from global to shared memory, 16 bytes at a time, while others are multiplied.
 //
-// In shared memory a row has 16 bytes more than its numbers take. The 16 bytes that 8 rows have at one place
-// then lie in 8 different groups of banks, so matrices of 8 x 16 bytes are read without conflicts.
 #pragma once
 
 #include "numbers.h"
@@ -9,6 +7,15 @@
 namespace contrastive_ops {
 
 constexpr int kChunk = 16;  // bytes
+
+// A row has 16 bytes more than its numbers take. The 16 bytes that 8 rows have at one place then lie in 8
+// different groups of banks, so matrices of 8 x 16 bytes are read without conflicts.
+template <int kRows, int kRowBytes>
+struct Padded {
+  static constexpr int kStride = kRowBytes + kChunk, kBytes = kRows * kStride, kAlignment = kChunk;
+
+  __device__ static int offset(int row, int chunk) { return row * kStride + chunk * kChunk; }
+};
 
 #if __CUDA_ARCH__ >= 800
 constexpr bool kHasAsyncCopies = true;
@@ -48,13 +55,14 @@ __device__ void wait_for_copies() {
 }
 
 // Copies (kRows, kDepth) numbers of a matrix to shared memory, rounded to `Operand`, with zeros outside.
+// Where they lie is told by a `Layout`.
 //
 // kVectors says that rows are stored as they are multiplied, 16 bytes at a time: in the same dtype, their
 // numbers lie together, and every row begins at a multiple of 16 bytes and ends at one. These need no
 // register from compute capability 8.0 on. All others are loaded number by number, and only where they land,
 // for one that is in flight takes a register: other programs compute meanwhile. A thread has 16 bytes of a
 // row, and its neighbours those of the next rows, as they lie together in the order of MoCo's (D, K) queue.
-template <typename Operand, typename T, bool kVectors, int kRows, int kDepth, int kThreads>
+template <typename Operand, typename T, bool kVectors, int kRows, int kDepth, int kThreads, typename Layout>
 class TileCopy {
   static constexpr int kNumbers = kChunk / sizeof(Operand);  // of a chunk
   static constexpr int kChunksARow = kDepth / kNumbers;
@@ -63,8 +71,6 @@ class TileCopy {
   static constexpr bool kIsWhole = kChunks % kThreads == 0;
 
  public:
-  static constexpr int kRowBytes = kDepth * static_cast<int>(sizeof(Operand)) + kChunk;
-  static constexpr int kBytes = kRows * kRowBytes;
   static constexpr bool kAsync = kVectors && kHasAsyncCopies;
 
   // Begins to copy what `land` writes to shared memory, unless the copy is asynchronous and does by itself.
@@ -79,11 +85,12 @@ class TileCopy {
       const T* source = from.matrix.data + (first_row + row) * from.matrix.row + column;
       const int64 step = kRowStep * from.matrix.row;
       const bool has_column = column < from.dim;
+      const unsigned address = shared_address(to);
       if (kIsWhole && from.count - first_row >= kRows && first_column + kDepth <= from.dim) {
 #pragma unroll
         for (int i = 0; i < kEach; ++i, source += step) {
           if constexpr (kAsync)
-            copy_async(shared_address(to + offset_of(thread)) + i * kRowStep * kRowBytes, source);
+            copy_async(address + offset_of(i * kThreads + thread), source);
           else
             held_[i] = __ldg(reinterpret_cast<const uint4*>(source));
         }
@@ -93,8 +100,8 @@ class TileCopy {
           if (!kIsWhole && i * kThreads + thread >= kChunks) break;
           const bool inside = has_column && i * kRowStep < left;
           if constexpr (kAsync)
-            copy_async(shared_address(to + offset_of(thread)) + i * kRowStep * kRowBytes,
-                       inside ? source : from.matrix.data, inside);
+            copy_async(address + offset_of(i * kThreads + thread), inside ? source : from.matrix.data,
+                       inside);
           else
             held_[i] = inside ? __ldg(reinterpret_cast<const uint4*>(source)) : make_uint4(0, 0, 0, 0);
         }
@@ -122,12 +129,9 @@ class TileCopy {
 
  private:
   __device__ static int row_of(int chunk) { return kVectors ? chunk / kChunksARow : chunk % kRows; }
-  __device__ static int column_of(int chunk) {
-    return kNumbers * (kVectors ? chunk % kChunksARow : chunk / kRows);
-  }
-  __device__ static int offset_of(int chunk) {
-    return row_of(chunk) * kRowBytes + column_of(chunk) * static_cast<int>(sizeof(Operand));
-  }
+  __device__ static int place_of(int chunk) { return kVectors ? chunk % kChunksARow : chunk / kRows; }
+  __device__ static int column_of(int chunk) { return kNumbers * place_of(chunk); }
+  __device__ static int offset_of(int chunk) { return Layout::offset(row_of(chunk), place_of(chunk)); }
 
   __device__ static uint4 gather(const Rows<T>& from, int64 row, int64 column) {
     Operand numbers[kNumbers];

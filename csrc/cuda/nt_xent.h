@@ -234,11 +234,7 @@ __device__ void nt_xent_statistics(const Arguments& x) {
   }
   auto walk = walk_of_views<Tile>(x.unit, x.key_unit, begin, end, 0);
   walk.hold();
-  walk.prefetch();
-#pragma unroll 1
-  for (int64 key = begin; key < end; key += Tile::kKeys) {
-    float s[2][Tile::kNumbers];
-    walk.similarities(s);
+  walk.each_tile([&](float (&s)[2][Tile::kNumbers], int64 key) {
     const int64 left = keys - key;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
@@ -291,8 +287,7 @@ __device__ void nt_xent_statistics(const Arguments& x) {
       for (int view = 0; view < 2; ++view)
         row.instance[view] += instance[view], row.z[view] += z[view], row.d[view] += d[view];
     }
-  }
-  walk.finish();
+  });
 
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
@@ -435,12 +430,8 @@ __device__ void nt_xent_gradient(const Arguments& x) {
   }
   auto walk = walk_of_views<Tile>(x.rows.unit, x.key_rows.unit, begin, end, first_column);
   walk.hold();
-  walk.prefetch();
   float grad[2][Tile::kWidth / 2] = {};
-#pragma unroll 1
-  for (int64 key = begin; key < end; key += Tile::kKeys) {
-    float s[2][Tile::kNumbers];
-    walk.similarities(s);
+  walk.add_gradients(grad, [&](float (&s)[2][Tile::kNumbers], int64 key) {
     const int64 left = keys - key;
     // A key and its partner are neighbours, which one thread has, as it does a row and its partner.
 #pragma unroll
@@ -467,9 +458,7 @@ __device__ void nt_xent_gradient(const Arguments& x) {
 #pragma unroll
         for (float& g : s[view]) g = g == g ? fminf(fmaxf(g, -kLargestHalf), kLargestHalf) : g;
     }
-    walk.accumulate(grad, s);
-  }
-  walk.finish();
+  });
 
   const float factor = exp2f(-scales.shift);
 #pragma unroll

@@ -145,17 +145,59 @@ __device__ inline TwoParts two_parts(unsigned bits) {
 
 // ---- Engines ----
 //
-//   kFromRegisters                        whether rows may be held in registers
-//   load_rows(rows, step)                 a fragment of 16 rows in shared memory
-//   similarities<kSteps>(s, fragment, keys)  s[block] += X_block Nᵀ of kSteps times 32 bytes of depth;
-//                                         fragment(block, step) gives the rows
-//   accumulate(grad, g, keys)             grad[block] += g[block] N
-//
-// Rows in shared memory are `kRowBytes` apart.
+//   kFromRegisters            whether rows may be held in registers
+//   kIsAsync                  whether products go on after a function has returned; until `land` does, nobody
+//                             may touch what they write
+//   Layout<kRows>             how rows of kRowBytes lie in shared memory
+//   load_rows<kRows>(block, step)  a fragment of a warp's 16 rows of a block
+//   rows_at<kRows>(block, step)    the same, or what stands for it, of rows that are not held in registers
+//   similarities<kSteps>(s, fragment, keys, adds)  s[block] = X_block Nᵀ, or what it is added to, of kSteps
+//   times
+//                             32 bytes of depth; fragment(block, step) gives the rows
+//   accumulate(grad, g, keys, scratch)  grad[block] += g[block] N of the blocks that have a gradient; where
+//                             products are asynchronous, of rows from pack_rows<kGradients>(g), and no
+//                             scratch
+//   land<kLeft>(x)            waits for all products but those of the last kLeft calls; x is what others
+//   write
+
+// What engines have in common whose products are done when a function returns.
+template <typename Product, int kRowBytes>
+class SynchronousProduct {
+ public:
+  static constexpr bool kIsAsync = false;
+  template <int kRows>
+  using Layout = Padded<kRows, kRowBytes>;
+
+  template <int kRows>
+  __device__ static auto rows_at(const unsigned char* block, int step) {
+    return Product::template load_rows<kRows>(block, step);
+  }
+  template <int kLeft>
+  __device__ static void land() {}
+  template <int kLeft, int kBlocks, int kNumbers>
+  __device__ static void land(float (&)[kBlocks][kNumbers]) {}
+
+ protected:
+  static constexpr int kStride = Padded<1, kRowBytes>::kStride;  // bytes from row to row
+
+  __device__ static const unsigned char* own_rows(const unsigned char* block) {
+    return block + 16 * warp_index() * kStride;
+  }
+  template <int kBlocks, int kNumbers>
+  __device__ static void clear(float (&s)[kBlocks][kNumbers]) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) s[block][i] = 0;
+  }
+};
 
 // Tensor cores from compute capability 7.5 on.
 template <typename Operand, Precision kPrecision, int kRowBytes>
-class WarpProduct {
+class WarpProduct : public SynchronousProduct<WarpProduct<Operand, kPrecision, kRowBytes>, kRowBytes> {
+  using Base = SynchronousProduct<WarpProduct, kRowBytes>;
+  using Base::kStride;
+
   static constexpr bool kIsHalf = sizeof(Operand) == 2;
   static constexpr bool kIsExact = kPrecision == Precision::tf32x3;
 
@@ -167,10 +209,11 @@ class WarpProduct {
   static_assert(!IsSame<Operand, BFloat16>::value, "its rows are multiplied as float32");
 #endif
 
-  __device__ static RowFragment load_rows(const unsigned char* rows, int step) {
+  template <int kRows>
+  __device__ static RowFragment load_rows(const unsigned char* block, int step) {
     const int lane = lane_index();
     RowFragment fragment;
-    load_matrices(fragment.x, rows + (lane & 15) * kRowBytes + 32 * step + 16 * (lane >> 4));
+    load_matrices(fragment.x, Base::own_rows(block) + (lane & 15) * kStride + 32 * step + 16 * (lane >> 4));
     if constexpr (kPrecision == Precision::tf32) {
 #pragma unroll
       for (unsigned& x : fragment.x) x = to_tf32(x);
@@ -178,11 +221,12 @@ class WarpProduct {
     return fragment;
   }
 
-  template <int kSteps, int kBlocks, int kNumbers, typename Fragment>
+  template <int kSteps, bool kAdds, int kBlocks, int kNumbers, typename Fragment>
   __device__ static void similarities(float (&s)[kBlocks][kNumbers], const Fragment& fragment,
                                       const unsigned char* keys) {
+    if constexpr (!kAdds) Base::clear(s);
     const int lane = lane_index();
-    const unsigned char* from = keys + ((lane & 7) + 8 * (lane >> 4)) * kRowBytes + 16 * ((lane >> 3) & 1);
+    const unsigned char* from = keys + ((lane & 7) + 8 * (lane >> 4)) * kStride + 16 * ((lane >> 3) & 1);
     constexpr int kTiles = kNumbers / 4;  // of 8 keys
     if constexpr (!kIsExact) {
 #pragma unroll
@@ -193,7 +237,7 @@ class WarpProduct {
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile += 2) {
           unsigned b[4];
-          load_matrices(b, from + 8 * tile * kRowBytes + 32 * step);
+          load_matrices(b, from + 8 * tile * kStride + 32 * step);
           if constexpr (!kIsHalf) {
 #pragma unroll
             for (unsigned& x : b) x = to_tf32(x);
@@ -223,7 +267,7 @@ class WarpProduct {
 #pragma unroll
           for (int step = 0; step < 2; ++step) {
             unsigned b[4], b_high[4], b_low[4];
-            load_matrices(b, from + 8 * tile * kRowBytes + 32 * (first + step));
+            load_matrices(b, from + 8 * tile * kStride + 32 * (first + step));
             split_fragment(b, b_high, b_low);
 #pragma unroll
             for (int block = 0; block < kBlocks; ++block)
@@ -244,8 +288,8 @@ class WarpProduct {
     }
   }
 
-  template <int kBlocks, int kColumns, int kNumbers>
-  __device__ static void accumulate(float (&grad)[kBlocks][kColumns], const float (&g)[kBlocks][kNumbers],
+  template <int kGradients, int kColumns, int kBlocks, int kNumbers>
+  __device__ static void accumulate(float (&grad)[kGradients][kColumns], const float (&g)[kBlocks][kNumbers],
                                     const unsigned char* keys, unsigned char*) {
     if constexpr (kIsHalf)
       accumulate_half(grad, g, keys);
@@ -263,25 +307,25 @@ class WarpProduct {
   }
 
   // A thread's share of s, of two tiles of 8 keys, is its share of 16 rows of g as they are multiplied.
-  template <int kBlocks, int kColumns, int kNumbers>
-  __device__ static void accumulate_half(float (&grad)[kBlocks][kColumns],
+  template <int kGradients, int kColumns, int kBlocks, int kNumbers>
+  __device__ static void accumulate_half(float (&grad)[kGradients][kColumns],
                                          const float (&g)[kBlocks][kNumbers], const unsigned char* keys) {
     const int lane = lane_index();
-    const unsigned char* from = keys + (lane & 15) * kRowBytes + 16 * (lane >> 4);
+    const unsigned char* from = keys + (lane & 15) * kStride + 16 * (lane >> 4);
 #pragma unroll
     for (int tile = 0; tile < kNumbers / 8; ++tile) {  // of 16 keys
-      unsigned a[kBlocks][4];
+      unsigned a[kGradients][4];
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block)
+      for (int block = 0; block < kGradients; ++block)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           a[block][i] = pack<Operand>(g[block][8 * tile + 2 * i], g[block][8 * tile + 2 * i + 1]);
 #pragma unroll
       for (int columns = 0; columns < kColumns / 8; ++columns) {  // of 16 dimensions
         unsigned b[4];
-        load_matrices_transposed(b, from + 16 * tile * kRowBytes + 32 * columns);
+        load_matrices_transposed(b, from + 16 * tile * kStride + 32 * columns);
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
+        for (int block = 0; block < kGradients; ++block) {
           multiply<Operand>(&grad[block][8 * columns], a[block], b[0], b[1]);
           multiply<Operand>(&grad[block][8 * columns + 4], a[block], b[2], b[3]);
         }
@@ -291,15 +335,15 @@ class WarpProduct {
 
   // Here a thread has the keys 2 t and 2 t + 1 of eight, where the units expect t and t + 4. The order of
   // keys is no matter: N is loaded in the same.
-  template <int kBlocks, int kColumns, int kNumbers>
-  __device__ static void accumulate_float(float (&grad)[kBlocks][kColumns],
+  template <int kGradients, int kColumns, int kBlocks, int kNumbers>
+  __device__ static void accumulate_float(float (&grad)[kGradients][kColumns],
                                           const float (&g)[kBlocks][kNumbers], const unsigned char* keys) {
     const int lane = lane_index();
-    const unsigned char* from = keys + 2 * (lane & 3) * kRowBytes + 4 * (lane >> 2);
+    const unsigned char* from = keys + 2 * (lane & 3) * kStride + 4 * (lane >> 2);
     constexpr int kTiles = kNumbers / 4;
-    unsigned a[kBlocks][kTiles][4];
+    unsigned a[kGradients][kTiles][4];
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
+    for (int block = 0; block < kGradients; ++block)
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -309,16 +353,16 @@ class WarpProduct {
         }
 #pragma unroll
     for (int column = 0; column < kColumns / 4; ++column) {  // of 8 dimensions
-      float sum[kBlocks][4] = {};
+      float sum[kGradients][4] = {};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const unsigned char* place = from + 8 * tile * kRowBytes + 32 * column;
+        const unsigned char* place = from + 8 * tile * kStride + 32 * column;
         const unsigned b0 = *reinterpret_cast<const unsigned*>(place);
-        const unsigned b1 = *reinterpret_cast<const unsigned*>(place + kRowBytes);
+        const unsigned b1 = *reinterpret_cast<const unsigned*>(place + kStride);
         if constexpr (kIsExact) {
           const TwoParts first = two_parts(b0), second = two_parts(b1);
 #pragma unroll
-          for (int block = 0; block < kBlocks; ++block) {
+          for (int block = 0; block < kGradients; ++block) {
             unsigned high[4], low[4];
             split_fragment(a[block][tile], high, low);
             multiply<float>(sum[block], low, first.high, second.high);
@@ -327,13 +371,13 @@ class WarpProduct {
           }
         } else {
 #pragma unroll
-          for (int block = 0; block < kBlocks; ++block)
+          for (int block = 0; block < kGradients; ++block)
             multiply<float>(&grad[block][4 * column], a[block][tile], to_tf32(b0), to_tf32(b1));
         }
       }
       if constexpr (kIsExact) {
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
+        for (int block = 0; block < kGradients; ++block)
 #pragma unroll
           for (int i = 0; i < 4; ++i) grad[block][4 * column + i] += sum[block][i];
       }
@@ -344,7 +388,10 @@ class WarpProduct {
 // Float32 by multiply-adds, where there are no tensor cores for it. Rows are read from shared memory, 4
 // numbers at a time, which lanes that need the same share.
 template <int kRowBytes>
-class ThreadProduct {
+class ThreadProduct : public SynchronousProduct<ThreadProduct<kRowBytes>, kRowBytes> {
+  using Base = SynchronousProduct<ThreadProduct, kRowBytes>;
+  using Base::kStride;
+
  public:
   static constexpr bool kFromRegisters = false;
   static constexpr int kScratchBytes = 0;
@@ -354,11 +401,15 @@ class ThreadProduct {
   struct Place {
     const unsigned char* rows;
   };
-  __device__ static Place load_rows(const unsigned char* rows, int step) { return {rows + 32 * step}; }
+  template <int kRows>
+  __device__ static Place load_rows(const unsigned char* block, int step) {
+    return {Base::own_rows(block) + 32 * step};
+  }
 
-  template <int kSteps, int kBlocks, int kNumbers, typename Fragment>
+  template <int kSteps, bool kAdds, int kBlocks, int kNumbers, typename Fragment>
   __device__ static void similarities(float (&s)[kBlocks][kNumbers], const Fragment& fragment,
                                       const unsigned char* keys) {
+    if constexpr (!kAdds) Base::clear(s);
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -385,25 +436,25 @@ class ThreadProduct {
     }
   }
 
-  template <int kBlocks, int kColumns, int kNumbers>
-  __device__ static void accumulate(float (&grad)[kBlocks][kColumns], const float (&g)[kBlocks][kNumbers],
+  template <int kGradients, int kColumns, int kBlocks, int kNumbers>
+  __device__ static void accumulate(float (&grad)[kGradients][kColumns], const float (&g)[kBlocks][kNumbers],
                                     const unsigned char* keys, unsigned char*) {
     const int lane = lane_index();
 #pragma unroll
     for (int key = 0; key < kNumbers * 2; ++key) {
       const int owner = (lane & ~3) | ((key & 7) >> 1);
-      float own[kBlocks][2];
+      float own[kGradients][2];
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block)
+      for (int block = 0; block < kGradients; ++block)
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot)
           own[block][slot] = __shfl_sync(0xffffffff, g[block][4 * (key >> 3) + 2 * slot + (key & 1)], owner);
 #pragma unroll
       for (int column = 0; column < kColumns / 4; ++column) {
         const float2 n =
-            *reinterpret_cast<const float2*>(keys + key * kRowBytes + 32 * column + 8 * (lane & 3));
+            *reinterpret_cast<const float2*>(keys + key * kStride + 32 * column + 8 * (lane & 3));
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
+        for (int block = 0; block < kGradients; ++block)
 #pragma unroll
           for (int slot = 0; slot < 2; ++slot) {
             float* sum = &grad[block][4 * column + 2 * slot];
@@ -416,13 +467,16 @@ class ThreadProduct {
 
  private:
   __device__ static float4 at(const unsigned char* rows, int row) {
-    return *reinterpret_cast<const float4*>(rows + row * kRowBytes);
+    return *reinterpret_cast<const float4*>(rows + row * kStride);
   }
 };
 
 // Volta's tensor cores: mma.m8n8k4 of four quad pairs, in which a thread has 4 numbers of a row.
 template <int kRowBytes>
-class QuadPairProduct {
+class QuadPairProduct : public SynchronousProduct<QuadPairProduct<kRowBytes>, kRowBytes> {
+  using Base = SynchronousProduct<QuadPairProduct, kRowBytes>;
+  using Base::kStride;
+
  public:
   static constexpr bool kFromRegisters = false;
   static constexpr int kScratchBytes = 16 * (2 * 32 + kChunk);  // of a warp: g of 16 rows and 32 keys
@@ -431,11 +485,15 @@ class QuadPairProduct {
   struct Place {
     const unsigned char* rows;
   };
-  __device__ static Place load_rows(const unsigned char* rows, int step) { return {rows + 32 * step}; }
+  template <int kRows>
+  __device__ static Place load_rows(const unsigned char* block, int step) {
+    return {Base::own_rows(block) + 32 * step};
+  }
 
-  template <int kSteps, int kBlocks, int kNumbers, typename Fragment>
+  template <int kSteps, bool kAdds, int kBlocks, int kNumbers, typename Fragment>
   __device__ static void similarities(float (&s)[kBlocks][kNumbers], const Fragment& fragment,
                                       const unsigned char* keys) {
+    if constexpr (!kAdds) Base::clear(s);
     const int own = (lane_index() & 3) + 4 * (lane_index() >> 4);  // row of A, column of B in the quad pair
 #pragma unroll
     for (int step = 0; step < 2 * kSteps; ++step) {
@@ -443,11 +501,11 @@ class QuadPairProduct {
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block)
         rows[block] = *reinterpret_cast<const uint4*>(fragment(block, 0).rows + 16 * step +
-                                                      (8 * Places::pair_row() + own) * kRowBytes);
+                                                      (8 * Places::pair_row() + own) * kStride);
 #pragma unroll
       for (int tile = 0; tile < kNumbers / 8; ++tile) {  // of 16 keys
         const uint4 key = *reinterpret_cast<const uint4*>(
-            keys + 16 * step + (16 * tile + 8 * Places::pair_column() + own) * kRowBytes);
+            keys + 16 * step + (16 * tile + 8 * Places::pair_column() + own) * kStride);
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
           multiply_columns(&s[block][8 * tile], rows[block].x, rows[block].y, key.x, key.y);
@@ -457,8 +515,8 @@ class QuadPairProduct {
     }
   }
 
-  template <int kBlocks, int kColumns, int kNumbers>
-  __device__ static void accumulate(float (&grad)[kBlocks][kColumns], const float (&g)[kBlocks][kNumbers],
+  template <int kGradients, int kColumns, int kBlocks, int kNumbers>
+  __device__ static void accumulate(float (&grad)[kGradients][kColumns], const float (&g)[kBlocks][kNumbers],
                                     const unsigned char* keys, unsigned char* scratch) {
     constexpr int kScratchRow = 2 * 32 + kChunk;
     constexpr int kEach = kNumbers < 16 ? kNumbers : 16;  // of a thread's share, for 16 or 32 keys
@@ -467,9 +525,9 @@ class QuadPairProduct {
     const int lane = lane_index(), own = (lane & 3) + 4 * (lane >> 4);
 #pragma unroll
     for (int first = 0; first < kNumbers; first += kEach) {
-      uint2 a[kBlocks][kSteps];
+      uint2 a[kGradients][kSteps];
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
+      for (int block = 0; block < kGradients; ++block) {
         __syncwarp();
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot)
@@ -489,10 +547,10 @@ class QuadPairProduct {
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
           const uint2 n = *reinterpret_cast<const uint2*>(
-              keys + (2 * first + 4 * step + (lane & 3)) * kRowBytes + 32 * column +
+              keys + (2 * first + 4 * step + (lane & 3)) * kStride + 32 * column +
               2 * (8 * Places::pair_column() + 4 * (lane >> 4)));
 #pragma unroll
-          for (int block = 0; block < kBlocks; ++block)
+          for (int block = 0; block < kGradients; ++block)
             multiply_rows(&grad[block][8 * column], a[block][step].x, a[block][step].y, n.x, n.y);
         }
     }

@@ -4,10 +4,14 @@
 // A warp holds 16 rows of one or two blocks (query and key of CO2, both views of NT-Xent, or twice as many
 // views of ConIC), so that a fragment of keys from shared memory is multiplied twice. It has all keys of a
 // tile to itself, so warps exchange nothing; a barrier a step tells that its tile is there for all, and that
-// the one before is no longer needed.
+// an earlier one is no longer needed.
+//
+// Where products are asynchronous a walk is ahead: the similarities of the next tile are computed while a
+// kernel makes something of those of this one, and what this one adds to the gradient while it goes on to the
+// next.
 #pragma once
 
-#include "products.h"
+#include "warpgroups.h"
 
 namespace contrastive_ops {
 
@@ -30,17 +34,24 @@ struct WalkTile {
   static constexpr int kRows = kRows_, kWarps = kRows_ / 16, kThreads = 32 * kWarps;
   static constexpr int kKeys = Shape::keys, kDepth = Shape::depth, kWidth = Shape::width;
   static constexpr bool kChunked = Shape::chunked;
-  static constexpr int kStages = kStages_ > 2 ? kStages_ : 2;
   static constexpr bool kVectors = kVectors_;
 
-  static constexpr int kRowBytes = kDepth * static_cast<int>(sizeof(Operand)) + kChunk;
-  static constexpr int kSteps = kDepth * static_cast<int>(sizeof(Operand)) / 32;
+  static constexpr int kRowBytes = kDepth * static_cast<int>(sizeof(Operand));
+  static constexpr int kSteps = kRowBytes / 32;
   using Product = typename Engine<Operand, kPrecision, kRowBytes>::type;
   using Places = typename Product::Places;
+  using Block = typename Product::template Layout<kRows>;
+  using Keys = typename Product::template Layout<kKeys>;
+
+  // Tiles that are not to be written yet when another begins to be copied: the one that is multiplied, and
+  // where a walk is ahead with a gradient, the one before it.
+  static constexpr bool kAhead = Product::kIsAsync && !kChunked;
+  static constexpr int kInUse = kAhead && kWidth > 0 ? 2 : 1;
+  static constexpr int kStages = kStages_ > kInUse + 1 ? kStages_ : kInUse + 1;
 
   // Rows that are not loaded again for every tile stay in registers, where these hold them beside the
   // gradients.
-  static constexpr int kHeldRegisters = kBlocks * kDepth * static_cast<int>(sizeof(Operand)) / 8;
+  static constexpr int kHeldRegisters = kBlocks * kRowBytes / 8;
   static constexpr bool kInRegisters =
       !kChunked && Product::kFromRegisters && kHeldRegisters + kGradients * kWidth / 2 <= 128;
   static constexpr int kNumbers = kKeys / 2;  // of a tile, a thread's share
@@ -66,7 +77,7 @@ class Walk {
   static constexpr int kBlocks = Tile::kBlocks;
   using Operand = typename Tile::Operand;
   using Product = typename Tile::Product;
-  static constexpr int kBlockBytes = Tile::kRows * Tile::kRowBytes, kKeyBytes = Tile::kKeys * Tile::kRowBytes;
+  static constexpr int kBlockBytes = Tile::Block::kBytes, kKeyBytes = Tile::Keys::kBytes;
   static constexpr bool kHeldInShared = !Tile::kChunked && !Tile::kInRegisters;
   static constexpr int kHeldBytes = kHeldInShared ? kBlocks * kBlockBytes : 0;
   static constexpr int kStageBytes = kKeyBytes + (Tile::kChunked ? kBlocks * kBlockBytes : 0);
@@ -74,10 +85,13 @@ class Walk {
   static constexpr int kBytes = kScratch + (Tile::kWidth ? Tile::kWarps * Product::kScratchBytes : 0);
   static constexpr int kOtherBytes =
       kBlockBytes > kBytesAfter ? kBlockBytes : kBytesAfter;  // before, or after
-  static_assert(SharedMemory<(kBytes > kOtherBytes ? kBytes : kOtherBytes)>::contrastive_ops_shared_bytes >
-                0);
-  template <typename T, int kRows>
-  using Copy = TileCopy<Operand, T, Tile::kVectors, kRows, Tile::kDepth, Tile::kThreads>;
+  // Memory begins at a multiple of `kChunk`, and is used from where the layout wants it.
+  static constexpr int kAlignment = Tile::Keys::kAlignment;
+  static_assert(SharedMemory<(kBytes > kOtherBytes ? kBytes : kOtherBytes) + kAlignment -
+                             kChunk>::contrastive_ops_shared_bytes > 0);
+  template <typename T, typename Layout, int kRows>
+  using Copy = TileCopy<Operand, T, Tile::kVectors, kRows, Tile::kDepth, Tile::kThreads, Layout>;
+  using Similarities = float[kBlocks][Tile::kNumbers];
 
  public:
   __device__ Walk(const Rows<T1>& rows1, const Rows<T2>& rows2, int64 first_row1, int64 first_row2,
@@ -87,13 +101,12 @@ class Walk {
         keys_(keys),
         first_row1_(first_row1),
         first_row2_(first_row2),
+        begin_(begin),
         end_(end),
         first_out_column_(first_out_column),
-        chunks_(Tile::kChunked ? static_cast<int>((keys.dim + Tile::kDepth - 1) / Tile::kDepth) : 1) {
-    restart(begin);
-  }
+        chunks_(Tile::kChunked ? static_cast<int>((keys.dim + Tile::kDepth - 1) / Tile::kDepth) : 1) {}
 
-  // Before the first tile. Rows that stay are loaded once.
+  // Before the first walk. Rows that stay are loaded once.
   __device__ void hold() {
     if constexpr (Tile::kInRegisters) {
       hold_in_registers<0>(rows1_, first_row1_);
@@ -104,65 +117,84 @@ class Walk {
     }
   }
 
-  // Begins to copy the first tiles of a range.
-  __device__ void restart(int64 begin) {
-    key_ = begin, chunk_ = 0;
-    stage_ = 0, fetch_stage_ = 0;
-  }
-  __device__ void prefetch() {
-    if constexpr (kAsync) {
-#pragma unroll
-      for (int i = 0; i < Tile::kStages - 1; ++i) fetch();
-    } else {
-      fetch();
-    }
-  }
-
-  // s = X N^T of a tile, for each block.
-  __device__ void similarities(float (&s)[kBlocks][Tile::kNumbers]) {
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-      for (int i = 0; i < Tile::kNumbers; ++i) s[block][i] = 0;
-    if constexpr (Tile::kChunked) {
+  // Calls use(s, key) for each tile in its order, with its similarities s[block] = X_block N^T, which it may
+  // write to, and its first key.
+  template <typename Use>
+  __device__ void each_tile(Use use) {
+    static_assert(Tile::kWidth == 0);
+    start();
+    int64 key = begin_;
+    if constexpr (Tile::kAhead) {
+      Similarities s[2];
+      begin_tile(s[0]);
 #pragma unroll 1
-      for (int chunk = 0; chunk < chunks_; ++chunk) {
-        const unsigned char* tile = next();
-        multiply(s, tile, tile + kKeyBytes);
+      for (; key + 2 * Tile::kKeys < end_; key += 2 * Tile::kKeys) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          Product::template land<0>(s[i]);
+          begin_tile(s[1 - i]);
+          use(s[i], key + i * Tile::kKeys);
+        }
+      }
+#pragma unroll 1
+      for (;; key += Tile::kKeys) {
+        Product::template land<0>(s[0]);
+        use(s[0], key);
+        if (key + Tile::kKeys >= end_) break;
+        begin_tile(s[0]);
       }
     } else {
-      tile_ = next();
-      multiply(s, tile_, shared());
+#pragma unroll 1
+      for (; key < end_; key += Tile::kKeys) {
+        Similarities s;
+        begin_tile(s);
+        Product::template land<0>(s);
+        use(s, key);
+      }
     }
+    finish();
   }
 
-  // grad += g N of the tile whose similarities were computed last.
-  template <int kGradients, int kColumns>
-  __device__ void accumulate(float (&grad)[kGradients][kColumns],
-                             const float (&g)[kGradients][Tile::kNumbers]) {
+  // grad[block] += g[block] N of each tile in its order, where pull(s, key) makes g of its similarities, in
+  // their place; the gradients are those of the first blocks.
+  template <int kGradients, int kColumns, typename Pull>
+  __device__ void add_gradients(float (&grad)[kGradients][kColumns], Pull pull) {
     static_assert(kGradients == Tile::kGradients && kColumns == Tile::kWidth / 2);
-    unsigned char* scratch = shared() + kScratch + warp_index() * Product::kScratchBytes;
-    if constexpr (Tile::kChunked) {
-#pragma unroll
-      for (int chunk = 0; chunk < Tile::kWidthChunks; ++chunk) {
-        const unsigned char* tile = next();
-        float part[kGradients][Tile::kDepth / 2];
-#pragma unroll
-        for (int block = 0; block < kGradients; ++block)
-#pragma unroll
-          for (int i = 0; i < Tile::kDepth / 2; ++i)
-            part[block][i] = grad[block][chunk * (Tile::kDepth / 2) + i];
-        Product::accumulate(part, g, tile, scratch);
-#pragma unroll
-        for (int block = 0; block < kGradients; ++block)
-#pragma unroll
-          for (int i = 0; i < Tile::kDepth / 2; ++i)
-            grad[block][chunk * (Tile::kDepth / 2) + i] = part[block][i];
+    start();
+    int64 key = begin_;
+    Similarities s;
+    if constexpr (Tile::kAhead) {
+      const unsigned char* tile = begin_tile(s);
+      Product::template land<0>(s);
+      pull(s, key);
+      auto g = Product::template pack_rows<kGradients>(s);
+#pragma unroll 1
+      for (key += Tile::kKeys; key < end_; key += Tile::kKeys) {
+        const unsigned char* next_tile = begin_tile(s);
+        Product::accumulate(grad, g, tile);
+        Product::template land<1>(s);
+        pull(s, key);
+        Product::template land<0>();  // what products read is not to be written before
+        g = Product::template pack_rows<kGradients>(s);
+        tile = next_tile;
       }
+      Product::accumulate(grad, g, tile);
+      Product::template land<0>(grad);
     } else {
-      if constexpr (kFetchesLate) fetch();
-      Product::accumulate(grad, g, tile_, scratch);
+#pragma unroll 1
+      for (; key < end_; key += Tile::kKeys) {
+        [[maybe_unused]] const unsigned char* tile = begin_tile(s);
+        Product::template land<0>(s);
+        pull(s, key);
+        if constexpr (Tile::kChunked) {
+          accumulate_chunks(grad, s);
+        } else {
+          if constexpr (kFetchesLate) fetch();
+          accumulate(grad, s, tile);
+        }
+      }
     }
+    finish();
   }
 
   // Room for a warp's numbers, after the walk.
@@ -172,27 +204,22 @@ class Walk {
     return reinterpret_cast<T*>(shared()) + warp_index() * kCount;
   }
 
-  // After the last tile: nothing may be in flight where a kernel ends, or a range begins anew.
-  __device__ void finish() {
-    wait_for_copies<0>();
-    __syncthreads();
-  }
-
  private:
-  static constexpr bool kAsync = Copy<N, Tile::kKeys>::kAsync;
+  using KeyCopy = Copy<N, typename Tile::Keys, Tile::kKeys>;
+  static constexpr bool kAsync = KeyCopy::kAsync;
   // A tile on its way through registers would take those that similarities need beside the gradients.
-  static constexpr bool kFetchesLate = !kAsync && !Tile::kChunked && Tile::kWidth > 0;
+  static constexpr bool kFetchesLate =
+      Tile::kVectors && !kHasAsyncCopies && !Tile::kChunked && Tile::kWidth > 0;
 
-  __device__ static unsigned char* shared() { return reinterpret_cast<unsigned char*>(shared_memory); }
-  __device__ static unsigned char* stage(int index) { return shared() + kHeldBytes + index * kStageBytes; }
-  // The rows of a warp in a block.
-  __device__ static const unsigned char* own_rows(const unsigned char* blocks, int block) {
-    return blocks + block * kBlockBytes + 16 * warp_index() * Tile::kRowBytes;
+  __device__ static unsigned char* shared() {
+    unsigned char* const memory = reinterpret_cast<unsigned char*>(shared_memory);
+    if constexpr (kAlignment == kChunk) return memory;
+    return memory + (-shared_address(memory) & (kAlignment - 1));
   }
-
+  __device__ static unsigned char* stage(int index) { return shared() + kHeldBytes + index * kStageBytes; }
   template <int kBlock, typename T>
   __device__ void hold_in_registers(const Rows<T>& rows, int64 first_row) {
-    Copy<T, Tile::kRows> copy;
+    Copy<T, typename Tile::Block, Tile::kRows> copy;
     __syncthreads();  // what another warp still reads there
     copy.begin(shared(), rows, first_row, 0);
     commit_copies();
@@ -201,13 +228,13 @@ class Walk {
     __syncthreads();
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step)
-      held_[kBlock][step] = Product::load_rows(own_rows(shared(), 0), step);
+      held_[kBlock][step] = Product::template load_rows<Tile::kRows>(shared(), step);
     __syncthreads();
   }
 
   template <typename T>
   __device__ void hold_in_shared(const Rows<T>& rows, int64 first_row, int block) {
-    Copy<T, Tile::kRows> copy;
+    Copy<T, typename Tile::Block, Tile::kRows> copy;
     unsigned char* to = shared() + block * kBlockBytes;
     copy.begin(to, rows, first_row, 0);
     commit_copies();
@@ -247,36 +274,107 @@ class Walk {
         if constexpr (kBlocks == 2) copy2_.land(tile + kKeyBytes + kBlockBytes, rows2_);
       }
     }
-    if constexpr (kAsync) wait_for_copies<Tile::kStages - 2>();
+    if constexpr (kAsync) wait_for_copies<Tile::kStages - Tile::kInUse - 1>();
+    if constexpr (Product::kIsAsync) show_to_products();
     __syncthreads();
     if constexpr (!kFetchesLate) fetch();
     if (++stage_ == Tile::kStages) stage_ = 0;
     return tile;
   }
 
-  __device__ void multiply(float (&s)[kBlocks][Tile::kNumbers], const unsigned char* tile,
-                           const unsigned char* blocks) const {
+  // Begins to copy the first tiles.
+  __device__ void start() {
+    key_ = begin_, chunk_ = 0;
+    stage_ = 0, fetch_stage_ = 0;
+#pragma unroll
+    for (int i = 0; i < (kAsync ? Tile::kStages - Tile::kInUse : 1); ++i) fetch();
+  }
+
+  // Nothing may be in flight where a kernel ends, walks again, or uses the memory for something else.
+  __device__ static void finish() {
+    wait_for_copies<0>();
+    Product::template land<0>();
+    __syncthreads();
+  }
+
+  template <int kGradients, int kColumns>
+  __device__ static void accumulate(float (&grad)[kGradients][kColumns], const Similarities& g,
+                                    const unsigned char* tile) {
+    if constexpr (Product::kIsAsync) {
+      Product::accumulate(grad, Product::template pack_rows<kGradients>(g), tile);
+      Product::template land<0>(grad);
+    } else {
+      Product::accumulate(grad, g, tile, shared() + kScratch + warp_index() * Product::kScratchBytes);
+    }
+  }
+
+  template <int kGradients, int kColumns>
+  __device__ void accumulate_chunks(float (&grad)[kGradients][kColumns], const Similarities& g) {
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kWidthChunks; ++chunk) {
+      const unsigned char* tile = next();
+      float part[kGradients][Tile::kDepth / 2];
+#pragma unroll
+      for (int block = 0; block < kGradients; ++block)
+#pragma unroll
+        for (int i = 0; i < Tile::kDepth / 2; ++i)
+          part[block][i] = grad[block][chunk * (Tile::kDepth / 2) + i];
+      accumulate(part, g, tile);
+#pragma unroll
+      for (int block = 0; block < kGradients; ++block)
+#pragma unroll
+        for (int i = 0; i < Tile::kDepth / 2; ++i)
+          grad[block][chunk * (Tile::kDepth / 2) + i] = part[block][i];
+    }
+  }
+
+  // Begins s = X N^T of the next tile, for each block; the tile.
+  __device__ const unsigned char* begin_tile(Similarities& s) {
+    const unsigned char* tile = nullptr;
+    if constexpr (Tile::kChunked) {
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+        for (int i = 0; i < Tile::kNumbers; ++i) s[block][i] = 0;
+#pragma unroll 1
+      for (int chunk = 0; chunk < chunks_; ++chunk) {
+        tile = next();
+        multiply<true>(s, tile, tile + kKeyBytes);
+        Product::template land<0>(s);
+      }
+    } else {
+      tile = next();
+      multiply<false>(s, tile, shared());
+    }
+    return tile;
+  }
+
+  template <bool kAdds>
+  __device__ void multiply(Similarities& s, const unsigned char* tile, const unsigned char* blocks) const {
     if constexpr (Tile::kInRegisters)
-      Product::template similarities<Tile::kSteps>(
+      Product::template similarities<Tile::kSteps, kAdds>(
           s, [&](int block, int step) { return held_[block][step]; }, tile);
     else
-      Product::template similarities<Tile::kSteps>(
-          s, [&](int block, int step) { return Product::load_rows(own_rows(blocks, block), step); }, tile);
+      Product::template similarities<Tile::kSteps, kAdds>(
+          s,
+          [&](int block, int step) {
+            return Product::template rows_at<Tile::kRows>(blocks + block * kBlockBytes, step);
+          },
+          tile);
   }
 
   const Rows<T1> rows1_;
   const Rows<T2> rows2_;
   const Rows<N> keys_;
-  const int64 first_row1_, first_row2_, end_, first_out_column_;
+  const int64 first_row1_, first_row2_, begin_, end_, first_out_column_;
   const int chunks_;
 
   int64 key_;  // of the step that is to be copied next, as is `chunk_`
   int chunk_, stage_, fetch_stage_;
   bool is_in_flight_ = false;  // whether rows are, beside keys
-  const unsigned char* tile_ = nullptr;
-  Copy<N, Tile::kKeys> key_copy_;
-  Copy<T1, Tile::kRows> copy1_;
-  Copy<T2, Tile::kRows> copy2_;
+  KeyCopy key_copy_;
+  Copy<T1, typename Tile::Block, Tile::kRows> copy1_;
+  Copy<T2, typename Tile::Block, Tile::kRows> copy2_;
   RowFragment held_[Tile::kInRegisters ? kBlocks : 1][Tile::kInRegisters ? Tile::kSteps : 1];
 };
 

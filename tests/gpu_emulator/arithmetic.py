@@ -271,7 +271,7 @@ TABLE += [
     (r"div\.rn\.(?P<type>f64)", _apply(_divide)),
     (r"div\.(?P<type>[us](32|64))", _apply(_divide)),
     (r"rem\.(?P<type>[us](32|64))", _apply(_remainder)),
-    (rf"(neg)(\.ftz)?\.(?P<type>{_FLOAT}|s32|s64)", _apply(np.negative)),
+    (rf"(neg)(\.ftz)?\.(?P<type>{_FLOAT}|s16|s32|s64)", _apply(np.negative)),
     (rf"abs(\.ftz)?\.(?P<type>{_FLOAT}|s32|s64)", _apply(np.abs)),
     (rf"min(\.ftz)?\.(?P<type>{_FLOAT})", _apply(np.fmin)),
     (rf"max(\.ftz)?\.(?P<type>{_FLOAT})", _apply(np.fmax)),

@@ -178,6 +178,7 @@ def _serve_by_cuda(capability: tuple[int, int], multiprocessors: int, emulates: 
     """What is compiled is PTX where it is to be emulated, and machine code as for a GPU where it is not."""
     from contrastive_ops import cuda
     from contrastive_ops.cuda import _launch as host
+    from contrastive_ops.cuda._compiler import architecture
     from contrastive_ops.cuda._driver import Run
     from contrastive_ops.gpu.launch import Chip
 
@@ -200,7 +201,7 @@ def _serve_by_cuda(capability: tuple[int, int], multiprocessors: int, emulates: 
             return 0
 
         def target(self, device: int) -> str:
-            return f"{'compute' if emulates else 'sm'}_{capability[0]}{capability[1]}"
+            return f"{'compute' if emulates else 'sm'}_{architecture(capability)}"
 
         def run(self, *arguments: Any) -> Run:
             return EmulatedRun(*arguments) if emulates else Run(*arguments)

@@ -191,7 +191,8 @@ def _wgmma(decoder: Decoder, match: Match, operands: Operands) -> Execute:
         # The registers of a warp's 16 rows: (warps, halves, 8, columns / 8, 4, 2) in that order.
         product = product.reshape(-1, 2, 8, columns // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
         product = product.reshape(columns // 2, -1)
-        adds_some, adds_all = add.any(), add.all()
+        of_active = add if mask is None else add[mask]
+        adds_some, adds_all = of_active.any(), add.all()
         for put, total, part in zip(puts, totals, product, strict=True):
             if adds_some:
                 before = total(b).view(np.float32)
