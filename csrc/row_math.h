@@ -32,34 +32,60 @@ struct Parts {
   long long count, stride;
 };
 
-// A part's sums are relative to its own maxima: they move to the maxima of all parts, and so does every d.
-// Where there is but one part, it is the total, and exponentials of 0 are saved.
+// e^x; where a part has the maxima of all, as it has where none was looked for, no exponential is needed.
+CONTRASTIVE_OPS_HOST_DEVICE inline double exponential(double x) {
+  return x == 0 ? 1 : exp(x);
+}
+
+// A part's sums are relative to its own maxima: they move to those of the total, which are the maxima of all
+// parts, and so does every d.
+CONTRASTIVE_OPS_HOST_DEVICE inline void raise(CO2Partial& total, const CO2Partial& part) {
+  total.max_s = larger(part.max_s, total.max_s), total.max_y = larger(part.max_y, total.max_y);
+}
+CONTRASTIVE_OPS_HOST_DEVICE inline void add(CO2Partial& total, const CO2Partial& part,
+                                            const CO2Settings& settings) {
+  const double tau_c = settings.consistency_temperature;
+  const double moved_s = part.max_s - total.max_s, moved_y = part.max_y - total.max_y;
+  total.rank += part.rank;
+  total.z_instance += part.z_instance * exponential(moved_s / settings.temperature);
+  if (part.z_query == 0) return;  // no term, or a part without keys, whose maxima are none
+  const double shift = moved_s - moved_y;
+  const double scale_query = exponential(moved_s / tau_c), scale_key = exponential(moved_y / tau_c);
+  total.d_query += (part.d_query + shift * part.z_query) * scale_query;
+  total.d_key += (part.d_key + shift * part.z_key) * scale_key;
+  total.z_query += part.z_query * scale_query;
+  total.z_key += part.z_key * scale_key;
+}
+
+// `max_y` is the maximum of the row's positive, which the row's d is relative to as well.
+CONTRASTIVE_OPS_HOST_DEVICE inline void add(NTXentPartial& total, double max_y, const NTXentPartial& part,
+                                            double part_max_y, const NTXentSettings& settings) {
+  const double moved_s = part.max_s - total.max_s, moved_y = part_max_y - max_y;
+  total.rank += part.rank;
+  total.z_instance += part.z_instance * exponential(moved_s / settings.temperature);
+  if (part.z_query == 0) return;
+  const double scale = exponential(moved_s / settings.consistency_temperature);
+  total.d_query += (part.d_query + (moved_s - moved_y) * part.z_query) * scale;
+  total.z_query += part.z_query * scale;
+}
+
+CONTRASTIVE_OPS_HOST_DEVICE inline void add(ConICPartial& total, const ConICPartial& part,
+                                            const ConICSettings& settings) {
+  total.z_instance += part.z_instance * exponential((part.max_s - total.max_s) / settings.temperature);
+  total.rank += part.rank;
+}
+
+// The sums over all parts. Where there is but one, it is the total.
 CONTRASTIVE_OPS_HOST_DEVICE inline CO2Partial merge(const CO2Partial* row, Parts parts,
                                                     const CO2Settings& settings) {
   if (parts.count == 1) return row[0];
   CO2Partial total{.max_s = kLowest, .max_y = kLowest};
-  for (long long p = 0; p < parts.count; ++p) {
-    total.max_s = larger(row[p * parts.stride].max_s, total.max_s);
-    total.max_y = larger(row[p * parts.stride].max_y, total.max_y);
-  }
-  const double tau_c = settings.consistency_temperature;
-  for (long long p = 0; p < parts.count; ++p) {
-    const CO2Partial& part = row[p * parts.stride];
-    const double moved_s = part.max_s - total.max_s, moved_y = part.max_y - total.max_y;
-    total.rank += part.rank;
-    total.z_instance += part.z_instance * exp(moved_s / settings.temperature);
-    if (part.z_query == 0) continue;  // no term, or a part without keys, whose maxima are none
-    const double shift = moved_s - moved_y;
-    const double scale_query = exp(moved_s / tau_c), scale_key = exp(moved_y / tau_c);
-    total.d_query += (part.d_query + shift * part.z_query) * scale_query;
-    total.d_key += (part.d_key + shift * part.z_key) * scale_key;
-    total.z_query += part.z_query * scale_query;
-    total.z_key += part.z_key * scale_key;
-  }
+  for (long long p = 0; p < parts.count; ++p) raise(total, row[p * parts.stride]);
+  for (long long p = 0; p < parts.count; ++p) add(total, row[p * parts.stride], settings);
   return total;
 }
 
-// `other` is the row's positive, whose maximum the row's d is relative to as well.
+// `other` is the row's positive.
 CONTRASTIVE_OPS_HOST_DEVICE inline NTXentPartial merge(const NTXentPartial* row, const NTXentPartial* other,
                                                        Parts parts, const NTXentSettings& settings) {
   if (parts.count == 1) return row[0];
@@ -69,16 +95,8 @@ CONTRASTIVE_OPS_HOST_DEVICE inline NTXentPartial merge(const NTXentPartial* row,
     total.max_s = larger(row[p * parts.stride].max_s, total.max_s);
     max_y = larger(other[p * parts.stride].max_s, max_y);
   }
-  for (long long p = 0; p < parts.count; ++p) {
-    const NTXentPartial& part = row[p * parts.stride];
-    const double moved_s = part.max_s - total.max_s, moved_y = other[p * parts.stride].max_s - max_y;
-    total.rank += part.rank;
-    total.z_instance += part.z_instance * exp(moved_s / settings.temperature);
-    if (part.z_query == 0) continue;
-    const double scale = exp(moved_s / settings.consistency_temperature);
-    total.d_query += (part.d_query + (moved_s - moved_y) * part.z_query) * scale;
-    total.z_query += part.z_query * scale;
-  }
+  for (long long p = 0; p < parts.count; ++p)
+    add(total, max_y, row[p * parts.stride], other[p * parts.stride].max_s, settings);
   return total;
 }
 
@@ -87,11 +105,7 @@ CONTRASTIVE_OPS_HOST_DEVICE inline ConICPartial merge(const ConICPartial* row, P
   if (parts.count == 1) return row[0];
   ConICPartial total{.max_s = kLowest};
   for (long long p = 0; p < parts.count; ++p) total.max_s = larger(row[p * parts.stride].max_s, total.max_s);
-  for (long long p = 0; p < parts.count; ++p) {
-    const ConICPartial& part = row[p * parts.stride];
-    total.z_instance += part.z_instance * exp((part.max_s - total.max_s) / settings.temperature);
-    total.rank += part.rank;
-  }
+  for (long long p = 0; p < parts.count; ++p) add(total, row[p * parts.stride], settings);
   return total;
 }
 

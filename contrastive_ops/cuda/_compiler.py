@@ -36,7 +36,7 @@ class Program(NamedTuple):
 
     Attributes:
         name: of the loss and the kernel, "co2.statistics".
-        text: includes the headers in csrc, and has the one kernel, named `KERNEL`.
+        text: includes the headers in csrc, and has the one kernel, named as `kernel_name` has it.
         target: "sm_75" for machine code, "compute_75" for PTX, which the driver or an emulator takes.
     """
 
@@ -52,7 +52,11 @@ class Image(NamedTuple):
     shared_bytes: int  # of dynamic shared memory, which its launch asks for
 
 
-KERNEL = "contrastive_ops_kernel"
+def kernel_name(name: str) -> str:
+    """What profilers call a kernel: "co2_merge_kernel" is that of "co2.merge"."""
+    return f"{name.replace('.', '_')}_kernel"
+
+
 # A kernel that needs dynamic shared memory has a constant of this name, which tells how much.
 SHARED_BYTES = "contrastive_ops_shared_bytes"
 

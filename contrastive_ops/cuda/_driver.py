@@ -13,7 +13,7 @@ from operator import methodcaller
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from ._compiler import KERNEL, Program, compile_program
+from ._compiler import Program, compile_program, kernel_name
 
 _INVALID_CONTEXT = 201
 _LARGEST_UNASKED = 48 << 10  # bytes of shared memory that a kernel has without being allowed more
@@ -77,7 +77,7 @@ def load(program: Program, device: int) -> Loaded:
     try:
         result, module = cuda.cuModuleLoadData(image.code)
         _succeed(result, f"cannot load {program.name}")
-        result, function = cuda.cuModuleGetFunction(module, KERNEL.encode())
+        result, function = cuda.cuModuleGetFunction(module, kernel_name(program.name).encode())
         _succeed(result, f"cannot find {program.name}")
         if image.shared_bytes > _LARGEST_UNASKED:
             attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -30,7 +30,7 @@ from ..gpu.arguments import Matrix, Tile, Vector, Views
 from ..gpu.launch import TENSORS, Chip, Kernels, Launch, current_tape
 from ..gpu.tiles import Tiling
 from . import tiles
-from ._compiler import KERNEL, Program, constants_in, target_for
+from ._compiler import Program, constants_in, kernel_name, target_for
 from ._driver import Run
 
 _TEMPLATES = (Matrix, Vector, Views)
@@ -117,7 +117,7 @@ def layout(name: str, threads: int, programs: int, arguments: dict[str, Any]) ->
             "};",
             "",
             f'extern "C" __global__ void __launch_bounds__({threads}, {programs})',
-            f"{KERNEL}({', '.join(parameters)}) {{",
+            f"{kernel_name(name)}({', '.join(parameters)}) {{",
             f"  const Arguments arguments{{{', '.join(filter(None, parts))}}};",
             f"  {name.replace('.', '_')}(arguments);",
             "}",

@@ -54,15 +54,15 @@ nt_xent.plain       tf32x3   1024    64     32    16    64     4      2        1
 # Compute capability 9.0: half precision is multiplied by groups of four warps.
 HOPPER = AMPERE | _table("""
 kernel              precision   D  held walked depth width warps stages programs
-co2.statistics      half      128    64     32   128     0     4      4        3
+co2.statistics      half      128    64     64   128     0     4      3        2
 co2.statistics      half      256    64     32   256     0     4      3        2
-co2.gradient        half      128    64     32   128   128     4      6        2
+co2.gradient        half      128    64     64   128   128     4      4        2
 co2.gradient        half      256    64     32   256   256     4      5        1
-conic.statistics    half      128   128     32   128     0     4      4        3
+conic.statistics    half      128   128     64   128     0     4      3        2
 conic.statistics    half      256   128     32   256     0     4      3        2
 conic.weight        half      128   128     32   128   128     4      5        2
 conic.views         half      128   128     32   128   128     4      5        2
-nt_xent.statistics  half      128    64     32   128     0     4      4        3
+nt_xent.statistics  half      128    64     32   128     0     4      4        2
 nt_xent.statistics  half      256    64     32   256     0     4      3        2
 nt_xent.gradient    half      128    64     32   128   128     4      5        2
 nt_xent.plain       half      128    64     32   128   128     4      5        2

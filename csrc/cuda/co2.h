@@ -254,6 +254,7 @@ __device__ void co2_statistics(const Arguments& x) {
 
   __shared__ float scale_query[Tile::kRows], scale_key[Tile::kRows], positive[Tile::kRows];
   CO2Row* const records = reinterpret_cast<CO2Row*>(x.row_records);
+#pragma unroll
   for (int i = threadIdx.x / 8; i < Tile::kRows; i += Tile::kThreads / 8) {
     CO2Row row;
     if constexpr (Arguments::PREPARED) {
@@ -334,24 +335,21 @@ struct Units {
   }
 };
 
-// The sums over all parts, in all lanes of a warp. Each lane merges some, and then lanes do, lower ones
-// first.
+// The sums over all parts, in all lanes of a warp, each of which has some of them.
 __device__ inline CO2Partial sums_of_parts(const float* partial, int64 row, int64 batch, int64 parts,
                                            const Units& units, const CO2Settings& settings) {
-  CO2Partial pair[2] = {{.max_s = kLowest, .max_y = kLowest}};
-  if (parts == 1) return units.read(partial + row * kPartialFields);
-  for (int64 part = threadIdx.x % 32; part < parts; part += 32) {
-    pair[1] = units.read(partial + (part * batch + row) * kPartialFields);
-    pair[0] = merge(pair, {2, 1}, settings);
-  }
-#pragma unroll 1
-  for (int mask = 1; mask < 32; mask *= 2) {
-    const bool is_lower = (threadIdx.x & mask) == 0;
-    const CO2Partial own = pair[0], other = of_other_lane(own, mask);
-    pair[0] = is_lower ? own : other, pair[1] = is_lower ? other : own;
-    pair[0] = merge(pair, {2, 1}, settings);
-  }
-  return pair[0];
+  const auto read = [&](int64 part) { return units.read(partial + (part * batch + row) * kPartialFields); };
+  if (parts == 1) return read(0);
+  CO2Partial total{.max_s = kLowest, .max_y = kLowest};
+#pragma unroll 4
+  for (int64 part = threadIdx.x % 32; part < parts; part += 32) raise(total, read(part));
+  const double max_s = max_of_lanes(total.max_s), max_y = max_of_lanes(total.max_y);
+  total.max_s = max_s, total.max_y = max_y;
+#pragma unroll 4
+  for (int64 part = threadIdx.x % 32; part < parts; part += 32) add(total, read(part), settings);
+  total = sum_of_records(total);
+  total.max_s = max_s, total.max_y = max_y;
+  return total;
 }
 
 // co2.join: one part of several, in the same units; a warp for each row.
@@ -505,9 +503,16 @@ __device__ void co2_gradient(const Arguments& x) {
     const float scale = static_cast<float>(records[row].scale);
     float* to = x.grad_parts + (part * x.batch + row) * x.dim;
 #pragma unroll
-    for (int i = 0; i < Tile::kWidth / 4; ++i) {
+    for (int i = 0; i < Tile::kWidth / 4; i += 2) {
       const int64 column = first_column + Tile::Places::column(number_of(0, i));
-      if (column < x.dim) to[column] = grad[0][number_of(slot, i)] * scale;
+      const float2 pair =
+          make_float2(grad[0][number_of(slot, i)] * scale, grad[0][number_of(slot, i + 1)] * scale);
+      if (x.dim % 2 == 0) {
+        if (column < x.dim) *reinterpret_cast<float2*>(to + column) = pair;
+      } else {
+        if (column < x.dim) to[column] = pair.x;
+        if (column + 1 < x.dim) to[column + 1] = pair.y;
+      }
     }
   }
 }

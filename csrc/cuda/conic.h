@@ -253,24 +253,25 @@ __device__ void conic_statistics(const Arguments& x) {
     }
 }
 
-// The sums over all parts, in all lanes of a warp. Each lane merges some, and then lanes do, lower ones
-// first.
+// The sums over all parts, in all lanes of a warp, each of which has some of them.
 __device__ inline ConICPartial sums_of_parts(const float* row, int64 part_stride, int64 parts,
                                              const ConICSettings& settings) {
-  ConICPartial pair[2] = {{.max_s = kLowest}};
-  for (int64 part = threadIdx.x % 32; part < parts; part += 32) {
+  const auto read = [&](int64 part) -> ConICPartial {
     const float* record = row + part * part_stride;
-    pair[1] = {.max_s = record[0], .z_instance = record[1], .rank = record[2]};
-    pair[0] = parts == 1 ? pair[1] : merge(pair, {2, 1}, settings);
-  }
-#pragma unroll 1
-  for (int mask = 1; mask < 32; mask *= 2) {
-    const ConICPartial own = pair[0], other = of_other_lane(own, mask);
-    const bool is_lower = (threadIdx.x & mask) == 0;
-    pair[0] = is_lower ? own : other, pair[1] = is_lower ? other : own;
-    pair[0] = merge(pair, {2, 1}, settings);
-  }
-  return pair[0];
+    return {.max_s = record[0], .z_instance = record[1], .rank = record[2]};
+  };
+  if (parts == 1) return read(0);
+  ConICPartial total{.max_s = kLowest};
+#pragma unroll 4
+  for (int64 part = threadIdx.x % 32; part < parts; part += 32)
+    total.max_s = larger(read(part).max_s, total.max_s);
+  const double max_s = max_of_lanes(total.max_s);
+  total.max_s = max_s;
+#pragma unroll 4
+  for (int64 part = threadIdx.x % 32; part < parts; part += 32) add(total, read(part), settings);
+  total = sum_of_records(total);
+  total.max_s = max_s;
+  return total;
 }
 
 // conic.join: one part of several; a warp for each row.
@@ -400,8 +401,9 @@ __device__ void conic_views(const Arguments& x) {
       const float size = pulls[row].size * (1 / kUnitPull);
       float* to = &x.grad_parts.at(part * x.padded_rows + row, first_column);
 #pragma unroll
-      for (int i = 0; i < Tile::kWidth / 4; ++i)
-        to[Tile::Places::column(number_of(0, i))] = grad[block][number_of(slot, i)] * size;
+      for (int i = 0; i < Tile::kWidth / 4; i += 2)
+        *reinterpret_cast<float2*>(to + Tile::Places::column(number_of(0, i))) =
+            make_float2(grad[block][number_of(slot, i)] * size, grad[block][number_of(slot, i + 1)] * size);
     }
 }
 

@@ -6,8 +6,6 @@
 
 namespace contrastive_ops {
 
-constexpr int kChunk = 16;  // bytes
-
 // A row has 16 bytes more than its numbers take. The 16 bytes that 8 rows have at one place then lie in 8
 // different groups of banks, so matrices of 8 x 16 bytes are read without conflicts.
 template <int kRows, int kRowBytes>

@@ -326,30 +326,33 @@ __device__ void nt_xent_merge(const Arguments& x) {
                          .z_query = record[3],
                          .d_query = record[4] / x.scale};
   };
-  NTXentPartial own[2] = {{.max_s = kLowest}}, other[2] = {{.max_s = kLowest}};
-  const auto merge_both = [&] {
-    const NTXentPartial merged = merge(own, other, {2, 1}, settings);
-    other[0] = merge(other, own, {2, 1}, settings), own[0] = merged;
-  };
-  for (int64 part = threadIdx.x % 32; part < x.parts; part += 32) {
-    own[1] = read(part, row), other[1] = read(part, partner);
-    merge_both();
-  }
-#pragma unroll 1
-  for (int mask = 1; mask < 32; mask *= 2) {  // lower lanes first
-    const int second = (threadIdx.x & mask) == 0;
-    const NTXentPartial own_there = of_other_lane(own[0], mask), other_there = of_other_lane(other[0], mask);
-    own[1] = second ? own_there : own[0], own[0] = second ? own[0] : own_there;
-    other[1] = second ? other_there : other[0], other[0] = second ? other[0] : other_there;
-    merge_both();
+  NTXentPartial own{.max_s = kLowest}, other{.max_s = kLowest};
+  if (x.parts == 1) {
+    own = read(0, row), other = read(0, partner);
+  } else {
+#pragma unroll 4
+    for (int64 part = threadIdx.x % 32; part < x.parts; part += 32) {
+      own.max_s = larger(read(part, row).max_s, own.max_s);
+      other.max_s = larger(read(part, partner).max_s, other.max_s);
+    }
+    const double max_s = max_of_lanes(own.max_s), max_y = max_of_lanes(other.max_s);
+    own.max_s = max_s, other.max_s = max_y;
+#pragma unroll 4
+    for (int64 part = threadIdx.x % 32; part < x.parts; part += 32) {
+      const NTXentPartial of_row = read(part, row), of_partner = read(part, partner);
+      add(own, max_y, of_row, of_partner.max_s, settings);
+      add(other, max_s, of_partner, of_row.max_s, settings);
+    }
+    own = sum_of_records(own), other = sum_of_records(other);
+    own.max_s = max_s, other.max_s = max_y;
   }
   if (threadIdx.x % 32 != 0) return;
   NTXentCoefficients coefficients;
-  const RowLosses losses = finish(own[0], other[0], x.positive[row], settings, coefficients);
+  const RowLosses losses = finish(own, other, x.positive[row], settings, coefficients);
   x.losses.loss[row] = losses.loss;
   x.losses.instance_loss[row] = losses.instance;
   x.losses.consistency_loss[row] = losses.consistency;
-  x.losses.positive_rank[row] = static_cast<int64>(own[0].rank);
+  x.losses.positive_rank[row] = static_cast<int64>(own.rank);
   reinterpret_cast<NTXentCoefficients*>(x.losses.coefficients)[row] = coefficients;
 }
 
@@ -468,8 +471,9 @@ __device__ void nt_xent_gradient(const Arguments& x) {
       float* to =
           &x.grad_parts.at(part * x.padded_rows + 2 * instance_of_thread<Tile>(slot) + view, first_column);
 #pragma unroll
-      for (int i = 0; i < Tile::kWidth / 4; ++i)
-        to[Tile::Places::column(number_of(0, i))] = grad[view][number_of(slot, i)] * factor;
+      for (int i = 0; i < Tile::kWidth / 4; i += 2)
+        *reinterpret_cast<float2*>(to + Tile::Places::column(number_of(0, i))) =
+            make_float2(grad[view][number_of(slot, i)] * factor, grad[view][number_of(slot, i + 1)] * factor);
     }
 }
 

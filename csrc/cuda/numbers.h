@@ -9,6 +9,8 @@ namespace contrastive_ops {
 
 using int64 = long long;
 
+constexpr int kChunk = 16;  // bytes that a thread can read at once
+
 // How rows are multiplied: as they are in half precision; float32 in TF32, or as exactly as float32 is.
 enum class Precision { half, tf32, tf32x3 };
 

@@ -43,6 +43,25 @@ __device__ inline int64 row_of_warp() {
   return static_cast<int64>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
 }
 
+// 16 bytes of a row, or what becomes of as many numbers.
+template <typename T, int kCount = kChunk / static_cast<int>(sizeof(T))>
+struct alignas(kCount * sizeof(T)) Numbers {
+  static constexpr int kNumbers = kCount;
+  T of[kCount];
+};
+
+// Whether rows consist of `Numbers`, each at a multiple of 16 bytes.
+template <typename T>
+__device__ bool has_chunks(const Rows<T>& rows) {
+  return rows.matrix.column == 1 && rows.dim % Numbers<T>::kNumbers == 0 &&
+         rows.matrix.row % Numbers<T>::kNumbers == 0 &&
+         reinterpret_cast<unsigned long long>(rows.matrix.data) % kChunk == 0;
+}
+template <typename T>
+__device__ Numbers<T> chunk_at(const Rows<T>& rows, int64 row, int64 column) {
+  return *reinterpret_cast<const Numbers<T>*>(rows.matrix.data + row * rows.matrix.row + column);
+}
+
 // What `kLanes` neighbouring lanes find out of two rows, each of which has its part of the dimensions; the
 // same in all. float64 holds any square, but many chips have few units for it: float32 holds all of
 // float16's, and has the digits that its rows need. A row outside is 0.
@@ -54,12 +73,25 @@ __device__ Products products_of(const Rows<X>& x_rows, int64 x_row, const Rows<Y
   constexpr bool kInFloat = IsSame<X, Half>::value && IsSame<Y, Half>::value;
   using Sum = typename Choose<kInFloat, float, double>::type;
   Sum xx = 0, yy = 0, xy = 0;
+  const auto add = [&](Sum x, Sum y) { xx += x * x, yy += y * y, xy += x * y; };
   const bool has_x = x_rows.has(x_row, 0), has_y = y_rows.has(y_row, 0);
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  if (sizeof(X) == sizeof(Y) && has_chunks(x_rows) && has_chunks(y_rows)) {
+    constexpr int kEach = Numbers<X>::kNumbers;
+#pragma unroll 2
+    for (int64 column = lane * kEach; column < x_rows.dim; column += kLanes * kEach) {
+      Numbers<X> x{};
+      Numbers<Y> y{};
+      if (has_x) x = chunk_at(x_rows, x_row, column);
+      if (has_y) y = chunk_at(y_rows, y_row, column);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) add(to_float(x.of[i]), to_float(y.of[i % Numbers<Y>::kNumbers]));
+    }
+  } else {
 #pragma unroll 4
-  for (int64 column = threadIdx.x % kLanes; column < x_rows.dim; column += kLanes) {
-    const Sum x = has_x ? to_float(x_rows.matrix.at(x_row, column)) : 0;
-    const Sum y = has_y ? to_float(y_rows.matrix.at(y_row, column)) : 0;
-    xx += x * x, yy += y * y, xy += x * y;
+    for (int64 column = lane; column < x_rows.dim; column += kLanes)
+      add(has_x ? to_float(x_rows.matrix.at(x_row, column)) : 0,
+          has_y ? to_float(y_rows.matrix.at(y_row, column)) : 0);
   }
   return {sum_of_lanes<kLanes, double>(xx), sum_of_lanes<kLanes, double>(yy),
           sum_of_lanes<kLanes, double>(xy)};
@@ -71,16 +103,26 @@ template <typename T>
 __device__ double squares_of(const Rows<T>& rows, int64 row) {
   if (row >= rows.count) return 0;
   float sum = 0, rest = 0;
-  for (int64 column = threadIdx.x % 32; column < rows.dim; column += 32) {
-    const float x = to_float(rows.matrix.at(row, column)), square = x * x, larger = sum + square;
-    const float added = larger - sum;
+  const auto add = [&](float x) {
+    const float square = x * x, larger = sum + square, added = larger - sum;
     rest += (sum - (larger - added)) + (square - added) + fmaf(x, x, -square);
     sum = larger;
+  };
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (has_chunks(rows)) {
+    constexpr int kEach = Numbers<T>::kNumbers;
+    for (int64 column = lane * kEach; column < rows.dim; column += 32 * kEach) {
+      const Numbers<T> x = chunk_at(rows, row, column);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) add(to_float(x.of[i]));
+    }
+  } else {
+    for (int64 column = lane; column < rows.dim; column += 32) add(to_float(rows.matrix.at(row, column)));
   }
   const double total = sum_of_lanes<32, double>(static_cast<double>(sum) + rest);
   if (total > 1e-24 && total < 1e36) return total;
   double squares = 0;
-  for (int64 column = threadIdx.x % 32; column < rows.dim; column += 32) {
+  for (int64 column = lane; column < rows.dim; column += 32) {
     const double x = to_float(rows.matrix.at(row, column));
     squares += x * x;
   }
@@ -98,23 +140,43 @@ __device__ void store_unit(const Matrix<Unit>& unit, int64 unit_row, const Rows<
   const double inverse = 1 / norm;
   // What is rounded to half precision needs no more than float32, and many chips have few units for more.
   const bool in_float = sizeof(Unit) == 2 && norm < 1e30;
-  for (int64 column = threadIdx.x % 32; column < unit.row; column += 32) {
-    const float x = rows.has(row, column) ? to_float(rows.matrix.at(row, column)) : 0;
-    unit.data[unit_row * unit.row + column] =
-        from_float<Unit>(in_float ? x * static_cast<float>(inverse) : static_cast<float>(x * inverse));
+  const auto scaled = [&](float x) {
+    return from_float<Unit>(in_float ? x * static_cast<float>(inverse) : static_cast<float>(x * inverse));
+  };
+  Unit* const to = unit.data + unit_row * unit.row;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int64 column = lane;
+  constexpr int kEach = Numbers<T>::kNumbers;
+  if (has_chunks(rows) && unit.row % kEach == 0 && rows.has(row, 0)) {
+    for (int64 first = lane * kEach; first < rows.dim; first += 32 * kEach) {
+      const Numbers<T> x = chunk_at(rows, row, first);
+      Numbers<Unit, kEach> y;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) y.of[i] = scaled(to_float(x.of[i]));
+      *reinterpret_cast<Numbers<Unit, kEach>*>(to + first) = y;
+    }
+    column += rows.dim;
   }
+  for (; column < unit.row; column += 32)
+    to[column] = scaled(rows.has(row, column) ? to_float(rows.matrix.at(row, column)) : 0);
 }
 
-// A record that another lane has.
+__device__ inline double max_of_lanes(double x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x = fmax(x, __shfl_xor_sync(0xffffffff, x, mask));
+  return x;
+}
+
+// The sums of a warp's records, field by field.
 template <typename Record>
-__device__ Record of_other_lane(const Record& x, int mask) {
-  Record other;
+__device__ Record sum_of_records(const Record& x) {
+  Record sum;
   const double* from = reinterpret_cast<const double*>(&x);
-  double* to = reinterpret_cast<double*>(&other);
+  double* to = reinterpret_cast<double*>(&sum);
 #pragma unroll
   for (int field = 0; field < static_cast<int>(sizeof(Record) / sizeof(double)); ++field)
-    to[field] = __shfl_xor_sync(0xffffffff, from[field], mask);
-  return other;
+    to[field] = sum_of_lanes<32>(from[field]);
+  return sum;
 }
 
 // The gradient of a row of up to 1024 dimensions, in float64, over the threads of a block of 128.
