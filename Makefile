@@ -183,7 +183,7 @@ emulate: $(VENV)/.installed $(OLDER_TRITON) $(NVRTC_12)
 		PYTHONPATH=$$triton GPU_EMULATOR=$$gpu HYPOTHESIS_PROFILE=interpreted $(PYTEST) -k triton $(EMULATED) || exit 1; \
 		PYTHONPATH=$$triton GPU_EMULATOR=$$gpu $(PYTEST) -k emulated tests/test_gpu_emulator.py || exit 1; \
 	done; done
-	for gpu in sm_75 sm_80; do \
+	for gpu in sm_75 sm_80 sm_90; do \
 		GPU_EMULATOR=$$gpu HYPOTHESIS_PROFILE=interpreted $(PYTEST) -k cuda $(EMULATED) || exit 1; \
 	done
 	$(PYTEST) tests/test_cuda_kernels.py

@@ -127,7 +127,7 @@ class _Triton(Compiler):
 class _Cuda(Compiler):
     name = "cuda"
     kernels = cuda
-    capabilities = ((7, 0), (7, 5), (8, 0))
+    capabilities = ((7, 0), (7, 5), (8, 0), (9, 0))
 
     @property
     def title(self) -> str:

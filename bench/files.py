@@ -12,7 +12,7 @@ RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).resolve().parents[1] / "README.md"
 DROP_IN = README.parent / "docs/drop_in"
 # Suffixes of results that are not the losses'.
-OTHERS = ("-instances", "-stores", "-demo", "-parts", "-views")
+OTHERS = ("-instances", "-stores", "-demo", "-parts", "-views", "-backends")
 
 
 def newest_result(suffix: str) -> Path | None:

@@ -37,8 +37,15 @@ from tests.oracles import (
 from train_ref.eager import eager_co2, eager_conic, eager_nt_xent
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-SMALLEST_KIB = {70: 96, 75: 64, 80: 99}  # of a program on all chips that a table serves
-NEEDED = {70: "mma.sync.aligned.m8n8k4", 75: "mma.sync.aligned.m16n8k8", 80: "mma.sync.aligned.m16n8k16"}
+SMALLEST_KIB = {70: 96, 75: 64, 80: 99, 90: 227}  # of a program on all chips that a table serves
+NEEDED = {
+    70: "mma.sync.aligned.m8n8k4",
+    75: "mma.sync.aligned.m16n8k8",
+    80: "mma.sync.aligned.m16n8k16",
+    90: "wgmma.mma_async",
+}
+# Of a thread, at most. On an H100 tiles that spill some were faster than those that spill nothing.
+SPILLED_BYTES = {70: 0, 75: 0, 80: 0, 90: 160}
 
 
 class On(NamedTuple):
@@ -55,8 +62,8 @@ class On(NamedTuple):
             pytest.skip(f"no NVRTC for compute capability {self.architecture / 10} is installed")
 
 
-PLACES = [On(arch, dtype) for arch in (75, 80, 70) for dtype in (HALF, BFLOAT, FLOAT)]
-QUICK = [On(75, HALF), On(80, BFLOAT), On(80, FLOAT)]
+PLACES = [On(arch, dtype) for arch in (75, 80, 90, 70) for dtype in (HALF, BFLOAT, FLOAT)]
+QUICK = [On(75, HALF), On(80, BFLOAT), On(80, FLOAT), On(90, BFLOAT)]
 
 
 def on_all(*quick: On) -> pytest.MarkDecorator:
@@ -445,22 +452,24 @@ def test_not_a_number_comes_out_as_such() -> None:
 
 LINES = [
     (architecture, name, precision, dim)
-    for architecture in (75, 80, 70)
+    for architecture in (75, 80, 90, 70)
     for name, precision, dim in tiles.table_of(divmod(architecture, 10))
 ]
-QUICK_LINES = [(75, "co2.gradient", "half", 128), (80, "conic.weight", "half", 128)]
+QUICK_LINES = [
+    (75, "co2.gradient", "half", 128), (80, "conic.weight", "half", 128), (90, "nt_xent.plain", "half", 128)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("architecture", "name", "precision", "dim"), mostly_thorough(LINES, lambda line: line in QUICK_LINES)
 )
 def test_the_table_of_tiles(architecture: int, name: str, precision: str, dim: int) -> None:
-    """Every entry multiplies on tensor cores where there are such, spills no register, and lets a
+    """Every entry multiplies on tensor cores where there are such, spills no register or few, and lets a
     multiprocessor hold as many programs as the grid is made for."""
     On(architecture, HALF).require()
     capability = divmod(architecture, 10)
     made = resources.compile_kernel(name, capability, precision, dim, compiler=CUDA)
-    assert not made.spilled_bytes
+    assert made.spilled_bytes <= SPILLED_BYTES[architecture]
     assert "ld.local" not in made.ptx
     if precision == "half":
         assert NEEDED[architecture] in made.ptx
@@ -489,7 +498,7 @@ def test_mocos_order_of_keys_spills_nothing(architecture: int, queue_dtype: torc
 
 def test_warps_of_the_tables() -> None:
     """A warp has 16 rows of each block."""
-    for capability in ((7, 0), (7, 5), (8, 0)):
+    for capability in ((7, 0), (7, 5), (8, 0), (9, 0)):
         for (name, _, _), tiling in tiles.table_of(capability).items():
             assert tiling.warps == tiling.held // (32 if name.startswith("conic") else 16)
 

@@ -125,6 +125,20 @@ def test_reductions_of_a_warp(by: str, expected: Callable[[NDArray[np.int32]], n
     np.testing.assert_array_equal(out, expected(numbers))
 
 
+@pytest.mark.parametrize(
+    ("by", "least", "expected"), [("all", 1, 0), ("all", 0, 1), ("any", 31, 1), ("any", 32, 0)]
+)
+def test_votes_of_a_warp(by: str, least: int, expected: int) -> None:
+    out = np.full(32, -1, np.int32)
+    execute(
+        f"""mov.b32 %r3, -1; shr.u64 %rd5, %rd0, 2; cvt.u32.u64 %r1, %rd5; setp.ge.s32 %p1, %r1, {least};
+        vote.sync.{by}.pred %p2, %p1, %r3; selp.b32 %r2, 1, 0, %p2;
+        add.s64 %rd4, %rd1, %rd0; st.global.b32 [%rd4], %r2;""",
+        out,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out, expected)
+
+
 def test_reciprocals_and_doubles() -> None:
     x, out = numbers(0).astype(np.float64), np.zeros(32)
     execute(

@@ -151,7 +151,7 @@ def target_for(capability: tuple[int, int]) -> str:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """As NVRTC names it, with the instructions that a GPU has and later ones have not (csrc/cuda/warpgroups.h)."""
+    """As NVRTC names it, with instructions that later GPUs have not (csrc/cuda/warpgroups.h)."""
     return "".join(map(str, capability)) + ("a" if capability == (9, 0) else "")
 
 

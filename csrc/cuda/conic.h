@@ -92,9 +92,9 @@ __device__ void conic_prepare(const Arguments& x) {
       norm = norm_of(sums.xx);
       if (exists) s = sums.xy / norm / norm_of(sums.yy);
     } else {
-      norm = norm_of(squares_of(views, row));
+      norm = norm_of(squares_of<32>(views, row));
     }
-    if constexpr (decltype(x.unit)::kExists) store_unit(x.unit, row, views, row, norm);
+    if constexpr (decltype(x.unit)::kExists) store_unit<32>(x.unit, row, views, row, norm);
     if (!is_first) continue;
     if constexpr (kGiven<decltype(x.own)>) x.own[row] = exists ? static_cast<int>(target) : -1;
     if constexpr (kGiven<decltype(x.norm)>) {
@@ -131,16 +131,16 @@ __device__ void conic_prepare(const Arguments& x) {
 //
 // Arguments: weight: Matrix (keys, D). inverse: (padded keys,) float32.
 //            unit_weight: Matrix (padded keys, padded dimensions); what is past the last key is 0.
-//            keys, dim. ROWS of a program, a warp for each at a time.
+//            keys, dim. ROWS of a program, a quarter of a warp for each at a time.
 template <typename Arguments>
 __device__ void conic_unit(const Arguments& x) {
   using Weight = typename decltype(x.weight)::Element;
   const Rows<Weight> weight{x.weight, x.keys, x.dim};
   const int64 first = static_cast<int64>(blockIdx.x) * Arguments::ROWS;
-  for (int64 row = first + threadIdx.x / 32; row < first + Arguments::ROWS; row += blockDim.x / 32) {
-    const double norm = norm_of(squares_of(weight, row));
-    store_unit(x.unit_weight, row, weight, row, norm);
-    if (threadIdx.x % 32 == 0) x.inverse[row] = static_cast<float>(1 / norm);
+  for (int64 row = first + threadIdx.x / 8; row < first + Arguments::ROWS; row += blockDim.x / 8) {
+    const double norm = norm_of(squares_of<8>(weight, row));
+    store_unit<8>(x.unit_weight, row, weight, row, norm);
+    if (threadIdx.x % 8 == 0) x.inverse[row] = static_cast<float>(1 / norm);
   }
 }
 

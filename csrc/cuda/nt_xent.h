@@ -102,8 +102,8 @@ __device__ void nt_xent_prepare(const Arguments& x) {
     const Products sums = products_of<32>(view1, instance, view2, instance);
     const double norm1 = Arguments::NORMALIZE ? norm_of(sums.xx) : 1;
     const double norm2 = Arguments::NORMALIZE ? norm_of(sums.yy) : 1;
-    store_unit(x.rows.unit, 2 * instance, view1, instance, norm1);
-    store_unit(x.rows.unit, 2 * instance + 1, view2, instance, norm2);
+    store_unit<32>(x.rows.unit, 2 * instance, view1, instance, norm1);
+    store_unit<32>(x.rows.unit, 2 * instance + 1, view2, instance, norm2);
     if (threadIdx.x % 32 != 0) continue;
     if constexpr (kGiven<decltype(x.positive)>) {
       if (inside) x.positive[instance] = x.positive[x.batch + instance] = sums.xy / norm2 / norm1;

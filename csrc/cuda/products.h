@@ -1,7 +1,8 @@
-// Products of the tiles in shared memory, a warp at a time: s = X Nᵀ of 16 rows and the keys of a tile, and
-// grad += g N. An engine for each kind of unit; all give a thread the same share of a product.
+// Products of the tiles in shared memory, a warp at a time, or four: s = X Nᵀ of 16 rows and the keys of a
+// tile, and grad += g N. An engine for each kind of unit; all give a thread the same share of a product.
 //
 //   compute capability   float16             bfloat16               TF32               float32, exactly
+//   9.0 (warpgroups.h)   wgmma m64n*k16      wgmma m64n*k16         as 8.0             as 8.0
 //   8.0 and newer        mma m16n8k16        mma m16n8k16           mma m16n8k8        three products in TF32
 //   7.5                  mma m16n8k8         as float32             –                  multiply-adds
 //   7.0, 7.2             mma m8n8k4          as float32             –                  multiply-adds

@@ -97,44 +97,47 @@ __device__ Products products_of(const Rows<X>& x_rows, int64 x_row, const Rows<Y
           sum_of_lanes<kLanes, double>(xy)};
 }
 
-// The sum of a row's squares, by a warp, to more digits than float32 has: roundings are summed as well. Where
-// float32 does not hold the squares, it is computed again in float64.
-template <typename T>
+// The sum of a row's squares, by `kLanes` neighbouring lanes, to more digits than float32 has: roundings are
+// summed as well. Where float32 does not hold the squares, it is computed again in float64.
+template <int kLanes, typename T>
 __device__ double squares_of(const Rows<T>& rows, int64 row) {
-  if (row >= rows.count) return 0;
   float sum = 0, rest = 0;
   const auto add = [&](float x) {
     const float square = x * x, larger = sum + square, added = larger - sum;
     rest += (sum - (larger - added)) + (square - added) + fmaf(x, x, -square);
     sum = larger;
   };
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int64 dim = row < rows.count ? rows.dim : 0;
   if (has_chunks(rows)) {
     constexpr int kEach = Numbers<T>::kNumbers;
-    for (int64 column = lane * kEach; column < rows.dim; column += 32 * kEach) {
+    for (int64 column = lane * kEach; column < dim; column += kLanes * kEach) {
       const Numbers<T> x = chunk_at(rows, row, column);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) add(to_float(x.of[i]));
     }
   } else {
-    for (int64 column = lane; column < rows.dim; column += 32) add(to_float(rows.matrix.at(row, column)));
+    for (int64 column = lane; column < dim; column += kLanes) add(to_float(rows.matrix.at(row, column)));
   }
-  const double total = sum_of_lanes<32, double>(static_cast<double>(sum) + rest);
-  if (total > 1e-24 && total < 1e36) return total;
+  const double total = sum_of_lanes<kLanes, double>(static_cast<double>(sum) + rest);
+  const bool is_held = total > 1e-24 && total < 1e36;
+  if (__all_sync(0xffffffff, is_held || dim == 0)) return total;
   double squares = 0;
-  for (int64 column = lane; column < rows.dim; column += 32) {
+  for (int64 column = lane; column < dim; column += kLanes) {
     const double x = to_float(rows.matrix.at(row, column));
     squares += x * x;
   }
-  return sum_of_lanes<32>(squares);
+  squares = sum_of_lanes<kLanes>(squares);
+  return is_held ? total : squares;
 }
 
 __device__ inline double norm_of(double squares) {
   return fmax(sqrt(squares), kNormEpsilon);
 }
 
-// A warp's part in writing x^ of a row: (padded) dimensions past its own are 0, as are rows outside.
-template <typename Unit, typename T>
+// Neighbouring lanes' part in writing x^ of a row: (padded) dimensions past its own are 0, as are rows
+// outside.
+template <int kLanes, typename Unit, typename T>
 __device__ void store_unit(const Matrix<Unit>& unit, int64 unit_row, const Rows<T>& rows, int64 row,
                            double norm) {
   const double inverse = 1 / norm;
@@ -144,11 +147,11 @@ __device__ void store_unit(const Matrix<Unit>& unit, int64 unit_row, const Rows<
     return from_float<Unit>(in_float ? x * static_cast<float>(inverse) : static_cast<float>(x * inverse));
   };
   Unit* const to = unit.data + unit_row * unit.row;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
   int64 column = lane;
   constexpr int kEach = Numbers<T>::kNumbers;
   if (has_chunks(rows) && unit.row % kEach == 0 && rows.has(row, 0)) {
-    for (int64 first = lane * kEach; first < rows.dim; first += 32 * kEach) {
+    for (int64 first = lane * kEach; first < rows.dim; first += kLanes * kEach) {
       const Numbers<T> x = chunk_at(rows, row, first);
       Numbers<Unit, kEach> y;
 #pragma unroll
@@ -157,7 +160,7 @@ __device__ void store_unit(const Matrix<Unit>& unit, int64 unit_row, const Rows<
     }
     column += rows.dim;
   }
-  for (; column < unit.row; column += 32)
+  for (; column < unit.row; column += kLanes)
     to[column] = scaled(rows.has(row, column) ? to_float(rows.matrix.at(row, column)) : 0);
 }
 
@@ -202,9 +205,10 @@ struct RowGradient {
   }
   template <typename T>
   __device__ static void load(double (&x)[kEach], const Rows<T>& rows, int64 row, double norm) {
+    const double inverse = 1 / norm;
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
-      x[i] = rows.has(row, column(i)) ? to_float(rows.matrix.at(row, column(i))) / norm : 0;
+      x[i] = rows.has(row, column(i)) ? to_float(rows.matrix.at(row, column(i))) * inverse : 0;
   }
   __device__ static double dot(const double (&x)[kEach], const double (&y)[kEach]) {
     double sum = 0;
@@ -218,9 +222,9 @@ struct RowGradient {
   }
   // dx = (dx^ - x^ (x^.dx^)) / |x|; a row below the epsilon was only scaled, so it has no projection.
   __device__ void through_norm(const double (&unit)[kEach], double norm) {
-    const double radial = norm > kNormEpsilon ? dot(unit, grad) : 0;
+    const double radial = norm > kNormEpsilon ? dot(unit, grad) : 0, inverse = 1 / norm;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) grad[i] = (grad[i] - unit[i] * radial) / norm;
+    for (int i = 0; i < kEach; ++i) grad[i] = (grad[i] - unit[i] * radial) * inverse;
   }
   template <typename T>
   __device__ void store(const Matrix<T>& to, int64 row, int64 dim) const {

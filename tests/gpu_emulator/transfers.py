@@ -177,6 +177,20 @@ def _shuffle(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     return execute
 
 
+def _vote(decoder: Decoder, match: Match, operands: Operands) -> Execute:
+    """Of a whole warp; the third operand is the mask of its threads."""
+    ask, members = decoder.read(operands[1], "pred"), decoder.read(operands[2], "b32")
+    put, combine = decoder.write(operands[0]), {"all": np.all, "any": np.any}[match["by"]]
+
+    def execute(b: Blocks, mask: Mask) -> None:
+        warps = b.active_warps(mask)
+        if (members(b).reshape(-1, 32)[warps] != 0xFFFFFFFF).any():
+            raise UnknownInstruction("a vote of a part of a warp")
+        put(b, mask, np.repeat(combine(ask(b).reshape(-1, 32), axis=1), 32))
+
+    return execute
+
+
 def _reduce(decoder: Decoder, match: Match, operands: Operands) -> Execute:
     """Of a whole warp; the third operand is the mask of its threads."""
     source, members = decoder.read(operands[1], match["kind"]), decoder.read(operands[2], "b32")
@@ -252,6 +266,7 @@ TABLE: list[tuple[str, Callable[[Decoder, Match, Operands], Execute]]] = [
     # Threads of a warp are in step here, and accesses of all kinds reach memory in their order.
     (r"bar\.warp\.sync|fence\.proxy\.async\.shared::cta", nothing),
     (r"redux\.sync\.(?P<by>min|max|add)\.(?P<kind>[us]32)", _reduce),
+    (r"vote\.sync\.(?P<by>all|any)\.pred", _vote),
     (r"shfl\.sync\.(?P<mode>bfly|idx)\.b32", _shuffle),
     (rf"ldmatrix{_MATRICES}", _load_matrices),
     (rf"stmatrix{_MATRICES}", _store_matrices),
