@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "matrix.h"
+#include "spare_memory.h"
 
 namespace contrastive_ops {
 
@@ -53,11 +54,11 @@ class Appendix {
     at::Tensor records = std::get<0>(empty_records<Record>(shape));
     if (!usable_ || bytes == 0) return {records, nullptr};
     const int64_t begin = beginning(records);
-    const at::Tensor memory = empty({begin + bytes}, at::kByte);
-    auto* data = memory.mutable_data_ptr<uint8_t>();
+    const at::Storage memory = spare_storage(begin + bytes);
+    auto* data = static_cast<uint8_t*>(memory.mutable_data());
     std::memcpy(data + begin - sizeof(source_), source_.data(), sizeof(source_));
     const auto sizes = records.sizes().vec(), strides = records.strides().vec();
-    records.set_(memory.storage(), 0, sizes, strides);
+    records.set_(memory, 0, sizes, strides);
     return {records, data + begin};
   }
 

@@ -40,4 +40,12 @@ class SpareMemory {
   Piece* piece_;
 };
 
+// Memory of a tensor, which waits for another call when nobody has the tensor any more.
+inline at::Storage spare_storage(size_t bytes) {
+  auto* memory = new SpareMemory(bytes);
+  const auto give_back = [](void* memory) { delete static_cast<SpareMemory*>(memory); };
+  at::DataPtr data(memory->data(), memory, give_back, at::kCPU);
+  return at::Storage(at::Storage::use_byte_size_t(), bytes, std::move(data), nullptr, false);
+}
+
 }  // namespace contrastive_ops

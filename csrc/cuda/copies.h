@@ -78,7 +78,7 @@ class TileCopy {
       // A thread's chunks have one place in their rows, which are kRowStep apart.
       constexpr int kRowStep = kThreads / kChunksARow;
       static_assert(kThreads % kChunksARow == 0);
-      const int row = row_of(thread);
+      const int row = row_of(thread), place = place_of(thread);
       const int64 left = from.count - first_row - row, column = first_column + column_of(thread);
       const T* source = from.matrix.data + (first_row + row) * from.matrix.row + column;
       const int64 step = kRowStep * from.matrix.row;
@@ -88,7 +88,7 @@ class TileCopy {
 #pragma unroll
         for (int i = 0; i < kEach; ++i, source += step) {
           if constexpr (kAsync)
-            copy_async(address + offset_of(i * kThreads + thread), source);
+            copy_async(address + Layout::offset(row + i * kRowStep, place), source);
           else
             held_[i] = __ldg(reinterpret_cast<const uint4*>(source));
         }
@@ -98,8 +98,8 @@ class TileCopy {
           if (!kIsWhole && i * kThreads + thread >= kChunks) break;
           const bool inside = has_column && i * kRowStep < left;
           if constexpr (kAsync)
-            copy_async(address + offset_of(i * kThreads + thread), inside ? source : from.matrix.data,
-                       inside);
+            copy_async(address + Layout::offset(row + i * kRowStep, place),
+                       inside ? source : from.matrix.data, inside);
           else
             held_[i] = inside ? __ldg(reinterpret_cast<const uint4*>(source)) : make_uint4(0, 0, 0, 0);
         }
