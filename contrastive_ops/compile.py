@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -108,8 +107,7 @@ _CALLS: dict[str, Callable[[Wanted], None]] = {
 
 def programs(target: str, operator: str, wanted: Wanted) -> Iterator[tuple[str, Program]]:
     """What an operator's calls need, each with words that tell it from the others."""
-    number = target.partition("_")[2]
-    capability = int(number[:-1]), int(number[-1])
+    capability = divmod(int("".join(filter(str.isdecimal, target))), 10)
     with recording(Chip(capability, _MULTIPROCESSORS)) as calls:
         _CALLS[operator](wanted)
     found = {call.launch.program(call.arguments, target): call for call in calls}  # type: ignore[attr-defined]
@@ -142,19 +140,26 @@ def _targets(requested: list[str] | None) -> list[str]:
     Raises:
         Unsupported: there is none, or NVRTC does not know it.
     """
-    known = [10 * major + minor for major, minor in _compiler.supported()]
-    for target in requested or ():
-        number = re.fullmatch(r"(?:sm|compute)_(\d+)", target)
-        if not number or int(number[1]) not in known:
-            found = ".".join(map(str, _compiler.nvrtc_version()))
-            names = ", ".join(f"sm_{each}" for each in known if each >= 70)
-            raise Unsupported(f"NVRTC {found} does not compile for {target}, but for {names}")
     if requested:
-        return requested
+        return [_target(each) for each in requested]
     if not torch.cuda.is_available():
         raise Unsupported("there is no GPU here: say for which to compile, such as --arch sm_75")
     devices = range(torch.cuda.device_count())
     return sorted({_compiler.target_for(torch.cuda.get_device_capability(each)) for each in devices})
+
+
+def _target(requested: str) -> str:
+    """The name of what a GPU will ask for: "sm_90a" of "sm_90", too."""
+    for capability in _compiler.supported():
+        name = _compiler.architecture(capability)
+        for kind in ("sm", "compute"):
+            if requested in (f"{kind}_{name}", f"{kind}_{name.rstrip('a')}"):
+                return f"{kind}_{name}"
+    found = ".".join(map(str, _compiler.nvrtc_version()))
+    names = ", ".join(
+        "sm_" + _compiler.architecture(each) for each in _compiler.supported() if each >= (7, 0)
+    )
+    raise Unsupported(f"NVRTC {found} does not compile for {requested}, but for {names}")
 
 
 def _dimensions(text: str) -> int:

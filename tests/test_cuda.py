@@ -197,6 +197,7 @@ def test_a_gpu_gets_machine_code_of_its_generation_or_ptx() -> None:
     newest = _compiler.supported()[-1]
     assert _compiler.target_for((7, 5)) == "sm_75"
     assert _compiler.target_for((8, 1)) == "sm_80"
+    assert _compiler.target_for((9, 0)) == "sm_90a"
     assert _compiler.target_for((newest[0] + 1, 0)) == f"compute_{newest[0]}{newest[1]}"
     if _compiler.supported()[0] > (7, 0):
         with pytest.raises(Unsupported, match=r"has 7\.0"):
@@ -520,6 +521,19 @@ def test_the_command_compiles_what_is_served(
     assert {"co2.statistics", "co2.gradient", "conic.weight", "nt_xent.plain", "nt_xent.gradient"} <= names
     assert len(compiled) == len(set(compiled)) == len(list(kept.iterdir()))
     assert "float16" in capsys.readouterr().out
+
+
+@compiles
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_what_the_command_compiles_is_what_a_gpu_asks_for(
+    capability: tuple[int, int], compiled: list[Program]
+) -> None:
+    """By both names, where there are two."""
+    target = _compiler.target_for(capability)
+    for name in (target, target.rstrip("a")):
+        arguments = ["--arch", name, "--dtype", "float32", "--operator", "sgd_"]
+        assert command.main(arguments) == 0
+    assert {program.target for program in compiled} == {target}
 
 
 class Kernels(_launch.CudaKernels):

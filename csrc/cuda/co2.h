@@ -44,11 +44,11 @@
 //                7.5    0.28   0.188   0.562   0.750                 198 us             products
 //                8.0    0.22   0.188   0.318   0.375                          41 us     products
 //
-// On Hopper groups of four warps multiply (warpgroups.h). An H100 took 42 us for the statistics and 36 for the
-// gradient, with two temperatures that need three exponentials a pair; Triton's kernels took 30 and 33. Their
-// exponentials alone are 13.6 us each, their products 9 and 14: two groups on a multiprocessor, one of which
-// multiplies while the other computes exponentials, do not keep both units busy. Other GPUs have not been
-// measured.
+// On Hopper groups of four warps multiply (warpgroups.h). An H100 took 42 us for the statistics and 36 for
+// the gradient, with two temperatures that need three exponentials a pair; Triton's kernels took 30 and 33.
+// Their exponentials alone are 13.6 us each, their products 9 and 14: two groups on a multiprocessor, one of
+// which multiplies while the other computes exponentials, do not keep both units busy. Other GPUs have not
+// been measured.
 #pragma once
 
 #include "../row_math.h"

@@ -11,6 +11,7 @@ namespace contrastive_ops {
 template <int kRows, int kRowBytes>
 struct Padded {
   static constexpr int kStride = kRowBytes + kChunk, kBytes = kRows * kStride, kAlignment = kChunk;
+  static constexpr int kPeriod = 1;  // rows that are so many apart, or a multiple, differ by the stride alone
 
   __device__ static int offset(int row, int chunk) { return row * kStride + chunk * kChunk; }
 };
@@ -83,12 +84,16 @@ class TileCopy {
       const T* source = from.matrix.data + (first_row + row) * from.matrix.row + column;
       const int64 step = kRowStep * from.matrix.row;
       const bool has_column = column < from.dim;
-      const unsigned address = shared_address(to);
+      const unsigned first = shared_address(to + Layout::offset(row, place));
+      const auto address = [&](int i) {
+        if constexpr (kRowStep % Layout::kPeriod == 0) return first + i * kRowStep * Layout::kStride;
+        return shared_address(to + Layout::offset(row + i * kRowStep, place));
+      };
       if (kIsWhole && from.count - first_row >= kRows && first_column + kDepth <= from.dim) {
 #pragma unroll
         for (int i = 0; i < kEach; ++i, source += step) {
           if constexpr (kAsync)
-            copy_async(address + Layout::offset(row + i * kRowStep, place), source);
+            copy_async(address(i), source);
           else
             held_[i] = __ldg(reinterpret_cast<const uint4*>(source));
         }
@@ -98,8 +103,7 @@ class TileCopy {
           if (!kIsWhole && i * kThreads + thread >= kChunks) break;
           const bool inside = has_column && i * kRowStep < left;
           if constexpr (kAsync)
-            copy_async(address + Layout::offset(row + i * kRowStep, place),
-                       inside ? source : from.matrix.data, inside);
+            copy_async(address(i), inside ? source : from.matrix.data, inside);
           else
             held_[i] = inside ? __ldg(reinterpret_cast<const uint4*>(source)) : make_uint4(0, 0, 0, 0);
         }

@@ -15,7 +15,7 @@ template <int kRows, int kRowBytes>
 struct Swizzled {
   static constexpr int kBytes = kRows * kRowBytes;
   static constexpr int kAlignment = 1024;  // of the swizzle, which is one of addresses
-  static constexpr int kWidth = kRowBytes < 128 ? kRowBytes : 128;
+  static constexpr int kWidth = kRowBytes < 128 ? kRowBytes : 128, kStride = kWidth, kPeriod = 8;
   static constexpr int kPanelBytes = kRows * kWidth;
   static_assert(kRowBytes % kWidth == 0 && 8 * kWidth % 256 == 0 && kBytes % kAlignment == 0);
 
