@@ -123,10 +123,10 @@ def test_similarities_that_are_kept_are_those_computed_again(dtype: torch.dtype)
         torch.testing.assert_close(of_some[1], gradient[some], rtol=1e-5, atol=1e-6)
 
 
-def _conic_tensors(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _conic_tensors(rows: int, dtype: torch.dtype, dim: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    views = torch.randn(2, 20, 8, generator=generator, dtype=dtype)
-    weight = torch.randn(rows, 8, generator=generator, dtype=dtype)
+    views = torch.randn(2, 20, dim, generator=generator, dtype=dtype)
+    weight = torch.randn(rows, dim, generator=generator, dtype=dtype)
     target = torch.randint(rows, (20,), generator=generator)
     return views, weight, target, torch.rand(20, generator=generator, dtype=dtype)
 
@@ -210,3 +210,22 @@ def test_calls_at_once_keep_similarities_apart() -> None:
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(work, range(4)))
+
+
+def test_gradients_of_a_weight_are_each_their_own() -> None:
+    """Of 1 MiB, whose memory another call has when they are gone: while they are there it is theirs alone."""
+    tensors = _conic_tensors(2000, torch.float32, dim=128)
+
+    def gradient() -> Tensor:
+        return _conic_backward(_conic(*tensors[:3]), *tensors)[1]
+
+    kept = [gradient() for _ in range(5)]
+    expected = kept[0].clone()
+    assert len({each.data_ptr() for each in kept}) == len(kept)
+    for _ in range(8):
+        gradient().fill_(float("nan"))
+    assert all(torch.equal(each, expected) for each in kept)
+    kept[0].resize_(5000, 128)
+    assert torch.equal(kept[0][:2000], expected)
+    kept.clear()
+    assert torch.equal(gradient(), expected)

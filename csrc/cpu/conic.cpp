@@ -144,7 +144,7 @@ class ConIC {
     const bool writes = wanted.weight && !wanted.sgd;
     at::Tensor grad_views =
         empty({wanted.views ? views_.views : 0, views_.batch, dim_}, views_.tensor.scalar_type());
-    at::Tensor grad_weight = empty({writes ? weight_.size(0) : 0, dim_}, weight_.scalar_type());
+    at::Tensor grad_weight = spare_empty({writes ? weight_.size(0) : 0, dim_}, weight_.scalar_type());
     Array<T> parts(wanted.views ? ranges_ * block_ * kPanel<T> * dim_ : 0);
     // Views that come in several blocks leave the weight's gradient unfinished in between.
     const bool several = block_ < views_.panels && wanted.weight;

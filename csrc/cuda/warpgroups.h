@@ -1,6 +1,6 @@
 // Products by groups of four warps, on Hopper: wgmma multiplies 64 rows, which warps hold in registers or
 // leave in shared memory, by keys in shared memory, which the units read by themselves. It does so while the
-// warps go on: what `begin` begins is there when `land` returns.
+// warps go on: what `similarities` and `accumulate` have begun is done when `land` returns.
 //
 // Only compute capability 9.0 has them, so what is compiled for it is for no later one ("sm_90a").
 #pragma once
@@ -65,8 +65,8 @@ __device__ inline void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// The operands of an instruction: c = a b, or c += a b where `adds`, of a thread's kNumbers of c. The depth
-// is 32 bytes; a is a fragment or a descriptor.
+// An instruction: c = a b, or c += a b where `adds`, of a thread's kNumbers of c, 32 bytes of depth. a is a
+// fragment or a descriptor, b a descriptor; kColumns says that the numbers of a column of b are multiplied.
 template <typename Operand, int kNumbers, bool kColumns>
 struct GroupProduct;
 
@@ -88,7 +88,7 @@ struct GroupProduct;
   "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "   \
   "%62, %63"
 
-// `a` to `trans` are the names of what follows the numbers.
+// a0 to a6 are the names of what follows the numbers.
 #define CONTRASTIVE_OPS_GROUP_PRODUCT(Kind, kind, count, n, a0, a1, a2, a3, a4, a5, a6)                     \
   template <bool kColumns>                                                                                  \
   struct GroupProduct<Kind, count, kColumns> {                                                              \
@@ -118,6 +118,17 @@ struct GroupProduct;
 
 CONTRASTIVE_OPS_GROUP_PRODUCTS(Half, "f16");
 CONTRASTIVE_OPS_GROUP_PRODUCTS(BFloat16, "bf16");
+
+#undef CONTRASTIVE_OPS_GROUP_PRODUCTS
+#undef CONTRASTIVE_OPS_GROUP_PRODUCT
+#undef CONTRASTIVE_OPS_NAMES_64
+#undef CONTRASTIVE_OPS_NAMES_32
+#undef CONTRASTIVE_OPS_NAMES_16
+#undef CONTRASTIVE_OPS_NAMES_8
+#undef CONTRASTIVE_OPS_64
+#undef CONTRASTIVE_OPS_32
+#undef CONTRASTIVE_OPS_16
+#undef CONTRASTIVE_OPS_8
 
 // The engine of half precision on Hopper; see products.h. A thread's share is that of a warp's products.
 template <typename Operand, int kRowBytes>
