@@ -34,6 +34,7 @@ from contrastive_ops.gpu.co2 import co2
 from contrastive_ops.gpu.exchange import exchange_rows_
 from contrastive_ops.gpu.launch import Chip, forget_plans
 from contrastive_ops.gpu.sgd import sgd_
+from tests.cases import mostly_thorough
 from tests.cuda_kernels import NVRTC_12
 from tests.elsewhere import pass_elsewhere
 from tests.gpu_emulator import driver as gpu_emulator
@@ -744,7 +745,9 @@ def test_the_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) 
 
 @compiles
 @pytest.mark.skipif(bool(gpu_emulator.REQUESTED), reason="this is such a process")
-@pytest.mark.parametrize("architecture", ["sm_75", pytest.param("sm_80", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "architecture", mostly_thorough(["sm_75", "sm_80", "sm_90"], lambda each: each == "sm_75")
+)
 def test_kernels_as_compiled_are_right(architecture: str) -> None:
     """In every dtype and layout; `make emulate` runs the whole harness."""
     environment = {"GPU_EMULATOR": architecture, "HYPOTHESIS_PROFILE": "interpreted"}

@@ -40,7 +40,7 @@
 //   statistics   7.0    0.43   0.188   0.516   0.500        71 us                       shared memory
 //                7.5    0.23   0.188   0.312   0.500                 132 us             products
 //                8.0    0.20   0.188   0.193   0.250                          27 us     products
-//   gradient     7.0    0.64   0.188   0.812   0.750        111 us                      shared memory
+//   gradient     7.0    0.61   0.188   0.812   0.750        111 us                      shared memory
 //                7.5    0.28   0.188   0.562   0.750                 198 us             products
 //                8.0    0.22   0.188   0.318   0.375                          41 us     products
 //
