@@ -146,8 +146,10 @@ def target_for(capability: tuple[int, int]) -> str:
             f"{capability[0]}.{capability[1]}: install a PyTorch for CUDA 12.6, which brings NVRTC 12"
         )
     best = fitting[-1]
+    if best == capability:
+        return f"sm_{architecture(best)}"
     kind = "sm" if best[0] == capability[0] else "compute"
-    return f"{kind}_{architecture(best) if best == capability else ''.join(map(str, best))}"
+    return f"{kind}_{best[0]}{best[1]}"
 
 
 def architecture(capability: tuple[int, int]) -> str:

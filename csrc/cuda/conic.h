@@ -400,10 +400,7 @@ __device__ void conic_views(const Arguments& x) {
       const int64 row = first + row_of_thread<Tile>(block, slot);
       const float size = pulls[row].size * (1 / kUnitPull);
       float* to = &x.grad_parts.at(part * x.padded_rows + row, first_column);
-#pragma unroll
-      for (int i = 0; i < Tile::kWidth / 4; i += 2)
-        *reinterpret_cast<float2*>(to + Tile::Places::column(number_of(0, i))) =
-            make_float2(grad[block][number_of(slot, i)] * size, grad[block][number_of(slot, i + 1)] * size);
+      store_share<Tile>(to, grad[block], slot, size);
     }
 }
 
@@ -502,10 +499,7 @@ __device__ void conic_weight(const Arguments& x) {
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       float* const row = own_rows + Tile::Places::row(slot) * kStride;
-#pragma unroll
-      for (int i = 0; i < Tile::kWidth / 4; i += 2)
-        *reinterpret_cast<float2*>(row + Tile::Places::column(number_of(0, i))) =
-            make_float2(grad[block][number_of(slot, i)], grad[block][number_of(slot, i + 1)]);
+      store_share<Tile>(row, grad[block], slot, 1);
       float dot = radial[block][slot];
       for (int i = 0; i < 2; ++i) dot += __shfl_xor_sync(0xffffffff, dot, Tile::Places::mask(i));
       if (Tile::Places::is_first()) row[Tile::kWidth] = dot;

@@ -470,10 +470,7 @@ __device__ void nt_xent_gradient(const Arguments& x) {
     for (int slot = 0; slot < 2; ++slot) {
       float* to =
           &x.grad_parts.at(part * x.padded_rows + 2 * instance_of_thread<Tile>(slot) + view, first_column);
-#pragma unroll
-      for (int i = 0; i < Tile::kWidth / 4; i += 2)
-        *reinterpret_cast<float2*>(to + Tile::Places::column(number_of(0, i))) =
-            make_float2(grad[view][number_of(slot, i)] * factor, grad[view][number_of(slot, i + 1)] * factor);
+      store_share<Tile>(to, grad[view], slot, factor);
     }
 }
 

@@ -60,6 +60,16 @@ struct WalkTile {
   static_assert(kKeys % 16 == 0 && kDepth % 16 == 0);
 };
 
+// A thread's share of a row of a block's gradient, times a factor, to where the row begins, at a multiple of
+// 8 bytes.
+template <class Tile, int kColumns>
+__device__ void store_share(float* row, const float (&grad)[kColumns], int slot, float factor) {
+#pragma unroll
+  for (int i = 0; i < Tile::kWidth / 4; i += 2)
+    *reinterpret_cast<float2*>(row + Tile::Places::column(number_of(0, i))) =
+        make_float2(grad[number_of(slot, i)] * factor, grad[number_of(slot, i + 1)] * factor);
+}
+
 extern __shared__ uint4 shared_memory[];
 
 // The host finds this constant in the compiled kernel, and reserves as much for a launch.
