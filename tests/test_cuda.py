@@ -323,8 +323,8 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful: None) -> Pa
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
-    """What the compiler was asked for, which only pretends to work."""
+def compiled(kept: Path, monkeypatch: pytest.MonkeyPatch) -> list[Program]:
+    """What the compiler was asked for, which only pretends to work: nothing of that may reach the user's own cache."""
     programs: list[Program] = []
 
     def pretend(program: Program) -> Image:
