@@ -48,7 +48,7 @@ struct UnitViews : Panels<Product> {
   // 1 - x^i.x^j of an instance's two views.
   double disagreement(int64_t i, int64_t j, int64_t instance) const {
     const T *a = this->unit(i * batch + instance), *b = this->unit(j * batch + instance);
-    return 1 - sum_of(this->dim, [&](int64_t d) { return static_cast<double>(a[d]) * b[d]; });
+    return 1 - dot(a, b, this->dim);
   }
 
   const at::Tensor tensor;
@@ -100,28 +100,34 @@ class ConIC {
     return positives;
   }
 
-  // Coefficients that are to be written (V, B, 3), and behind them room for the similarities that they are
-  // made of, if a product takes longer than memory and they are few.
-  std::pair<at::Tensor, KeptPairs<T>> coefficients_with_pairs() const {
+  // What forward leaves to backward: the norms of the weight's rows and, if a product takes longer than
+  // memory and they are few, the similarities of all pairs; or nothing.
+  struct Kept {
+    KeptPairs<T> pairs;
+    double* norms = nullptr;
+  };
+
+  // Coefficients that are to be written (V, B, 3), and room behind them for what they are made of.
+  std::pair<at::Tensor, Kept> coefficients_and_kept() const {
     const auto [coefficients, memory] =
-        appendix().template append<ConICCoefficients>({views_.views, views_.batch}, bytes_of_pairs());
-    return {coefficients, {memory, weight_.size(0)}};
+        appendix().template append<ConICCoefficients>({views_.views, views_.batch}, bytes_of_kept());
+    return {coefficients, kept_in(memory)};
   }
 
   // The statistics of each range of the weight's rows (ranges, V B, 3).
-  at::Tensor statistics(const at::Tensor& positives, const KeptPairs<T>& kept = {}) const {
+  at::Tensor statistics(const at::Tensor& positives, const Kept& kept = {}) const {
     const Records<ConICPositives> positive(positives);
     Array<T> threshold(own_.size());
     for (int64_t row = 0; row < views_.count; ++row) threshold[row] = static_cast<T>(positive[row].threshold);
 
     Array<PanelStatistics<T>> statistics(ranges_ * views_.panels);  // (ranges, panels)
-    for_each_tile([&](const Step& step) {
+    for_each_tile(kept.norms, false, [&](const Step& step) {
       for (int64_t panel = 0; panel < views_.panels; ++panel) {
-        T* s = kept ? kept.at(panel, step.begin) : step.s;
+        T* s = kept.pairs ? kept.pairs.at(panel, step.begin) : step.s;
         step.product.similarities(views_.packed(panel), s);
         for_own_rows(step, panel, s, [](T& s, int64_t) { s = -std::numeric_limits<T>::infinity(); });
         add_tile<true, false, T>(s, nullptr, step.count, &threshold[panel * kPanel<T>], temperatures_,
-                                 statistics[step.range * views_.panels + panel], [] {});
+                                 statistics[step.range * views_.panels + panel], step.fetch_ahead());
       }
     });
 
@@ -150,19 +156,19 @@ class ConIC {
     const bool several = block_ < views_.panels && wanted.weight;
     Array<T> unfinished(several ? weight_.size(0) * dim_ : 0);
 
-    const KeptPairs<T> kept(appendix().of(statistics, bytes_of_pairs()), weight_.size(0));
+    const Kept kept = kept_in(appendix().of(statistics, bytes_of_kept()));
 
     int64_t first = 0, last = 0;
     do {  // once where there are no views, too: the weight's gradient is 0
       first = last, last = std::min(first + block_, views_.panels);
       std::fill(parts.begin(), parts.end(), T(0));
-      for_each_tile([&](Step& tile) {
+      for_each_tile(kept.norms, kept.norms != nullptr, [&](const Step& tile) {
         if (wanted.weight) std::fill(tile.grad.begin(), tile.grad.end(), T(0));
         for (int64_t panel = first; panel < last; ++panel) {
-          const T* s = kept ? kept.at(panel, tile.begin) : tile.s;
-          if (!kept) tile.product.similarities(views_.packed(panel), tile.s);
+          const T* s = kept.pairs ? kept.pairs.at(panel, tile.begin) : tile.s;
+          if (!kept.pairs) tile.product.similarities(views_.packed(panel), tile.s);
           gradient_of_tile<true, false, T>(s, nullptr, tile.count, temperatures_, coefficients_[panel],
-                                           tile.s, [] {});
+                                           tile.s, tile.fetch_ahead());
           for_own_rows(tile, panel, tile.s, [this](T& g, int64_t row) { g = grad_own_[row]; });
           if (wanted.views)
             tile.product.accumulate(tile.s, &parts[(tile.range * block_ + panel - first) * kPanel<T> * dim_]);
@@ -197,38 +203,65 @@ class ConIC {
   struct Step {
     Product& product;
     Array<T>&unit, &grad, &row;
-    std::vector<double>& norm;
     T* s;  // (kTile x kPanel)
     int64_t range = 0, begin = 0, count = 0;
+    double* norm = nullptr;  // of each row
+
+    auto fetch_ahead() const {
+      return [this] { product.fetch_ahead(); };
+    }
   };
 
+  // `norms` are those of the weight's rows, known or to be written; none where nobody asks for them.
   template <typename Function>
-  void for_each_tile(const Function& function) const {
+  void for_each_tile(double* norms, bool known, const Function& function) const {
     const Matrix weight(weight_);
+    const auto rows_of = [&weight](int64_t tile) {
+      return weight.slice(tile * kTile, std::min((tile + 1) * kTile, weight.rows));
+    };
     at::parallel_for(0, ranges_, 1, [&](int64_t begin, int64_t end) {
       Array<T> unit(kTile * dim_), grad(Product::keys_grad_elements(dim_)), row(dim_), s(kTile * kPanel<T>);
       std::vector<double> norm(kTile);
       Product product(dim_);
-      Step step{product, unit, grad, row, norm, s.data()};
-      for (step.range = begin; step.range < end; ++step.range)
-        for (int64_t tile = step.range * tiles_ / ranges_; tile < (step.range + 1) * tiles_ / ranges_;
-             ++tile) {
-          step.begin = tile * kTile;
-          const Matrix rows = weight.slice(step.begin, std::min(step.begin + kTile, weight.rows));
-          step.count = rows.rows;
-          copy(rows, unit.data(), dim_, 1);
-          for (int64_t key = 0; key < rows.rows; ++key) norm[key] = normalize(&unit[key * dim_], dim_);
-          product.load(Matrix(unit.data(), rows.rows, dim_));
+      Step step{product, unit, grad, row, s.data()};
+      for (step.range = begin; step.range < end; ++step.range) {
+        const int64_t end_tile = (step.range + 1) * tiles_ / ranges_;
+        for (int64_t tile = step.range * tiles_ / ranges_; tile < end_tile; ++tile) {
+          const Matrix rows = rows_of(tile);
+          step.begin = tile * kTile, step.count = rows.rows;
+          step.norm = norms ? norms + step.begin : norm.data();
+          for (int64_t key = 0; key < rows.rows; ++key) {
+            T* x = &unit[key * dim_];
+            copy(rows.slice(key, key + 1), x, dim_, 1);
+            if (!known) step.norm[key] = norm_of(x, dim_);
+            divide_by_norm(x, step.norm[key], dim_);
+          }
+          const bool is_last = tile + 1 == end_tile;
+          const Matrix next = rows_of(is_last ? tile : tile + 1);
+          product.load(Matrix(unit.data(), rows.rows, dim_), is_last ? nullptr : &next);
           function(step);
         }
+      }
     });
   }
 
   Appendix appendix() const { return Appendix({views_.tensor, weight_}); }
 
+  int64_t bytes_of_norms() const { return at::divup(weight_.size(0), 8) * 64; }
+
   int64_t bytes_of_pairs() const {
     const int64_t bytes = KeptPairs<T>::bytes(views_.panels, weight_.size(0));
     return Product::kDearerThanMemory && bytes <= kKeptBytes ? bytes : 0;
+  }
+
+  int64_t bytes_of_kept() const { return bytes_of_norms() + bytes_of_pairs(); }
+
+  Kept kept_in(void* memory) const {
+    if (memory == nullptr) return {};
+    Kept kept{.norms = static_cast<double*>(memory)};
+    if (bytes_of_pairs() > 0)
+      kept.pairs = {static_cast<std::byte*>(memory) + bytes_of_norms(), weight_.size(0)};
+    return kept;
   }
 
   // Calls `function` with the entry of the tile's s where a view of the panel meets its own row, and the
@@ -340,7 +373,7 @@ Losses conic(const at::Tensor& views, const at::Tensor& weight, const at::Tensor
              const ConICSettings& settings) {
   return with_views(views, false, [&](const auto& unit_views) {
     const ConIC passes(unit_views, weight, target, settings);
-    const auto [coefficients, kept] = passes.coefficients_with_pairs();
+    const auto [coefficients, kept] = passes.coefficients_and_kept();
     const at::Tensor positives = passes.positives(), partial = passes.statistics(positives, kept);
     return merge_rows<typename std::decay_t<decltype(unit_views)>::T>(partial, positives, unit_views,
                                                                       settings, coefficients);

@@ -168,32 +168,55 @@ void write_row(const at::Tensor& out, int64_t row, const T* values) {
   });
 }
 
-// Sum of a function's values, in eight chains so that the compiler makes vectors of them.
-template <typename Function>
-double sum_of(int64_t count, const Function& value) {
-  constexpr int64_t kChains = 8;
-  double sums[kChains] = {};
+// The sum of products in double: those of floats are exact there, and none overflows.
+template <typename A, typename B>
+double dot(const A* a, const B* b, int64_t count) {
+  constexpr int64_t kW = kWidth<double>, kChains = 4;  // as many as hide how long a sum takes
+  Vec<double> sum[kChains];
+  for (auto& chain : sum) chain = Vec<double>(0.);
   int64_t i = 0;
-  for (; i + kChains <= count; i += kChains)
-    for (int64_t chain = 0; chain < kChains; ++chain) sums[chain] += value(i + chain);
-  for (; i < count; ++i) sums[0] += value(i);
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  for (; i + kChains * kW <= count; i += kChains * kW)
+#pragma GCC unroll 4
+    for (int64_t chain = 0; chain < kChains; ++chain) {
+      const int64_t at = i + chain * kW;
+      sum[chain] = at::vec::fmadd(load_doubles(a + at), load_doubles(b + at), sum[chain]);
+    }
+  double rest = 0;
+  for (; i < count; ++i) rest += static_cast<double>(a[i]) * b[i];
+  double lanes[kW];
+  ((sum[0] + sum[1]) + (sum[2] + sum[3])).store(lanes);
+  for (int64_t half = kW / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0] + rest;
 }
 
-// x <- x / max(|x|, epsilon); returns |x|. The sum is in double, which no float overflows; for double itself
-// x is scaled first.
+// |x|
 template <typename T>
-double normalize(T* x, int64_t dim) {
-  double norm;
+double norm_of(const T* x, int64_t dim) {
   if constexpr (std::is_same_v<T, double>) {
-    double scale = 1;
-    for (int64_t d = 0; d < dim; ++d) scale = std::max(scale, std::abs(x[d]));
-    norm = scale * std::sqrt(sum_of(dim, [&](int64_t d) { return (x[d] / scale) * (x[d] / scale); }));
-  } else {
-    norm = std::sqrt(sum_of(dim, [&](int64_t d) { return static_cast<double>(x[d]) * x[d]; }));
+    double largest = 0;
+    for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(x[d]));
+    if (largest > 1e150) {  // its square might overflow
+      double sum = 0;
+      for (int64_t d = 0; d < dim; ++d) sum += (x[d] / largest) * (x[d] / largest);
+      return largest * std::sqrt(sum);
+    }
   }
+  return std::sqrt(dot(x, x, dim));
+}
+
+// x <- x / max(|x|, epsilon)
+template <typename T>
+void divide_by_norm(T* x, double norm, int64_t dim) {
   const double inverse = 1 / std::max(norm, kNormEpsilon);
   for (int64_t d = 0; d < dim; ++d) x[d] = static_cast<T>(x[d] * inverse);
+}
+
+// The same; returns |x|.
+template <typename T>
+double normalize(T* x, int64_t dim) {
+  const double norm = norm_of(x, dim);
+  divide_by_norm(x, norm, dim);
   return norm;
 }
 
@@ -201,9 +224,7 @@ double normalize(T* x, int64_t dim) {
 // so it has no projection.
 template <typename Grad, typename T>
 void differentiate_norm(Grad* grad, const T* unit, double norm, int64_t dim, double scale = 1) {
-  const double radial = norm < kNormEpsilon
-                            ? 0
-                            : sum_of(dim, [&](int64_t d) { return static_cast<double>(grad[d]) * unit[d]; });
+  const double radial = norm < kNormEpsilon ? 0 : dot(grad, unit, dim);
   const Grad along = static_cast<Grad>(radial),
              inverse = static_cast<Grad>(1 / std::max(norm, kNormEpsilon) / scale);
   for (int64_t d = 0; d < dim; ++d) grad[d] = (grad[d] - unit[d] * along) * inverse;

@@ -407,8 +407,7 @@ class NTXent {
     for (const Panels<Product>* panels : {&rows_, &keys()})
       for (int64_t row = 0; row < panels->panels * kPanel<T>; ++row) {
         const T* z = panels->unit(row);
-        largest =
-            std::max(largest, sum_of(dim_, [&](int64_t d) { return static_cast<double>(z[d]) * z[d]; }));
+        largest = std::max(largest, dot(z, z, dim_));
       }
     return largest;
   }

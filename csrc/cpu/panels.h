@@ -86,7 +86,7 @@ struct Positives {
         product.similarities(queries.packed(panel), similarities.data());
         for (int64_t lane = 0; lane < kPanel<T>; ++lane) {
           const T *q = queries.unit(first + lane), *k = keys.unit(first_key + lane);
-          similarity[first + lane] = sum_of(dim, [&](int64_t d) { return static_cast<double>(q[d]) * k[d]; });
+          similarity[first + lane] = dot(q, k, dim);
           threshold[first + lane] = similarities[lane * kPanel<T> + lane];
         }
       }

@@ -219,18 +219,20 @@ template <bool kInstance, bool kConsistency, typename T, typename Meanwhile>
                                         const PanelCoefficients<T>& coefficients, T* g,
                                         const Meanwhile& meanwhile) {
   const Scales<T> scales(temperatures);
-  for (int64_t lane = 0; lane < kPanel<T>; lane += kWidth<T>) {
-    const auto rows = coefficients.lanes(lane);
-    for (int64_t j = 0; j < keys; ++j) {
-      if (j % kRun == 0) meanwhile();
-      const int64_t at = j * kPanel<T> + lane;
-      const auto a = Vec<T>::loadu(s + at) - rows.max_s;
-      Vec<T> b(T(0)), e_query(T(0)), e_key(T(0));
-      if constexpr (kConsistency) {
-        b = Vec<T>::loadu(y + at) - rows.max_y;
-        e_query = exp_nonpositive(a, scales.consistency), e_key = exp_nonpositive(b, scales.consistency);
+  for (int64_t run = 0; run < keys; run += kRun) {  // of all lanes: s and y come in the order of memory
+    for (int64_t lane = 0; lane < kPanel<T>; lane += kWidth<T>) {
+      meanwhile();
+      const auto rows = coefficients.lanes(lane);
+      for (int64_t j = run; j < std::min(run + kRun, keys); ++j) {
+        const int64_t at = j * kPanel<T> + lane;
+        const auto a = Vec<T>::loadu(s + at) - rows.max_s;
+        Vec<T> b(T(0)), e_query(T(0)), e_key(T(0));
+        if constexpr (kConsistency) {
+          b = Vec<T>::loadu(y + at) - rows.max_y;
+          e_query = exp_nonpositive(a, scales.consistency), e_key = exp_nonpositive(b, scales.consistency);
+        }
+        gradient<kInstance, kConsistency>(a, a - b, e_query, e_key, rows, scales).store(g + at);
       }
-      gradient<kInstance, kConsistency>(a, a - b, e_query, e_key, rows, scales).store(g + at);
     }
   }
 }

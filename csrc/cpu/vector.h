@@ -19,6 +19,22 @@ using Vec = at::vec::Vectorized<T>;
 template <typename T>
 inline constexpr int64_t kWidth = Vec<T>::size();
 
+// As many numbers as a vector has doubles, in double.
+inline Vec<double> load_doubles(const double* from) {
+  return Vec<double>::loadu(from);
+}
+inline Vec<double> load_doubles(const float* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+  double numbers[kWidth<double>];
+  std::copy_n(from, kWidth<double>, numbers);
+  return Vec<double>::loadu(numbers);
+#endif
+}
+
 // A panel is the group of query rows that share one pass over a tile of keys: two vectors wide, so that each
 // key element broadcast from memory serves two multiply-adds.
 template <typename T>
