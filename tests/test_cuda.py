@@ -324,7 +324,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful: None) -> Pa
 
 @pytest.fixture
 def compiled(kept: Path, monkeypatch: pytest.MonkeyPatch) -> list[Program]:
-    """What the compiler was asked for, which only pretends to work: nothing of that may reach the user's own cache."""
+    """What the compiler was asked for, which only pretends to work: the user's own cache gets none of it."""
     programs: list[Program] = []
 
     def pretend(program: Program) -> Image:

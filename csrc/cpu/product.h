@@ -2,7 +2,7 @@
 //
 //   DirectProduct   float, double: register-blocked multiply-adds on the tile as it lies in memory
 //   AMXProduct      bfloat16, on chips with AMX
-//   LibraryProduct  bfloat16, float16: ATen's brgemm (oneDNN), on other chips that multiply them
+//   PairProduct     bfloat16, float16: on other chips that multiply them
 //
 // An engine turns kPanel query rows into an `Operand` (pack), takes in a tile of keys (load), and then gives
 //
@@ -20,7 +20,7 @@
 
 #include "amx_product.h"
 #include "direct_product.h"
-#include "library_product.h"
+#include "pair_product.h"
 
 namespace contrastive_ops {
 
@@ -34,10 +34,12 @@ auto with_product(at::ScalarType dtype, bool half_precision, const Function& fun
   if (half_precision && dtype == at::kBFloat16 && AMXProduct::available())
     return function(std::type_identity<AMXProduct>{});
 #endif
-  if (half_precision && dtype == at::kBFloat16 && LibraryProduct<at::BFloat16>::available())
-    return function(std::type_identity<LibraryProduct<at::BFloat16>>{});
-  if (half_precision && dtype == at::kHalf && LibraryProduct<at::Half>::available())
-    return function(std::type_identity<LibraryProduct<at::Half>>{});
+#ifdef CPU_CAPABILITY_AVX512
+  if (half_precision && dtype == at::kBFloat16 && PairProduct<at::BFloat16>::available())
+    return function(std::type_identity<PairProduct<at::BFloat16>>{});
+#endif
+  if (half_precision && dtype == at::kHalf && PairProduct<at::Half>::available())
+    return function(std::type_identity<PairProduct<at::Half>>{});
   return function(std::type_identity<DirectProduct<float>>{});
 }
 

@@ -1,34 +1,30 @@
-// Products by ATen's `brgemm`, which is oneDNN's.
+// Products of tiles in half precision, by pairs of terms.
 #pragma once
-
-#include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <type_traits>
 #include <utility>
 
 #include "direct_product.h"
+#include "pairs.h"
 
 namespace contrastive_ops {
 
-// brgemm takes its right operand with pairs of rows interleaved: [depth / 2][columns][2].
 template <typename T>
-class LibraryProduct {
+class PairProduct {
  public:
   using Sum = float;
   using Operand = T;
-  // Twice as many as of floats: a tile takes as much memory, and the library is called half as often, which
-  // is a tenth of the time of products this small.
+  // Twice as many as of floats, in as much memory.
   static constexpr int64_t kTile = 192;
-  // As DirectProduct's: bfloat16 comes here from chips that multiply it in vectors. AMX, as fast as memory,
-  // has float16.
+  // As DirectProduct's; but AMX, which multiplies float16, is as fast as memory.
   static constexpr bool kDearerThanMemory = std::is_same_v<T, at::BFloat16>;
   static constexpr int64_t kColumns = kPanel<float>;
   static int64_t packed_elements(int64_t dim) { return padded_dim(dim) * kColumns; }
   static int64_t packed_rows_elements(int64_t dim) { return kColumns * dim; }
   static int64_t keys_grad_elements(int64_t dim) { return kTile * dim; }
 
-  explicit LibraryProduct(int64_t dim)
+  explicit PairProduct(int64_t dim)
       : dim_(dim),
         depth_(padded_dim(dim)),
         memory_(kTile * (2 * depth_ + kColumns)),
@@ -36,42 +32,13 @@ class LibraryProduct {
         columns_(rows_ + kTile * depth_),
         weights_(columns_ + kTile * depth_) {}
 
-  // Whether this chip multiplies T in hardware and the library lets us at it (it does not where oneDNN is
-  // switched off or held back to an older instruction set: then brgemm throws), and takes pairs of rows as we
-  // give them: float16 it does on AMX alone, and elsewhere reads the same memory as whole rows.
-  static bool available() {
-    static const bool answer = [] {
-#if defined(__x86_64__)
-      // Below this the library emulates bfloat16, slower than float.
-      if (std::is_same_v<T, at::BFloat16> && !__builtin_cpu_supports("avx512bf16")) return false;
-      try {
-        constexpr int64_t kDepth = 4;
-        float rows[kDepth * kColumns], out[kColumns];
-        T left[kDepth], right[kDepth * kColumns];
-        for (int64_t d = 0; d < kDepth; ++d) {
-          left[d] = T(float(1 << d));
-          for (int64_t r = 0; r < kColumns; ++r) rows[r * kDepth + d] = float((d + r) % 3);
-        }
-        pack(rows, kDepth, right);
-        at::native::cpublas::brgemm(1, kColumns, kDepth, kDepth, kColumns, kColumns, false, left, right, out);
-        at::native::cpublas::brgemm_release();
-        for (int64_t r = 0; r < kColumns; ++r) {
-          float sum = 0;
-          for (int64_t d = 0; d < kDepth; ++d) sum += float(left[d]) * rows[r * kDepth + d];
-          if (out[r] != sum) return false;
-        }
-        return true;
-      } catch (const c10::Error&) {
-      }
-#endif
-      return false;
-    }();
-    return answer;
-  }
+  static bool available() { return pairs::available<T>(); }
 
-  ~LibraryProduct() { at::native::cpublas::brgemm_release(); }
-  LibraryProduct(const LibraryProduct&) = delete;
-  LibraryProduct& operator=(const LibraryProduct&) = delete;
+  ~PairProduct() {
+    if (std::is_same_v<T, at::Half>) at::native::cpublas::brgemm_release();
+  }
+  PairProduct(const PairProduct&) = delete;
+  PairProduct& operator=(const PairProduct&) = delete;
 
   static void pack(const float* rows, int64_t dim, Operand* out) {
     for (int64_t d = 0; d < padded_dim(dim); ++d)
@@ -110,8 +77,8 @@ class LibraryProduct {
   }
 
   void similarities(const Operand* queries, float* out) const {
-    at::native::cpublas::brgemm(count_, kColumns, depth_, tile_stride_, kColumns, kColumns, false, tile_,
-                                queries, out);
+    pairs::multiply<false>(count_, kColumns, depth_,
+                           pairs::Operands<T>{tile_, queries, tile_stride_, 2 * kColumns}, out, kColumns);
   }
 
   void accumulate(const float* weights, float* grad) {
@@ -128,8 +95,9 @@ class LibraryProduct {
         const auto [low, high] = at::vec::interleave2(even, odd);
         at::vec::convert_from_float<T>(low, high).store(weights_ + i * kColumns + 2 * r);
       }
-    at::native::cpublas::brgemm(dim_, kColumns, count_ + count_ % 2, columns_stride(), kColumns, kColumns,
-                                true, columns_, weights_, grad);
+    pairs::multiply<true>(dim_, kColumns, count_ + count_ % 2,
+                          pairs::Operands<T>{columns_, weights_, columns_stride(), 2 * kColumns}, grad,
+                          kColumns);
   }
 
   // Several panels that lie one after another are multiplied at once: with one at a time, what takes longest
@@ -152,8 +120,10 @@ class LibraryProduct {
   void finish_keys(float* grad) {
     const int64_t depth = std::exchange(waiting_, 0) * kColumns;
     if (depth > 0)
-      at::native::cpublas::brgemm(count_, dim_, depth, kTogether * kColumns, dim_, dim_, true,
-                                  waiting_weights_.data(), waiting_rows_, grad);
+      pairs::multiply<true>(
+          count_, dim_, depth,
+          pairs::Operands<T>{waiting_weights_.data(), waiting_rows_, kTogether * kColumns, 2 * dim_}, grad,
+          dim_);
   }
 
   void fetch_ahead() { ahead_.fetch_some(); }
