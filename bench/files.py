@@ -21,7 +21,7 @@ def newest_result(suffix: str) -> Path | None:
 
 
 def loss_results() -> list[Path]:
-    """The results of the losses, the oldest first."""
+    """The results of the losses."""
     return sorted(file for file in RESULTS.glob("[0-9]*.json") if not file.stem.endswith(OTHERS))
 
 

@@ -26,13 +26,15 @@ def describe(device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
     """
     import cpuinfo  # runs CPUID for a second when it is asked
 
+    now = datetime.datetime.now()
     common = {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "triton", *packages)},
-        "date": datetime.date.today().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.strftime("%H:%M"),
         "commit": _commit(),
     }
     if device == "cpu":
