@@ -30,10 +30,11 @@ struct Operands {
 // bfloat16, by an instruction that adds the products of 16 pairs to 16 sums.
 #define CONTRASTIVE_OPS_AVX512_BF16 [[gnu::target("avx512f,avx512bf16")]]
 
-// Blocks of at most so many rows and vectors, with the sums in registers.
-inline constexpr int64_t kRows = 8, kVectors = 2, kLanes = 16;
+// Blocks of at most so many rows and vectors have their sums in registers.
+inline constexpr int64_t kMostRows = 8, kMostVectors = 2, kLanes = 16;
 
-// `last` are the lanes of the last vector that there are.
+// `last` are the lanes of the last vector that there are. What `out` has is added last: it may be a sum over
+// very many keys, and each term would round it.
 template <bool kAdd, int kRows, int kVectors>
 CONTRASTIVE_OPS_AVX512_BF16 inline void multiply_block(int64_t depth, const Operands<at::BFloat16>& from,
                                                        __mmask16 last, float* out, int64_t out_stride) {
@@ -42,9 +43,7 @@ CONTRASTIVE_OPS_AVX512_BF16 inline void multiply_block(int64_t depth, const Oper
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      sum[r][v] =
-          kAdd ? _mm512_maskz_loadu_ps(lanes(v), out + r * out_stride + v * kLanes) : _mm512_setzero_ps();
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_ps();
   for (int64_t k = 0; k < depth / 2; ++k) {
     __m512bh right[kVectors];
 #pragma GCC unroll 2
@@ -62,16 +61,19 @@ CONTRASTIVE_OPS_AVX512_BF16 inline void multiply_block(int64_t depth, const Oper
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      _mm512_mask_storeu_ps(out + r * out_stride + v * kLanes, lanes(v), sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = out + r * out_stride + v * kLanes;
+      if constexpr (kAdd) sum[r][v] = _mm512_add_ps(sum[r][v], _mm512_maskz_loadu_ps(lanes(v), to));
+      _mm512_mask_storeu_ps(to, lanes(v), sum[r][v]);
+    }
 }
 
 template <bool kAdd, int kVectors>
 CONTRASTIVE_OPS_AVX512_BF16 void multiply_columns(int64_t rows, int64_t depth, Operands<at::BFloat16> from,
                                                   __mmask16 last, float* out, int64_t out_stride) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows, from.a += kRows * from.a_stride)
-    multiply_block<kAdd, kRows, kVectors>(depth, from, last, out + r * out_stride, out_stride);
+  for (; r + kMostRows <= rows; r += kMostRows, from.a += kMostRows * from.a_stride)
+    multiply_block<kAdd, kMostRows, kVectors>(depth, from, last, out + r * out_stride, out_stride);
   for (; r < rows; ++r, from.a += from.a_stride)
     multiply_block<kAdd, 1, kVectors>(depth, from, last, out + r * out_stride, out_stride);
 }
@@ -79,7 +81,8 @@ CONTRASTIVE_OPS_AVX512_BF16 void multiply_columns(int64_t rows, int64_t depth, O
 template <bool kAdd>
 void multiply(int64_t rows, int64_t columns, int64_t depth, Operands<at::BFloat16> from, float* out,
               int64_t out_stride) {
-  for (int64_t c = 0; c < columns; c += kVectors * kLanes, from.b += 2 * kVectors * kLanes) {
+  constexpr int64_t kColumns = kMostVectors * kLanes;
+  for (int64_t c = 0; c < columns; c += kColumns, from.b += 2 * kColumns) {
     const int64_t left = columns - c;
     const auto lanes = [left](int64_t v) {
       return static_cast<__mmask16>((1u << std::clamp<int64_t>(left - v * kLanes, 0, kLanes)) - 1);
