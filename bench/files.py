@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,20 @@ OTHERS = ("-instances", "-stores", "-demo", "-parts", "-views", "-backends")
 
 def newest_result(suffix: str) -> Path | None:
     """The newest result with a suffix of `OTHERS`."""
-    return max(RESULTS.glob(f"[0-9]*{suffix}.json"), default=None)  # their names begin with the date
+    return max(RESULTS.glob(f"[0-9]*{suffix}.json"), key=_begun, default=None)
 
 
 def loss_results() -> list[Path]:
-    """The results of the losses."""
-    return sorted(file for file in RESULTS.glob("[0-9]*.json") if not file.stem.endswith(OTHERS))
+    """The results of the losses, the oldest first."""
+    files = RESULTS.glob("[0-9]*.json")
+    return sorted((file for file in files if not file.stem.endswith(OTHERS)), key=_begun)
+
+
+def _begun(file: Path) -> tuple[str, str, str]:
+    """The day, with which names begin, and the time of day where a result tells its machine and that."""
+    told = json.loads(file.read_text(encoding="utf-8"))
+    machine = told.get("machine", {}) if isinstance(told, dict) else {}
+    return file.name[: len("2000-01-01")], machine.get("time", ""), file.name
 
 
 def result_file(machine: dict[str, Any], suffix: str = "") -> Path:

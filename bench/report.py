@@ -100,11 +100,6 @@ class Result:
         return dict(sorted(sizes.items()))
 
     @property
-    def begun(self) -> tuple[str, str]:
-        """The day, and the time of day; of older results nobody knows that."""
-        return self.machine["date"], self.machine.get("time", "")
-
-    @property
     def caption(self) -> str:
         m = self.machine
         device = m["device"] if self.on_gpu else f"{m['device']}, {m['threads']} threads"
@@ -216,8 +211,7 @@ def memory_table(result: Result, **where: object) -> str:
 
 def newest_results() -> list[Result]:
     """The losses' newest result of a CPU and their newest of a GPU, as far as there are any."""
-    in_order = sorted(map(Result, loss_results()), key=lambda each: each.begun)
-    newest = {result.on_gpu: result for result in in_order}
+    newest = {result.on_gpu: result for result in map(Result, loss_results())}
     return [newest[on_gpu] for on_gpu in sorted(newest)]
 
 
