@@ -247,7 +247,9 @@ class ConIC {
 
   Appendix appendix() const { return Appendix({views_.tensor, weight_}); }
 
-  int64_t bytes_of_norms() const { return at::divup(weight_.size(0), 8) * 64; }
+  int64_t bytes_of_norms() const {
+    return whole_lines(weight_.size(0) * static_cast<int64_t>(sizeof(double)));
+  }
 
   int64_t bytes_of_pairs() const {
     const int64_t bytes = KeptPairs<T>::bytes(views_.panels, weight_.size(0));

@@ -73,11 +73,9 @@ class Appendix {
   }
 
  private:
-  static constexpr int64_t kLine = 64;
-
   int64_t beginning(const at::Tensor& records) const {
-    static_assert(sizeof(source_) <= kLine);
-    return (static_cast<int64_t>(records.nbytes()) + kLine - 1) / kLine * kLine + kLine;
+    static_assert(sizeof(source_) <= kLineBytes);
+    return whole_lines(static_cast<int64_t>(records.nbytes())) + kLineBytes;
   }
 
   std::array<int64_t, 5> source_{};

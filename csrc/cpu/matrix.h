@@ -23,12 +23,19 @@ inline at::Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) {
   return at::Tensor(at::detail::empty_cpu(shape, dtype));
 }
 
+inline constexpr int64_t kLineBytes = 64;  // of a line of the cache
+
+// As many bytes, and those that fill the last line.
+inline int64_t whole_lines(int64_t bytes) {
+  return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
+}
+
 // Memory that begins with a line of the cache: a vector that lies across two of them takes twice as long to
 // read, and memory from the heap has all of them lie so.
 template <typename T>
 struct LineAllocator {
   using value_type = T;
-  static constexpr std::align_val_t kLine{64};
+  static constexpr std::align_val_t kLine{kLineBytes};
 
   LineAllocator() = default;
   template <typename Other>
